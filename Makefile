@@ -1,0 +1,44 @@
+# `make` alone lists what there is. Everything lives in .venv; nothing outside this folder but ~/.cache/fulltune.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned, tested versions
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) launcher/check_system.py
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned versions into $(VENV) (a few minutes the first time; log: $(VENV)/install.log)"
+	@launcher/install.sh $(BIN)/python
+	@touch $@
+
+demo: $(STAMP) ## train a small model from nothing on this machine: corpus to generated text
+	@$(BIN)/fulltune demo
+
+test: $(STAMP) ## all tests; real DeepSpeed on 2 CPU ranks where ranks matter
+	@$(BIN)/python -m pytest
+
+test-unit: $(STAMP) ## the tests that start no ranks (about a minute)
+	@$(BIN)/python -m pytest -m "not ranks"
+
+lint: $(STAMP) ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## let ruff lay out the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build folders; runs, stores and the demo stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,257 @@
+"""Opens a tokenizer, encodes with it, and writes it as a Hugging Face folder that gives the same ids.
+
+Everything becomes one `tokenizers` pipeline: a tokenizer.json as it is, a sentencepiece model or a BERT
+vocabulary converted. The same pipeline is what prepares data and what is saved, so training and
+inference cannot drift apart.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from data_prep.errors import BadDataError, MissingInputError, StorageError
+from data_prep.sentencepiece_model import convert_sentencepiece, protect_pieces
+from data_prep.train_tokenizer import train_sentencepiece as train_sentencepiece
+
+#: Named special tokens, in the order in which Hugging Face gives them ids.
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BERT_SPECIALS = {name: f"[{name.removesuffix('_token').upper()}]" for name in SPECIAL_NAMES[2:]}
+_HUB_FILES = [
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "*.model",
+    "vocab.txt",
+]
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+class Tokenizer:
+    """A tokenizer with its special ids and chat template. Made by `open_tokenizer`.
+
+    prefix_ids and suffix_ids are what the tokenizer itself puts around a single text.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None):
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
+        self._backend = backend
+        # User text never becomes control tokens: their strings are ordinary text here.
+        backend.encode_special_tokens = True
+
+        added = self._backend.get_added_tokens_decoder()
+        self.control_ids = frozenset(index for index, token in added.items() if token.special)
+        self.control_strings = tuple(token.content for token in added.values() if token.special)
+        self.added_strings = tuple(token.content for token in added.values())
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        self.unk_id = self._id_of("unk_token")
+        pad_id = self._id_of("pad_token")
+        self.pad_id = pad_id if pad_id is not None else self.eos_id if self.eos_id is not None else 0
+        self._forbidden_ids = self.control_ids - {self.unk_id}
+
+        around = self._backend.encode("a")
+        own = [index for index, special in enumerate(around.special_tokens_mask) if not special]
+        first, last = (own[0], own[-1] + 1) if own else (len(around.ids), len(around.ids))
+        self.prefix_ids: list[int] = around.ids[:first]
+        self.suffix_ids: list[int] = around.ids[last:]
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, without special tokens; strings of control tokens are encoded as plain text."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def holds_control_ids(self, ids: Sequence[int]) -> bool:
+        """Whether encoded content came out with a control token in it after all."""
+        return not self._forbidden_ids.isdisjoint(ids)
+
+    @cached_property
+    def _rendered(self) -> tokenizers.Tokenizer:
+        # The post-processors of byte-level tokenizers trim blanks off the offsets; rendering needs them exact.
+        pipeline = json.loads(self._backend.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps({**pipeline, "post_processor": None}))
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and character offsets of rendered chats, in which strings of control tokens are control tokens."""
+        if not texts:
+            return []
+        encodings = self._rendered.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def files(self, chat_template: str | None) -> dict[str, str]:
+        """The files (name -> text) of a Hugging Face folder of this tokenizer with the given chat template."""
+        config: dict[str, Any] = {
+            # The class that takes tokenizer.json as it is, under both the old and the new name.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(1e30),
+            **self.special_tokens,
+        }
+        files = {
+            "tokenizer.json": self._backend.to_str(pretty=False),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
+        if chat_template is not None:
+            files["chat_template.jinja"] = chat_template
+        return files
+
+    def save(self, folder: Path, chat_template: str | None = None) -> None:
+        """Write a complete Hugging Face tokenizer folder; AutoTokenizer reads it to the same ids."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files(chat_template or self.chat_template).items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """Open a folder or file (tokenizer.json, sentencepiece ``.model``, BERT ``vocab.txt``) or a Hub name.
+
+    Raises MissingInputError when there is none, BadDataError when it cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = _download(name)
+    folder = path if path.is_dir() else path.parent
+    file = _main_file(path) if path.is_dir() else path
+    config = _read_json(folder / "tokenizer_config.json")
+    try:
+        if file.suffix == ".json":
+            backend, specials = _open_json(file, config)
+        elif file.suffix == ".model":
+            backend, specials = convert_sentencepiece(file.read_bytes(), config)
+        else:
+            backend, specials = _open_wordpiece(file, config)
+    except (BadDataError, MissingInputError):
+        raise
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # the tokenizers and protobuf libraries raise bare Exception
+        raise BadDataError(f"{file}: not a tokenizer: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return Tokenizer(backend, specials, _read_chat_template(folder, config))
+
+
+def _main_file(folder: Path) -> Path:
+    for candidate in ("tokenizer.json", "tokenizer.model", "vocab.txt"):
+        if (folder / candidate).is_file():
+            return folder / candidate
+    found = sorted([*folder.glob("*.model"), *folder.glob("*vocab.txt")])
+    if len(found) != 1:
+        what = "several" if found else "no"
+        raise MissingInputError(
+            f"{folder}: holds {what} tokenizer files (tokenizer.json, *.model or vocab.txt) (data.tokenizer)"
+        )
+    return found[0]
+
+
+def _download(name: str) -> Path:
+    missing = f"{name}: no such tokenizer file or folder (data.tokenizer)"
+    if not _HUB_NAME.fullmatch(name) or Path(name).suffix in (".json", ".model", ".txt"):
+        raise MissingInputError(missing)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # offline, unknown, gated: each has its own class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MissingInputError(f"{missing}, and the Hub does not give it: {reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadDataError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadDataError(f"{path}: not a JSON object")
+    return value
+
+
+def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones: the one called default
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _content_of(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _added_token(value: Any) -> AddedToken:
+    if not isinstance(value, dict):
+        return AddedToken(value, special=True, normalized=False)
+    flags = {key: bool(value.get(key, False)) for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
+
+
+def _open_json(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The file with the tokens that only its neighbours name; its own post-processor says what goes around a text."""
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    named = {**_read_json(file.parent / "special_tokens_map.json"), **config}
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    declared = [value for _, value in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda p: int(p[0]))]
+    extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
+    wanted = [*declared, *(named.get(name) for name in SPECIAL_NAMES), *extra]
+    for value in wanted:
+        text = _content_of(value)
+        if text is not None and text not in known:
+            backend.add_tokens([_added_token(value)])
+            known.add(text)
+    specials = {name: text for name in SPECIAL_NAMES if (text := _content_of(named.get(name))) is not None}
+    if type(backend.model).__name__ == "Unigram":
+        protect_pieces(backend)
+    return backend, specials
+
+
+def _open_wordpiece(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    # Pieces may hold U+2028 and other line separators, so only \n ends one.
+    pieces = file.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    vocabulary = {piece.removesuffix("\r"): index for index, piece in enumerate(pieces)}
+    specials = {name: _content_of(config.get(name)) or text for name, text in _BERT_SPECIALS.items()}
+    absent = [text for text in specials.values() if text not in vocabulary]
+    if absent:
+        raise BadDataError(f"{file}: not a BERT vocabulary: it has no piece {absent[0]}")
+    cased = any(piece != piece.lower() for piece in vocabulary if not re.fullmatch(r"\[.*\]", piece))
+    lowercase = bool(config.get("do_lower_case", not cased))
+    backend = tokenizers.Tokenizer(
+        models.WordPiece(vocabulary, unk_token=specials["unk_token"], max_input_chars_per_word=100)
+    )
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+        strip_accents=config.get("strip_accents"),
+        lowercase=lowercase,
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials.values()])
+    cls, sep = specials["cls_token"], specials["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
+    )
+    return backend, specials

@@ -1,0 +1,1 @@
+"""DeepSpeed configurations that are tested with this version."""

@@ -1,0 +1,1 @@
+"""Full-parameter training from token stores with DeepSpeed ZeRO: sees integers, never text."""

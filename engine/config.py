@@ -1,0 +1,166 @@
+"""The run file's sections as typed values. Imports no torch: a login node answers at once.
+
+One run file holds everything that changes the result; what only changes where it runs (hosts,
+number of ranks) is on the command line. The ``data`` section belongs to ``data_prep``; the engine
+needs two of its keys and leaves the others to their owner.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+TaskName = Literal["causal_lm", "sequence_classification"]
+
+
+class Section(BaseModel):
+    """A strict section: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _path_from_text(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) else value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path_from_text)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class StoreSection(BaseModel):
+    """What the engine reads of ``data``; the rest is data_prep's and is not checked here."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    store_dir: FilePath = Field(description="folder that holds the prepared token stores")
+    row_tokens: PositiveInt = Field(description="length of a row, in tokens")
+
+
+class ModelSection(Section):
+    path: str | None = Field(None, description="folder with a Hugging Face model, or its name on the Hub")
+    config: dict[str, Any] | None = Field(
+        None, description="model configuration in place of a folder, for init: random (needs model_type)"
+    )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="pretrained: the weights in path; random: fresh weights from the configuration"
+    )
+    revision: str | None = Field(None, description="commit, branch or tag of a Hub model")
+    activation_checkpointing: bool = Field(
+        True, description="recompute activations in the backward pass instead of keeping them"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of model.path and model.config")
+        if self.config is not None and self.init == "pretrained":
+            raise ValueError("model.config describes an untrained model: set model.init to random, or give model.path")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("model.config needs model_type (for example llama, bert, t5)")
+        return self
+
+
+class OptimizerSection(Section):
+    learning_rate: float = Field(gt=0, description="highest learning rate of the schedule")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False, description="AdamW's decay of both moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; never of biases and norms")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = Field(
+        "cosine", description="shape of the learning rate after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from zero")
+    decay_fraction: Fraction = Field(0.1, description="warmup_stable_decay: last share of the steps that decays")
+    final_fraction: Fraction = Field(0.0, description="learning rate at the end, as a share of learning_rate")
+
+
+class BatchSection(Section):
+    """The batch is stated for the whole job; accumulation follows from ranks and micro_rows."""
+
+    global_rows: PositiveInt | None = Field(None, description="rows of one step over all ranks")
+    global_tokens: PositiveInt | None = Field(None, description="the same in tokens: a multiple of data.row_tokens")
+    micro_rows: PositiveInt = Field(1, description="rows one rank takes through the model at once")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.global_rows is None) == (self.global_tokens is None):
+            raise ValueError("give exactly one of batch.global_rows and batch.global_tokens")
+        return self
+
+
+class DurationSection(Section):
+    steps: PositiveInt | None = Field(None, description="optimizer updates")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows, rounded up to whole steps")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of duration.steps and duration.epochs")
+        return self
+
+
+class EvaluationSection(Section):
+    eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
+    micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: batch.micro_rows")
+    metric: Literal["loss", "accuracy", "macro_f1"] | None = Field(
+        None, description="what best and patience go by; null: loss, or accuracy for classification"
+    )
+    patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
+
+
+class CheckpointSection(Section):
+    save_every_steps: PositiveInt | None = Field(None, description="save each so many steps; null: only at the end")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep; the best one is kept besides")
+    save_best: bool = Field(False, description="save whenever the evaluation metric improves")
+
+
+class LogSection(Section):
+    tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
+    log_every_steps: PositiveInt = Field(1, description="print a progress line each so many steps")
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    run_dir: FilePath = Field(description="folder for checkpoints, logs and the resolved run file")
+    task: TaskName = Field(description="what is trained")
+    seed: int = Field(17, ge=0, lt=2**63, description="data order, dropout and random weights follow from it")
+    data: StoreSection
+    model: ModelSection
+    optimizer: OptimizerSection
+    batch: BatchSection
+    duration: DurationSection
+    deepspeed: str = Field(
+        "zero3_offload", description="a shipped configuration by name (see ds_configs/), or a DeepSpeed JSON's path"
+    )
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.evaluation.metric in ("accuracy", "macro_f1") and self.task != "sequence_classification":
+            raise ValueError(f"evaluation.metric {self.evaluation.metric} needs task sequence_classification")
+        tokens = self.batch.global_tokens
+        if tokens is not None and tokens % self.data.row_tokens:
+            raise ValueError(
+                f"batch.global_tokens {tokens} is not a multiple of data.row_tokens {self.data.row_tokens}"
+            )
+        return self
+
+    @property
+    def global_rows(self) -> int:
+        """Rows of one step over all ranks."""
+        if self.batch.global_rows is not None:
+            return self.batch.global_rows
+        assert self.batch.global_tokens is not None
+        return self.batch.global_tokens // self.data.row_tokens
+
+    @property
+    def best_metric(self) -> Literal["loss", "accuracy", "macro_f1"]:
+        """The metric that `best` and patience go by."""
+        if self.evaluation.metric is not None:
+            return self.evaluation.metric
+        return "accuracy" if self.task == "sequence_classification" else "loss"

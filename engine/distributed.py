@@ -1,0 +1,183 @@
+"""Processes: who am I, agreeing with the others, owning the run folder, and leaving cleanly."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from engine.cpu_bf16 import multiply_bf16_in_fp32
+from engine.errors import INTERNAL, CannotWriteError, FulltuneError
+
+SHARED_MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - where DeepSpeed's CPU collectives put their segments
+
+
+class OtherRankFailedError(FulltuneError):
+    """Raised on ranks that are fine because another one is not; that one tells the story."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("another rank failed")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the job, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all ranks in double precision. All ranks call it."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """The integers of every rank, in rank order; equally many on each. All ranks call it."""
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return [part.tolist() for part in gathered]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """If the body raises on any rank, every rank leaves it with an error. All ranks call it.
+
+        The body must contain no collective: a rank that failed would be missing from it.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        code = 0 if error is None else getattr(error, "exit_code", INTERNAL)
+        worst = max(part[0] for part in self.gather([code]))
+        if error is not None:
+            raise error
+        if worst:
+            raise OtherRankFailedError(worst)
+
+
+def start_ranks() -> Ranks:
+    """Join the process group the launcher described in the environment (RANK, WORLD_SIZE, ...)."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    multiply_bf16_in_fp32()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    # Ranks wait for one another while one of them downloads a model or reads it from a slow disk.
+    deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=datetime.timedelta(hours=2))
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came. They come several times and in any order, so this only sets a flag."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class RunFolder:
+    """The run folder and the right to write into it: one owner at a time.
+
+    A lock held by rank 0 keeps a second job on this file system out while this one lives; the
+    generation in owner.json, raised at every start, keeps a stale writer from publishing after a
+    newer one has begun.
+    """
+
+    def __init__(self, path: Path, rank: int):
+        self.path = path
+        self._rank = rank
+        self._lock: IO[str] | None = None
+        self._generation = 0
+
+    def own(self) -> None:
+        """Take ownership (rank 0 does; others have nothing to do). CannotWriteError when it is taken."""
+        if self._rank != 0:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "owner.lock").open("a+")
+        except OSError as error:
+            raise CannotWriteError(f"run_dir: cannot write into {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = self._owner()
+            raise CannotWriteError(
+                f"run_dir: {self.path} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}: "
+                "wait for it, stop it, or choose another run_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise CannotWriteError(f"run_dir: cannot lock {self.path}: {error.strerror}") from error
+            # No locks on this file system: the generation below still keeps a stale writer out.
+            print(f"warning: {self.path} lies on a file system without locks: start one job at a time", flush=True)
+        self._lock = lock
+        self._generation = int(self._owner().get("generation", 0)) + 1
+        write_json(
+            self.path / "owner.json",
+            {"generation": self._generation, "pid": os.getpid(), "host": socket.gethostname()},
+        )
+
+    def check_owner(self) -> None:
+        """CannotWriteError when a newer job has taken the folder over. Rank 0 decides."""
+        if self._rank == 0 and int(self._owner().get("generation", 0)) != self._generation:
+            raise CannotWriteError(f"run_dir: {self.path} was taken over by a newer job; this one may not publish")
+
+    def _owner(self) -> dict[str, int | str]:
+        try:
+            values = json.loads((self.path / "owner.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def remove_shared_memory() -> None:
+    """Remove this rank's segment of DeepSpeed's CPU collectives, which it never removes itself.
+
+    The name is DeepSpeed's: user, rendezvous address, port and rank.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    rank = os.environ.get("RANK", "0")
+    for segment in SHARED_MEMORY_DIR.glob(f"deepspeed_allreduce_buffer*_{address}_{port}_{rank}"):
+        segment.unlink(missing_ok=True)
+
+
+def leave(code: int, last_words: Callable[[], None] | None = None) -> NoReturn:
+    """End this process at once with `code`: gloo now and then aborts when Python finalises normally."""
+    if last_words is not None:
+        last_words()
+    remove_shared_memory()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,159 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and one progress line a step on rank 0."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+GIB = 2.0**30
+
+
+class Stopwatch:
+    """Seconds spent in named phases of a step, on the device's own clock where it has one.
+
+    On CUDA an event is recorded at each border and read once at the end, so that measuring does
+    not make the host wait in between.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("")
+
+    def mark(self, phase: str) -> None:
+        """Say that `phase` ends here and began at the mark before."""
+        moment: Any
+        if self._cuda:
+            moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self._marks.append((phase, moment))
+
+    def seconds(self) -> dict[str, float]:
+        """Total seconds of every phase since the start; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = {}
+        for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
+            elapsed = start.elapsed_time(end) / 1000.0 if self._cuda else end - start
+            totals[phase] = totals.get(phase, 0.0) + elapsed
+        return totals
+
+
+def memory_gib() -> dict[str, float]:
+    """Host memory of this process, now and at its peak, and the device's peak if it has memory of its own."""
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * page_bytes / GIB
+    figures = {
+        "host_gib": resident,
+        "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+    }
+    if torch.cuda.is_available():
+        figures["device_gib"] = torch.cuda.memory_allocated() / GIB
+        figures["device_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return figures
+
+
+class RunLog:
+    """Writes a run's figures (rank 0), or nothing (the other ranks).
+
+    Resuming at `step` removes what a later, lost part of the run had written beyond it.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, step: int, total_steps: int, tensorboard: bool, log_every_steps: int):
+        self._writing = rank == 0
+        self._total_steps = total_steps
+        self._every = log_every_steps
+        self._first_step, self._started = step, time.monotonic()
+        self._board: Any = None
+        if not self._writing:
+            return
+        path = run_dir / "metrics.jsonl"
+        _keep_lines_until(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
+
+    def say(self, line: str) -> None:
+        """A line for people, once in the job, without tearing the progress bar."""
+        if not self._writing:
+            return
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def train(self, step: int, figures: dict[str, float]) -> None:
+        """Figures of update number `step` (1-based)."""
+        if not self._writing:
+            return
+        self._record("train", step, figures)
+        line = (
+            f"loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}  "
+            f"grad {figures['gradient_norm']:.3f}  {figures['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(line, refresh=False)
+        elif step % self._every == 0 or step == self._total_steps:
+            pace = (time.monotonic() - self._started) / max(1, step - self._first_step)
+            left = int(pace * (self._total_steps - step))
+            clock = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+            print(f"step {step}/{self._total_steps}  {line}  left {clock}", flush=True)
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Figures of an evaluation after `step` updates."""
+        if not self._writing:
+            return
+        self._record("evaluation", step, figures)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "seconds")
+        self.say(f"evaluation after step {step}: {shown}")
+
+    def close(self) -> None:
+        """Flush everything to storage."""
+        if not self._writing:
+            return
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _record(self, kind: str, step: int, figures: dict[str, float]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step` (all of them at 0), and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+Say = Callable[[str], None]

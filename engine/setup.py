@@ -1,0 +1,262 @@
+"""Builds what the training loop needs: stores, model, DeepSpeed engine, run folder records."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
+from engine.checkpoint import find_checkpoint
+from engine.checkpoint_files import CheckpointReader
+from engine.config import RunConfig
+from engine.distributed import Ranks, RunFolder, write_json
+from engine.ds_config import offloads_optimizer, resolve_ds_config
+from engine.errors import DataError, MissingInputError, StorageError
+from engine.model import StoreFacts, build_model, decay_groups, model_folder
+from engine.run_file import RunFile, dump_yaml
+from engine.run_log import RunLog
+from engine.tasks import TaskModel
+from engine.train import Progress, Training, resume
+from engine.zero_state import fill_masters
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The token stores of a run and their rows at the run's row length."""
+
+    training: tuple[TokenStore, Rows]
+    validation: tuple[TokenStore, Rows] | None
+
+    @property
+    def facts(self) -> StoreFacts:
+        """What the model must fit."""
+        store = self.training[0]
+        return StoreFacts(store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names)
+
+
+def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
+    """Open and check the stores that `fulltune prepare` made from this run file's data section."""
+    opened: dict[str, tuple[TokenStore, Rows]] = {}
+    for split in ("train", "validation"):
+        path = resolve_store(config.data.store_dir, split, data_section, config.task)
+        if path is not None:
+            store = TokenStore.open(path)
+            if store.task != config.task:
+                raise DataError(f"data.store_dir: {path} was prepared for task {store.task}, not {config.task}")
+            opened[split] = (store, open_rows(store, config.data.row_tokens))
+    if "train" not in opened:
+        raise MissingInputError(
+            f"data.store_dir: {config.data.store_dir} has no training store: run `fulltune prepare`"
+        )
+    return Stores(opened["train"], opened.get("validation"))
+
+
+def total_steps(config: RunConfig, num_rows: int) -> int:
+    """Optimizer updates of the whole run."""
+    if config.duration.steps is not None:
+        return config.duration.steps
+    assert config.duration.epochs is not None
+    return math.ceil(config.duration.epochs * num_rows / config.global_rows)
+
+
+def build_engine(
+    config: RunConfig, ds_config: dict[str, Any], model: Any
+) -> tuple[Any, dict[str, torch.nn.Parameter], Callable[[], None]]:
+    """Hand `model` to DeepSpeed: (engine, parameters by Hugging Face name, fill). All ranks call it.
+
+    ``fill()`` sets the fp32 masters from the model's original weights, so that fp32 files lose
+    nothing to the bf16 copy DeepSpeed made them from, and lets go of those weights.
+    """
+    import deepspeed
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    if not ds_config["bf16"]["enabled"]:
+        model.float()
+    parameters = dict(model.named_parameters())
+    # Weights stored in bf16 are their own masters; only finer ones must survive the cast.
+    finer = any(parameter.dtype != torch.bfloat16 for parameter in parameters.values())
+    originals: dict[str, Tensor] = {name: value.detach() for name, value in parameters.items()} if finer else {}
+    section = config.optimizer
+    numbers: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
+    groups = decay_groups(model, section.weight_decay)
+    task_model = TaskModel(model, config.task)
+    if ds_config["zero_optimization"]["stage"] == 3:
+        _partition(task_model, ds_config)
+    optimizer: Any
+    if offloads_optimizer(ds_config):
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **numbers)
+    else:
+        optimizer = torch.optim.AdamW(groups, **numbers)
+    engine, *_ = deepspeed.initialize(model=task_model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+
+    def fill() -> None:
+        if originals:
+            fill_masters(
+                engine, parameters, lambda name, start, stop: originals[name].reshape(-1)[start:stop].to(torch.float32)
+            )
+        originals.clear()
+
+    return engine, parameters, fill
+
+
+def _partition(task_model: TaskModel, ds_config: dict[str, Any]) -> None:
+    """Cut every parameter over the ranks, one after the other: no device ever holds the whole model."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if ds_config["bf16"]["enabled"]:
+        for parameter in task_model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for module in task_model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(get_accelerator().current_device_name())
+    deepspeed.zero.Init(module=task_model, config_dict_or_path=ds_config)
+
+
+def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> tuple[Training, Progress, RunLog]:
+    """Everything from the run file to the first step, resuming if the run folder holds a checkpoint."""
+    folder = RunFolder(config.run_dir, ranks.rank)
+    with ranks.together():
+        folder.own()
+        if fresh and ranks.rank == 0:
+            _put_aside(config.run_dir)
+    with ranks.together():
+        stores = open_stores(config, run_file.values["data"])
+        ds_config = resolve_ds_config(config, ranks.world_size)
+    with ranks.together():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            model_folder(config.model)  # one download a node, before everybody looks
+    with ranks.together():
+        model = build_model(config.model, config.task, stores.facts, config.seed)
+    engine, parameters, fill = build_engine(config, ds_config, model)
+    store, rows = stores.training
+    training = Training(
+        config, ranks, folder, engine, parameters, store, rows, stores.validation, total_steps(config, rows.num_rows),
+        identity={
+            "seed": config.seed, "task": config.task, "global_rows": config.global_rows, "rows_digest": rows.digest,
+            "model_digest": model_digest(model),
+        },
+    )  # fmt: skip
+    path = find_checkpoint(config.run_dir)
+    if path is None:
+        fill()
+        progress = Progress()
+    else:
+        _check_same_run(training, path)
+        del fill  # and with it the starting weights, which the checkpoint replaces
+        progress = resume(training, path)
+    with ranks.together(), storage_errors(config.run_dir):
+        if ranks.rank == 0:
+            _write_records(run_file, config, ds_config, stores, model)
+        log = RunLog(
+            config.run_dir,
+            ranks.rank,
+            progress.step,
+            training.total_steps,
+            config.log.tensorboard,
+            config.log.log_every_steps,
+        )
+    log.say(_summary(training, parameters, ds_config, progress))
+    return training, progress, log
+
+
+def model_digest(model: Any) -> str:
+    """Identity of the computation: the model's configuration without what only says where it came from."""
+    values = model.config.to_dict()
+    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+        values.pop(key, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Turn an operating system's refusal to write into `folder` into one line with code 74."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot write: {error.strerror or error}") from error
+
+
+def _check_same_run(training: Training, path: Path) -> None:
+    state = CheckpointReader(path).state()
+    for key, value in training.identity.items():
+        if state.get(key) != value:
+            raise DataError(
+                f"{path}: {key} was {state.get(key)} and is {value} now, which changes the order or meaning of the "
+                "data: restore it, choose another run_dir, or start over with --fresh"
+            )
+
+
+def _summary(training: Training, parameters: Any, ds_config: dict[str, Any], progress: Progress) -> str:
+    config, ranks = training.config, training.ranks
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters.values())
+    micro = num_micro_batches_text(config, ranks.world_size)
+    begin = f"resuming after step {progress.step}" if progress.step else "starting"
+    stage = ds_config["zero_optimization"]["stage"]
+    return (
+        f"{begin}: {count:,} parameters, ZeRO-{stage} on {ranks.world_size} ranks, {training.total_steps} steps of "
+        f"{config.global_rows} rows ({micro}), {training.rows.num_rows:,} rows, {training.store.num_tokens:,} tokens"
+    )
+
+
+def num_micro_batches_text(config: RunConfig, world_size: int) -> str:
+    """The batch arithmetic in words."""
+    from engine.batches import num_micro_batches
+
+    count = num_micro_batches(config.global_rows, world_size, config.batch.micro_rows)
+    slots = count * world_size * config.batch.micro_rows
+    uneven = "" if slots == config.global_rows else f", {slots - config.global_rows} places of {slots} empty"
+    return f"{world_size} ranks x {config.batch.micro_rows} rows x {count} micro-batches{uneven}"
+
+
+def _write_records(run_file: RunFile, config: RunConfig, ds_config: dict[str, Any], stores: Stores, model: Any) -> None:
+    """Into the run folder: the resolved run file, DeepSpeed JSON, versions, and the model's configuration."""
+    if run_file.path.resolve() != (config.run_dir / "run.yaml").resolve():
+        (config.run_dir / "run.yaml").write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
+    write_json(config.run_dir / "ds_config.json", ds_config)
+    store, rows = stores.training
+    names = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors")
+    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in names}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        versions["git_commit"] = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    write_json(config.run_dir / "versions.json", versions | {"store_digest": store.digest, "rows_digest": rows.digest})
+    model.config.save_pretrained(config.run_dir / "model")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(config.run_dir / "model")
+
+
+def _put_aside(run_dir: Path) -> None:
+    """--fresh: earlier results move into a dated folder; deleting them is left to a person."""
+    earlier = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "tensorboard")]
+    present = [path for path in earlier if path.exists()]
+    if present:
+        aside = run_dir / time.strftime("before-%Y%m%d-%H%M%S")
+        aside.mkdir()
+        for path in present:
+            path.rename(aside / path.name)
+        print(f"--fresh: earlier checkpoints and logs moved to {aside}", flush=True)
+
+
+def quiet_libraries() -> None:
+    """Leave warnings that a person can act on; DeepSpeed and gloo print pages of others."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+    warnings.filterwarnings("ignore", message=".*_base are deprecated.*")

@@ -1,0 +1,261 @@
+"""The training loop: what happens in which order, and nothing else."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data_prep.token_store import Rows, TokenStore
+from engine.batches import row_lengths, split_rows, stream_rows
+from engine.checkpoint import load_checkpoint, mark_best, prune_checkpoints, save_checkpoint
+from engine.config import RunConfig
+from engine.distributed import Ranks, RunFolder, StopSignal
+from engine.errors import NumericalStopError, StoppedError
+from engine.evaluate import evaluate
+from engine.run_log import RunLog, Stopwatch, memory_gib
+from engine.schedule import learning_rate
+from engine.tasks import build_batch
+
+
+@dataclass
+class Progress:
+    """What training has done so far: with the weights and moments, all that a checkpoint holds."""
+
+    step: int = 0
+    row_position: int = 0
+    tokens: int = 0
+    targets: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything a step needs, built once (see engine.setup)."""
+
+    config: RunConfig
+    ranks: Ranks
+    folder: RunFolder
+    engine: Any
+    parameters: Mapping[str, nn.Parameter]
+    store: TokenStore
+    rows: Rows
+    validation: tuple[TokenStore, Rows] | None
+    total_steps: int
+    identity: Mapping[str, Any]
+    row_tokens: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
+    received: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row_tokens", row_lengths(self.rows))
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                remember = partial(_remember_gradient, self.received, name)
+                parameter.register_post_accumulate_grad_hook(remember)  # type: ignore[no-untyped-call]
+
+
+def _remember_gradient(received: set[str], name: str, _parameter: torch.Tensor) -> None:
+    received.add(name)
+
+
+def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> None:
+    """Train from `progress` to the last step: step, log, evaluate, save. All ranks call it.
+
+    Raises StoppedError after SIGTERM or SIGINT, with a checkpoint committed; NumericalStopError
+    before an update with a non-finite loss or gradient.
+    """
+    config = training.config
+    evaluation_every = config.evaluation.eval_every_steps or training.total_steps
+    save_every = config.checkpoint.save_every_steps or training.total_steps
+    if progress.step == 0 and training.validation:
+        log.evaluation(0, _evaluate(training))
+    while not is_finished(training, progress):
+        figures, stopping = train_step(training, progress, stop)
+        log.train(progress.step, figures)
+        due = progress.step == training.total_steps or progress.step % evaluation_every == 0
+        if training.validation and due and not stopping:
+            results = _evaluate(training)
+            log.evaluation(progress.step, results)
+            _judge(training, progress, results)
+        finished = is_finished(training, progress)
+        best = progress.best_step == progress.step and config.checkpoint.save_best
+        if finished or stopping or best or progress.step % save_every == 0:
+            save(training, progress, log)
+        if stopping and not finished:
+            raise StoppedError(f"stopped on request after step {progress.step}, checkpoint committed: start again")
+    if progress.step < training.total_steps:
+        log.say(
+            f"no better {config.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
+            f"best {progress.best_value} after step {progress.best_step}"
+        )
+
+
+def is_finished(training: Training, progress: Progress) -> bool:
+    """Whether the last step is done or patience has run out: then there is nothing to train."""
+    patience = training.config.evaluation.patience
+    impatient = patience is not None and progress.evaluations_without_improvement >= patience
+    return impatient or progress.step >= training.total_steps
+
+
+def train_step(training: Training, progress: Progress, stop: StopSignal) -> tuple[dict[str, float], bool]:
+    """One optimizer update on the next `global_rows` rows of the stream. All ranks call it.
+
+    The gradient is the sum of all targets' losses divided by their number, which the row index
+    knows. DeepSpeed averages over ranks, so each rank multiplies by the world size. Returns the
+    figures and whether any rank was asked to stop.
+    """
+    config, ranks, engine = training.config, training.ranks, training.engine
+    watch = Stopwatch(ranks.device)
+    rows = stream_rows(progress.row_position, config.global_rows, training.rows.num_rows, config.seed)
+    num_targets = int(training.rows.row_targets[rows].sum())
+    scale = ranks.world_size / max(1, num_targets)  # rows of a step may all be context
+    rate = learning_rate(progress.step, training.total_steps, config.optimizer)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    training.received.clear()
+    losses, padding, tokens = [], 0, 0
+    micro_batches = split_rows(rows, training.row_tokens[rows], ranks.world_size, config.batch.micro_rows)
+    for number, parts in enumerate(micro_batches):
+        batch = build_batch(config.task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0]))
+        padding, tokens = padding + batch.num_padding, tokens + batch.num_tokens
+        batch = batch.to(ranks.device)
+        watch.mark("data")
+        torch.manual_seed(micro_batch_seed(config.seed, progress.step, number, ranks.rank))
+        loss_sum, _ = engine(batch)
+        watch.mark("forward")
+        engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        losses.append(loss_sum.detach())
+        watch.mark("backward")
+    sums = torch.stack(losses).tolist()
+    missing = _parameters_without_gradient(training)
+    total_loss, total_tokens, total_padding, stops, any_missing = ranks.sum(
+        [sum(sums), tokens, padding, float(stop.asked), float(len(missing))]
+    )
+    if not math.isfinite(total_loss):
+        _stop_for_loss(training, progress, sums, micro_batches)
+    if any_missing:
+        _stop_for_missing_gradients(training, progress, missing, rows)
+    engine.step()
+    if not engine.was_step_applied():
+        raise NumericalStopError(
+            f"step {progress.step + 1}: the gradient is not finite; no weight was changed; "
+            f"rows {_name_rows(training, rows)}"
+        )
+    watch.mark("optimizer")
+    seconds = watch.seconds()
+    progress.step += 1
+    progress.row_position += config.global_rows
+    progress.tokens += int(total_tokens)
+    progress.targets += num_targets
+    elapsed = sum(seconds.values())
+    figures = {
+        "loss": total_loss / max(1, num_targets),
+        "learning_rate": rate,
+        "gradient_norm": float(engine.get_global_grad_norm()),
+        "tokens_per_second": total_tokens / elapsed,
+        "targets_per_second": num_targets / elapsed,
+        "step_seconds": elapsed,
+        **{f"{phase}_seconds": value for phase, value in seconds.items()},
+        "padding_fraction": total_padding / (total_tokens + total_padding),
+        "epoch": progress.row_position / training.rows.num_rows,
+        "tokens": float(progress.tokens),
+        **memory_gib(),
+    }
+    return figures, stops > 0
+
+
+def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """The seed of dropout and noise of one micro-batch on one rank, so no generator state must survive."""
+    return int(np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def save(training: Training, progress: Progress, log: RunLog) -> int:
+    """Commit a checkpoint and prune old ones; returns its step. All ranks call it."""
+    started = time.perf_counter()
+    state = {"step": progress.step, "progress": asdict(progress), **training.identity}
+    folder = training.folder
+    path = save_checkpoint(
+        training.engine, training.parameters, folder.path, state, owner_check=folder.check_owner
+    )  # fmt: skip
+    if progress.best_step == progress.step:
+        assert progress.best_value is not None
+        mark_best(folder.path, path, training.config.best_metric, progress.best_value)
+    prune_checkpoints(folder.path, training.config.checkpoint.keep_checkpoints)
+    log.say(f"checkpoint {path.name} committed in {time.perf_counter() - started:.1f} s")
+    return progress.step
+
+
+def _evaluate(training: Training) -> dict[str, float]:
+    assert training.validation is not None
+    store, rows = training.validation
+    micro_rows = training.config.evaluation.micro_rows or training.config.batch.micro_rows
+    return evaluate(
+        training.engine, training.config.task, store, rows, len(store.label_names), training.ranks, micro_rows
+    )
+
+
+def _judge(training: Training, progress: Progress, results: dict[str, float]) -> None:
+    """Remember the best evaluation, and how many came after it."""
+    metric = training.config.best_metric
+    value = results[metric]
+    better = progress.best_value is None or (
+        value < progress.best_value if metric == "loss" else value > progress.best_value
+    )
+    if better:
+        progress.best_value, progress.best_step = value, progress.step
+        progress.evaluations_without_improvement = 0
+    else:
+        progress.evaluations_without_improvement += 1
+
+
+def _parameters_without_gradient(training: Training) -> list[str]:
+    """Trainable parameters that no backward pass of this step reached, on this rank."""
+    expected = {name for name, parameter in training.parameters.items() if parameter.requires_grad}
+    return sorted(expected - training.received)
+
+
+def _stop_for_missing_gradients(training: Training, progress: Progress, missing: list[str], rows: Any) -> None:
+    """A parameter without a gradient would be updated with an old one again (DeepSpeed 0.19.8, ZeRO-3)."""
+    what = (
+        f"{len(missing)} trainable parameters, for example {missing[0]}," if missing else "parameters of another rank"
+    )
+    raise NumericalStopError(
+        f"step {progress.step + 1}: {what} received no gradient, and ZeRO would apply an old one; "
+        f"no weight was changed; rows {_name_rows(training, rows)}"
+    )
+
+
+def _stop_for_loss(training: Training, progress: Progress, sums: list[float], micro_batches: list[Any]) -> None:
+    flags = training.ranks.gather([int(not math.isfinite(value)) for value in sums])
+    rows = [
+        int(row)
+        for rank, marks in enumerate(flags)
+        for parts, mark in zip(micro_batches, marks, strict=True)
+        if mark
+        for row in parts[rank]
+    ]
+    raise NumericalStopError(
+        f"step {progress.step + 1}: the loss is not finite; no weight was changed; rows {_name_rows(training, rows)}"
+    )
+
+
+def _name_rows(training: Training, rows: Any) -> str:
+    """Row numbers with the place their first document comes from; at most eight."""
+    named = []
+    for row in list(rows)[:8]:
+        documents, _, _ = training.rows.segments(int(row))
+        named.append(f"{row} (from {training.store.locate(int(documents[0]))})")
+    return ", ".join(named) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def resume(training: Training, path: Any) -> Progress:
+    """Load the checkpoint at `path` into the engine and return where it stood. All ranks call it."""
+    state = load_checkpoint(training.engine, training.parameters, path)
+    return Progress(**state["progress"])

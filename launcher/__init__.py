@@ -1,0 +1,1 @@
+"""The command line and everything that touches the shell, hosts and batch systems."""

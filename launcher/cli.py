@@ -1,0 +1,216 @@
+"""The ``fulltune`` command: arguments in, exit code out. Heavy imports wait inside the commands."""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from engine.errors import INTERNAL, ConfigError
+from launcher.run_config import load_run, run_file_schema
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Every failure is one line on stderr and an exit code."""
+    arguments = _parse(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        print("fulltune: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left, as in `fulltune schema | head`
+        return 0
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        code = getattr(error, "exit_code", None)
+        if isinstance(code, int):
+            print(f"fulltune: error: {_one_line(error)}", file=sys.stderr)
+            return code
+        hint = "" if arguments.debug else " (--debug shows where)"
+        print(f"fulltune: error: {type(error).__name__}: {_one_line(error)}{hint}", file=sys.stderr)
+        return INTERNAL
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may stand before, between and after options, which argparse alone refuses."""
+    parser = build_parser()
+    arguments, left = parser.parse_known_args(argv)
+    late = [word for word in left if "=" in word and not word.startswith("-")]
+    if len(late) < len(left) or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if late:
+        arguments.overrides = arguments.overrides + late
+    return arguments
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its mistakes look like all others: one line, exit code 78."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ConfigError.exit_code, f"fulltune: error: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> _Parser:
+    """The whole command line."""
+    parser = _Parser(prog="fulltune", description="Full-parameter fine-tuning of language models with DeepSpeed.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    prepare = _add(commands, "prepare", _prepare, "turn the run file's records into a token store")
+    _add_run_file(prepare)
+
+    train = _add(commands, "train", _train, "prepare if needed, then train through `deepspeed`")
+    _add_run_file(train)
+    train.add_argument("--dry-run", action="store_true", help="print what would happen; write and start nothing")
+    train.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: every GPU, or 2 on CPU)")
+    train.add_argument("--hostfile", type=Path, metavar="HOSTS", help="several machines: lines `host slots=N`")
+    train.add_argument("--include", metavar="SPEC", help="with --hostfile: use only host1@host2:0,2")
+    train.add_argument("--exclude", metavar="SPEC", help="with --hostfile: leave out host1@host2:0,2")
+    train.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet (default: a free one)")
+    train.add_argument("--fresh", action="store_true", help="start over even if the run folder holds a checkpoint")
+
+    export = _add(commands, "export", _export, "turn a checkpoint into a Hugging Face folder (no GPU needed)")
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; must not exist")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
+    export.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    export.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
+
+    generate = _add(commands, "generate", _generate, "continue prompts with a Hugging Face folder")
+    generate.add_argument("model", metavar="MODEL", help="folder of a causal language model")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: one prompt on stdin)")
+    generate.add_argument("--chat", action="store_true", help="the prompt is a user's turn: use the chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, with --temperature")
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer", description="Train a tokenizer.")
+    actions = tokenizer.add_subparsers(metavar="ACTION", required=True)
+    train_tokenizer = _add(actions, "train", _train_tokenizer, "train a sentencepiece tokenizer on text or JSONL files")
+    train_tokenizer.add_argument("files", type=Path, nargs="+", metavar="FILES")
+    train_tokenizer.add_argument("out_dir", type=Path, metavar="OUT")
+    train_tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
+
+    demo = _add(commands, "demo", _demo, "train a small model from nothing on this machine, start to finish")
+    demo.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes (default: ./demo)")
+
+    _add(commands, "schema", _schema, "print the JSON schema of a run file, for editors")
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[_Parser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> _Parser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_run_file(parser: _Parser) -> None:
+    parser.add_argument("run_file", type=Path, metavar="RUN.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="for example optimizer.learning_rate=2e-5"
+    )
+
+
+def _byte_count(text: str) -> int:
+    """`5GB`, `200MB`, `1_000_000`: decimal units, as Hugging Face counts."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
+    if not number.strip().replace("_", "").isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"write a size such as 5GB or 200MB, not {text}")
+    return int(number) * unit
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from launcher.train import prepare_store
+
+    prepare_store(load_run(arguments.run_file, arguments.overrides))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from launcher.train import plan_job, start
+
+    run = load_run(arguments.run_file, arguments.overrides)
+    job = plan_job(
+        run,
+        ranks=arguments.ranks,
+        hostfile=arguments.hostfile,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        master_port=arguments.master_port,
+        engine_flags=[f"--{flag}" for flag in ("fresh", "debug") if getattr(arguments, flag)],
+    )
+    if arguments.dry_run:
+        from launcher.plan import describe_plan
+
+        print(describe_plan(run, job))
+        return 0
+    code, message = start(run, job)
+    if message:
+        print(f"fulltune: {message}", file=sys.stderr)
+    return code
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from launcher.export import export_run
+
+    export_run(
+        arguments.run_dir, arguments.out_dir, arguments.step, arguments.best, arguments.dtype, arguments.max_shard_size
+    )
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from launcher.generate import generate
+
+    prompts = arguments.prompt if arguments.prompt is not None else [sys.stdin.read().rstrip("\n")]
+    if not all(prompts):
+        raise ConfigError("the prompt is empty: give --prompt TEXT, or text on stdin")
+    for text in generate(
+        arguments.model, prompts, arguments.chat, arguments.max_new_tokens, arguments.temperature, arguments.seed
+    ):
+        print(text, flush=True)
+    return 0
+
+
+def _train_tokenizer(arguments: argparse.Namespace) -> int:
+    from data_prep.tokenizer import train_sentencepiece
+
+    train_sentencepiece(arguments.files, arguments.out_dir, arguments.vocab_size)
+    print(f"tokenizer written to {arguments.out_dir}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from launcher.demo import run_demo
+
+    return run_demo(arguments.dir)
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    print(json.dumps(run_file_schema(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""``fulltune generate``: continue prompts with a Hugging Face folder, by plain transformers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError, MissingInputError
+
+
+def generate(
+    model_name: str, prompts: list[str], chat: bool, max_new_tokens: int, temperature: float, seed: int
+) -> Iterator[str]:
+    """Yield the continuation of each prompt (new text only). Greedy at temperature 0.
+
+    `chat`: the prompt is a user's turn and goes through the tokenizer's chat template.
+    Nothing but transformers reads the folder, so what works here works everywhere.
+    """
+    if not (Path(model_name) / "config.json").is_file():
+        raise MissingInputError(f"{model_name}: not a model folder (no config.json in it); `fulltune export` makes one")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ConfigError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    architectures = AutoConfig.from_pretrained(model_name).architectures or []
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise ConfigError(f"{model_name}: {', '.join(architectures) or 'this model'} does not generate text")
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model = AutoModelForCausalLM.from_pretrained(model_name, use_safetensors=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    torch.manual_seed(seed)
+    for prompt in prompts:
+        inputs = _encode(tokenizer, prompt, chat).to(model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_k=None,
+                top_p=None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+        yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise ConfigError("--chat: this tokenizer has no chat template")
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,124 @@
+"""``fulltune train --dry-run``: everything the run would do, printed; nothing is written or started."""
+
+import json
+import math
+import shlex
+import struct
+from pathlib import Path
+from typing import Any
+
+from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
+from engine.config import RunConfig
+from engine.ds_config import resolve_ds_config
+from launcher.launch import Job
+from launcher.run_config import Run
+
+_GIB = 2.0**30
+_PROCESS_GIB = 0.4
+
+
+def describe_plan(run: Run, job: Job) -> str:
+    """The plan of `job` in a few paragraphs. Raises what the run itself would raise on its configuration."""
+    ds_config = resolve_ds_config(run.config, job.num_ranks)
+    parts = [
+        *_batch_lines(run.config, job.num_ranks),
+        *_duration_lines(run),
+        *_memory_lines(run.config, job, ds_config),
+        "",
+        f"DeepSpeed configuration ({run.config.deepspeed}, resolved):",
+        json.dumps(ds_config, indent=2),
+        "",
+        *_node_lines(job),
+        "",
+        "command:",
+        "  " + " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(job.environment.items())) + " \\",
+        f"  {shlex.join(job.command)}",
+        f"  ({job.run_file} is {run.source} resolved; written when the run starts)",
+    ]
+    return "\n".join(parts)
+
+
+def _batch_lines(config: RunConfig, num_ranks: int) -> list[str]:
+    rows, micro_rows = config.global_rows, config.batch.micro_rows
+    micro_batches = -(-rows // (num_ranks * micro_rows))
+    tokens = rows * config.data.row_tokens
+    lines = [
+        f"batch: {rows} rows a step (up to {tokens:,} tokens) = {num_ranks} ranks x {micro_rows} rows "
+        f"x {micro_batches} micro-batches"
+    ]
+    last = rows - (micro_batches - 1) * num_ranks * micro_rows
+    if last < num_ranks * micro_rows:
+        held = [len(range(rank, last, num_ranks)) for rank in range(num_ranks)]
+        empty = sum(1 for count in held if count == 0)
+        lines.append(
+            f"  uneven: the last micro-batch has {last} rows for {num_ranks * micro_rows} places"
+            + (f"; {empty} ranks run it empty" if empty else "")
+            + ". Correct, but a multiple wastes nothing."
+        )
+    return lines
+
+
+def _duration_lines(run: Run) -> list[str]:
+    config = run.config
+    try:
+        folder = resolve_store(config.data.store_dir, "train", run.values["data"], config.task)
+        rows = None if folder is None else open_rows(TokenStore.open(folder), config.data.row_tokens).num_rows
+    except StoreError as error:
+        steps = f"{config.duration.steps} steps" if config.duration.steps else f"{config.duration.epochs:g} epochs"
+        return [f"duration: {steps}; the token store is prepared first ({str(error).partition(';')[0]})"]
+    if rows is None:
+        return [f"data: {config.data.store_dir} has no train split"]
+    if config.duration.steps is not None:
+        steps_total, epochs = config.duration.steps, config.duration.steps * config.global_rows / rows
+    else:
+        assert config.duration.epochs is not None
+        epochs = config.duration.epochs
+        steps_total = math.ceil(epochs * rows / config.global_rows)
+    return [f"duration: {steps_total} steps = {epochs:.3g} epochs of {rows:,} rows of {config.data.row_tokens} tokens"]
+
+
+def _memory_lines(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> list[str]:
+    """Host memory of the fullest node by the measured rule for full CPU offload; nothing where it does not apply."""
+    zero = ds_config["zero_optimization"]
+    offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
+    parameters = count_parameters(config.model.path)
+    if offloads != ["cpu", "cpu"] or parameters is None:
+        return []
+    accumulates_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    bytes_each = 22 if accumulates_fp32 else 20
+    ranks = max(len(node.slots) for node in job.nodes)
+    share = parameters * bytes_each * ranks / job.num_ranks / _GIB
+    return [
+        f"host memory: about {share + ranks * _PROCESS_GIB:.1f} GiB a node ({parameters:,} parameters x {bytes_each} "
+        f"bytes x {ranks}/{job.num_ranks} ranks + {_PROCESS_GIB} GiB a process)"
+    ]
+
+
+def count_parameters(model_path: str | None) -> int | None:
+    """Elements of all tensors in a local folder's safetensors files, from their headers; None if unknown."""
+    files = sorted(Path(model_path).glob("*.safetensors")) if model_path else []
+    total = 0
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                (header_bytes,) = struct.unpack("<Q", file.read(8))
+                if header_bytes > 100_000_000:
+                    return None
+                header = json.loads(file.read(header_bytes))
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, struct.error):
+        return None  # the model's own loader says what is wrong with it
+    return total or None
+
+
+def _node_lines(job: Job) -> list[str]:
+    kind = "CPU ranks" if job.environment.get("DS_ACCELERATOR") == "cpu" else "GPUs"
+    lines = [f"nodes: {len(job.nodes)}, ranks: {job.num_ranks} ({kind})"]
+    first = 0
+    for node in job.nodes:
+        last = first + len(node.slots) - 1
+        ranks = f"rank {first}" if last == first else f"ranks {first}-{last}"
+        slots = ",".join(map(str, node.slots))
+        lines.append(f"  {node.name}: {ranks} on slots {slots}: python -m engine {job.run_file}")
+        first = last + 1
+    return lines

@@ -1,0 +1,1 @@
+"""Run files to start from, one for each task."""

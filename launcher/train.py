@@ -1,0 +1,78 @@
+"""``fulltune train``: store, compiled ops, resolved run file, then `deepspeed` under supervision."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from engine.ds_config import resolve_ds_config
+from engine.errors import ConfigError, FulltuneError
+from engine.prebuild import extensions_dir, missing_ops
+from launcher.environment import job_environment, remote_environment
+from launcher.hosts import filter_nodes, is_local, local_node, read_hostfile
+from launcher.launch import DEFAULT_PORT, Job, free_port, hostfile_command, local_command, owned_run_dir, run_job
+from launcher.run_config import Run, write_resolved
+
+
+def plan_job(
+    run: Run,
+    *,
+    ranks: int | None = None,
+    hostfile: Path | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    master_port: int | None = None,
+    engine_flags: list[str] | None = None,
+) -> Job:
+    """Decide what runs where. Starts and writes nothing; ConfigError for what cannot work."""
+    engine_arguments = [str(run.resolved_path), *(engine_flags or [])]
+    if hostfile is None:
+        if include or exclude:
+            raise ConfigError("--include and --exclude choose from a hostfile: give --hostfile HOSTS")
+        node, uses_gpus = local_node(ranks)
+        port = master_port or free_port()
+        command = local_command(node, port, engine_arguments)
+        nodes = [node]
+    else:
+        if ranks is not None:
+            raise ConfigError("--ranks is for this machine alone: with --hostfile, slots=N says how many")
+        nodes = filter_nodes(read_hostfile(hostfile), include, exclude)
+        # The other machines are taken to be like this one; DeepSpeed asks each for itself.
+        _, uses_gpus = local_node(None)
+        port = master_port or (free_port() if all(is_local(node.name) for node in nodes) else DEFAULT_PORT)
+        selection = ["--include", include] if include else ["--exclude", exclude] if exclude else []
+        command = hostfile_command(hostfile.absolute(), nodes, selection, port, engine_arguments)
+    resolve_ds_config(run.config, sum(len(node.slots) for node in nodes))
+    environment = job_environment(max(len(node.slots) for node in nodes), uses_gpus)
+    return Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
+
+
+def prepare_store(run: Run) -> None:
+    """Make the token store the run file describes, or say that it is there already."""
+    from data_prep.prepare import prepare
+
+    prepare(run.data, run.values["data"], run.config.task)
+
+
+def start(run: Run, job: Job) -> tuple[int, str]:
+    """Prepare what is missing, then run `job` to its end; (exit code, one line unless it is 0)."""
+    with owned_run_dir(run.config.run_dir):
+        prepare_store(run)
+        write_resolved(run)
+        _prebuild(job.environment)
+        if not all(is_local(node.name) for node in job.nodes):
+            ours = job.environment | remote_environment(job.run_dir, job.environment)
+            job = dataclasses.replace(job, environment=ours)
+        return run_job(job)
+
+
+def _prebuild(environment: dict[str, str]) -> None:
+    """Compile DeepSpeed's ops in a process of its own if one is missing on this machine."""
+    uses_gpus = environment.get("DS_ACCELERATOR") != "cpu"
+    folder = Path(environment.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
+    if not missing_ops(folder, uses_gpus):
+        return
+    result = subprocess.run([sys.executable, "-m", "engine.prebuild"], env=os.environ | environment, check=False)
+    if result.returncode:
+        raise FulltuneError("DeepSpeed's ops could not be compiled; the reason is printed above")

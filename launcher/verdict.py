@@ -1,0 +1,172 @@
+"""What really became of a run: the ranks' own exit records, not the launcher's exit code.
+
+`deepspeed` ends with 0 in some crashes. Every rank writes ``ranks/rank-00000.json`` when it starts
+and ``ranks/exit-00000.json`` as its last act, so a rank without the second was killed. A batch
+script uses this module by itself::
+
+    RUN_DIR=$(python -m launcher.verdict start RUN.yaml key=value ...)
+    deepspeed ...
+    python -m launcher.verdict end RUN_DIR --ranks 16 --code $?
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config import RunConfig
+from engine.errors import INTERNAL, CannotWriteError, FulltuneError
+from engine.run_file import load_run_file
+
+LOST_PEER = 76
+# From cause to consequence: a rank that lost its peer or stopped on request explains nothing.
+_CAUSES_FIRST = (77, 78, 66, 65, 73, 74, 79, 70)
+
+
+@dataclass(frozen=True)
+class RankStart:
+    """A rank's record of its start."""
+
+    rank: int
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True)
+class RankExit:
+    """A rank's last word."""
+
+    rank: int
+    code: int
+    phase: str
+    message: str
+
+
+def clear_records(run_dir: Path) -> None:
+    """Remove the records of earlier starts; call before ranks start and never while they run."""
+    for path in (run_dir / "ranks").glob("*-*.json"):
+        path.unlink(missing_ok=True)
+
+
+def read_starts(run_dir: Path) -> list[RankStart]:
+    """The ranks that have started so far."""
+    return [
+        RankStart(int(record["rank"]), int(record["pid"]), str(record["host"]))
+        for record in _read_records(run_dir, "rank")
+    ]
+
+
+def failed_before(run_dir: Path, moment: float) -> bool:
+    """Whether a rank wrote a failing exit record before `moment` (seconds since 1970)."""
+    return any(
+        record.code and (run_dir / "ranks" / f"exit-{rank:05d}.json").stat().st_mtime < moment
+        for rank, record in read_exits(run_dir).items()
+    )
+
+
+def read_exits(run_dir: Path) -> dict[int, RankExit]:
+    """The last words written so far, by rank."""
+    return {
+        int(record["rank"]): RankExit(
+            int(record["rank"]), int(record["code"]), str(record.get("phase", "")), str(record.get("message") or "")
+        )
+        for record in _read_records(run_dir, "exit")
+    }
+
+
+def _read_records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    records = []
+    for path in sorted((run_dir / "ranks").glob(f"{kind}-*.json")):
+        try:
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue  # a rank that was killed while it wrote: as good as no record
+    return records
+
+
+def judge(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequence[int] = ()) -> tuple[int, str]:
+    """The honest exit code of a run and, unless it is 0, one line that explains it.
+
+    0 only if every rank wrote 0. If the ranks agree, their code. A killed rank leaves no record; its
+    peers then fail because of it, so it is told first, with 76. Otherwise the code of the cause.
+    `launcher_code` is what `deepspeed` or `srun` returned: how one of the first failing ranks ended.
+    `died_first` are ranks that a supervisor saw vanish without a record while no other had failed.
+    """
+    exits = read_exits(run_dir)
+    records = [exits[rank] for rank in range(num_ranks) if rank in exits]
+    silent = [rank for rank in range(num_ranks) if rank not in exits]
+    if not silent and len({record.code for record in records}) == 1:
+        first = records[0]
+        return first.code, "" if first.code == 0 else _describe(first)
+    number = _signal_number(launcher_code)
+    killed = [rank for rank in died_first if rank in silent] or (silent if number and read_starts(run_dir) else [])
+    if killed:
+        hint = "; often the kernel's out-of-memory killer, see dmesg" if number in (None, signal.SIGKILL) else ""
+        how = "was killed" if len(killed) == 1 else "were killed, or one was and the others after it"
+        which = f" (signal {number})" if number else ""
+        return LOST_PEER, f"{_name(killed)} {how}{which}, no exit record{hint}"
+    cause = next((record for code in _CAUSES_FIRST for record in records if record.code == code), None)
+    if cause is not None:
+        return cause.code, _describe(cause)
+    if not silent:
+        worst = max(records, key=lambda record: record.code)
+        return worst.code, _describe(worst)
+    if not read_starts(run_dir):
+        return INTERNAL, f"no rank of {num_ranks} started (launcher code {launcher_code}); the reason is printed above"
+    return LOST_PEER, f"{_name(silent)} left no exit record (launcher code {launcher_code}); see the output above"
+
+
+def _name(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+def _signal_number(code: int) -> int | None:
+    """The signal in a return code: Popen's -9, a shell's 137, or the 247 that sys.exit(-9) becomes."""
+    number = -code if code < 0 else code - 128 if 128 < code < 192 else 256 - code if 192 <= code < 256 else 0
+    return number if number in {int(known) for known in signal.Signals} else None
+
+
+def _describe(record: RankExit) -> str:
+    phase = f" while in {record.phase}" if record.phase else ""
+    return f"rank {record.rank} ended with exit code {record.code}{phase}: {record.message or 'no message'}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """For batch scripts: clear the records before the start, judge them after the end."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.verdict", description="judge a run by its exit records")
+    actions = parser.add_subparsers(dest="action", required=True)
+    start = actions.add_parser("start", help="remove the records of earlier starts and print the run folder")
+    start.add_argument("run_file", type=Path)
+    start.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    end = actions.add_parser("end", help="print what happened and exit with the honest code")
+    end.add_argument("run_dir", type=Path)
+    end.add_argument("--ranks", type=int, required=True, help="number of ranks of the job")
+    end.add_argument("--code", type=int, required=True, help="exit code of deepspeed or srun")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "start":
+        return _start(arguments.run_file, arguments.overrides)
+    code, message = judge(arguments.run_dir, arguments.ranks, arguments.code)
+    if message:
+        print(f"fulltune: {message}", file=sys.stderr)
+    return code
+
+
+def _start(run_file: Path, overrides: list[str]) -> int:
+    try:
+        run_dir = load_run_file(run_file, overrides).parse(RunConfig).run_dir
+        (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
+    except (FulltuneError, OSError) as error:
+        print(f"fulltune: error: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", CannotWriteError.exit_code))
+    clear_records(run_dir)
+    print(run_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""One rank of the checkpoint tests: trains a small model with real DeepSpeed, saves, loads, and writes what it saw.
+
+Whole tensors are gathered with DeepSpeed's own accessors, not with the code under test. Arguments:
+the folder of the test and the phase (a function below).
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+from torch import nn
+
+from engine.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from engine.distributed import leave
+from engine.errors import FulltuneError
+from engine.zero_state import fill_masters, optimizer_steps
+
+SAVED_STEP, LAST_STEP = 7, 10
+# name: ZeRO stage, dtype, optimizer on the CPU, parameters on the CPU
+SETTINGS = {
+    "zero3-offload": (3, "bf16", True, True),
+    "zero3": (3, "bf16", False, False),
+    "zero3-fp32": (3, "fp32", False, False),
+    "zero2": (2, "bf16", False, False),
+    "zero2-offload": (2, "bf16", True, False),
+}
+
+
+class SmallModel(nn.Module):
+    """Everything that makes slicing hard: odd sizes, one element, tied, frozen, buffers of both kinds."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = nn.Embedding(37, 11)
+        self.hidden = nn.Linear(11, 29)
+        self.norm = nn.LayerNorm(29)
+        self.frozen = nn.Linear(29, 11)
+        self.frozen.requires_grad_(False)
+        self.frozen_table = nn.Embedding(499, 11).requires_grad_(False)
+        self.scale = nn.Parameter(torch.rand(1) + 0.5)
+        self.output = nn.Linear(11, 37, bias=False)
+        self.output.weight = self.embedding.weight
+        self.register_buffer("calibration", torch.rand(5))
+        self.register_buffer("seen", torch.tensor(seed))
+        self.register_buffer("not_saved", torch.rand(3), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.norm(self.hidden(self.embedding(tokens))))
+        hidden = self.frozen(hidden) * self.scale + self.calibration.sum().to(hidden.dtype)
+        return self.output(hidden)
+
+
+class Task(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if hasattr(self.model, "config"):
+            classify = type(self.model).__name__.endswith("SequenceClassification")
+            labels = tokens[:, 0] % 2 if classify else tokens
+            return self.model(input_ids=tokens, labels=labels).loss
+        logits = self.model(tokens[:, :-1]).float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def hugging_face_model(family: str) -> nn.Module:
+    """A tiny model with random weights of one of the families that exports are tested with."""
+    import transformers as hf
+
+    torch.manual_seed(3)
+    names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    decoder = {
+        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    }  # fmt: skip
+    match family:
+        case "llama":
+            return hf.LlamaForCausalLM(hf.LlamaConfig(**decoder))
+        case "gpt2":
+            return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=37, n_embd=16, n_layer=2, n_head=4, n_positions=32))
+        case "qwen2":
+            model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**decoder, tie_word_embeddings=True))
+            model.model.layers[0].self_attn.q_proj.requires_grad_(False)
+            return model
+        case "mixtral":
+            return hf.MixtralForCausalLM(hf.MixtralConfig(**decoder, num_local_experts=3))
+        case "t5-classification":
+            config = hf.T5Config(vocab_size=37, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, **names)
+            config.eos_token_id, config.decoder_start_token_id = 1, 0
+            return hf.T5ForSequenceClassification(config)
+        case _:
+            sizes = {key: value for key, value in decoder.items() if key != "num_key_value_heads"}
+            return hf.BertForSequenceClassification(hf.BertConfig(**sizes, **names))
+
+
+def build(setting: str, seed: int, model: nn.Module | None = None) -> tuple[Any, dict[str, nn.Parameter]]:
+    stage, dtype, offload_optimizer, offload_param = SETTINGS[setting]
+    model = model or SmallModel(seed)
+    parameters = dict(model.named_parameters())
+    originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": 0.1},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    kind = DeepSpeedCPUAdam if offload_optimizer else torch.optim.AdamW
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 10_000, "contiguous_gradients": True}
+    if offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if offload_param:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 30, "sub_group_size": 200}
+    config = {
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
+        "gradient_clipping": 1.0, "bf16": {"enabled": dtype == "bf16"}, "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32", "zero_optimization": zero, "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8)
+    engine, *_ = deepspeed.initialize(model=Task(model), optimizer=optimizer, config=config)
+    fill_masters(engine, parameters, lambda name, start, stop: originals[name].reshape(-1)[start:stop])
+    return engine, parameters
+
+
+def train(engine: Any, first: int, last: int) -> list[list[float]]:
+    """Steps first+1 to last on data that depends on step and rank only; [loss, gradient norm] of each."""
+    figures = []
+    for step in range(first + 1, last + 1):
+        generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+        tokens = torch.randint(2, 37, (2, 9), generator=generator)
+        tokens[:, -1] = 1  # T5's classifier reads where the end token stands
+        loss = engine(tokens)
+        engine.backward(loss)
+        engine.step()
+        figures.append([float(loss.detach()), float(engine.get_global_grad_norm())])
+    return figures
+
+
+def gathered(engine: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The whole state: masters and moments in fp32, the weights computed with, and the buffers."""
+    state = {}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            state[f"master/{name}"] = safe_get_full_fp32_param(parameter).clone()
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[f"{kind}/{name}"] = _full_moment(engine, parameter, kind)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            state[f"weight/{name}"] = parameter.detach().clone()
+    if hasattr(engine.optimizer, "persistent_parameters"):  # the gathers above left these partitioned
+        engine.optimizer.checkpoint_event_epilogue()
+    for name, buffer in engine.module.model.named_buffers():
+        state[f"buffer/{name}"] = buffer.clone()
+    return state
+
+
+def _full_moment(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
+    if hasattr(parameter, "ds_id"):
+        return engine.optimizer.get_full_hp_param(parameter, kind).clone()
+    # DeepSpeed links the moments of ZeRO-2 when the first group has stepped, which misses the second.
+    whole = torch.zeros(parameter.numel())
+    if parameter._hp_mapping is not None:
+        mapping = parameter._hp_mapping
+        address, where = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+        flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        moment = engine.optimizer.optimizer.state[flat][kind]
+        whole[address.start : address.start + address.numel] = moment[where.start : where.start + where.numel]
+    dist.all_reduce(whole)
+    return whole.view(parameter.shape)
+
+
+def record(folder: Path, name: str, engine: Any, parameters: dict[str, nn.Parameter], facts: Any) -> None:
+    state = gathered(engine, parameters)
+    facts = {"optimizer_steps": optimizer_steps(engine), "facts": facts}
+    if dist.get_rank() == 0:
+        save_file(state, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+
+
+def phase_write(folder: Path) -> None:
+    """Train, save half-way, and go on without a break: what a resumed run must equal."""
+    for setting in SETTINGS:
+        engine, parameters = build(setting, seed=1)
+        record_start(folder, setting, parameters)
+        train(engine, 0, SAVED_STEP)
+        path = save_checkpoint(engine, parameters, folder / setting, {"step": SAVED_STEP, "note": setting})
+        record(folder, f"{setting}-saved", engine, parameters, path.name)
+        record(folder, f"{setting}-last", engine, parameters, train(engine, SAVED_STEP, LAST_STEP))
+        engine.destroy()
+
+
+def record_start(folder: Path, setting: str, parameters: dict[str, nn.Parameter]) -> None:
+    masters = {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items() if p.requires_grad}
+    if dist.get_rank() == 0:
+        save_file(masters, folder / f"{setting}-start.safetensors")
+
+
+def phase_load(folder: Path) -> None:
+    """Load what others wrote, at this world size and in every setting, and write it again."""
+    sources = [folder / name for name in (*SETTINGS, *(f"from-{size}" for size in (1, 3))) if (folder / name).is_dir()]
+    for number, source in enumerate(sources):
+        setting = list(SETTINGS)[(number + dist.get_world_size()) % len(SETTINGS)]
+        engine, parameters = build(setting, seed=2)
+        state = load_checkpoint(engine, parameters, find_checkpoint(source))
+        record(folder, f"{source.name}-loaded-{dist.get_world_size()}", engine, parameters, [setting, state])
+        if source.name == "zero3-offload":
+            save_checkpoint(engine, parameters, folder / f"from-{dist.get_world_size()}", {"step": SAVED_STEP})
+        engine.destroy()
+
+
+def phase_resume(folder: Path) -> None:
+    """Go on from a checkpoint in a new process, in the same setting."""
+    for setting in SETTINGS:
+        engine, parameters = build(setting, seed=2)
+        load_checkpoint(engine, parameters, find_checkpoint(folder / setting))
+        record(folder, f"{setting}-resumed", engine, parameters, train(engine, SAVED_STEP, LAST_STEP))
+        engine.destroy()
+
+
+def phase_fail(folder: Path) -> None:
+    """Saves that fail on one rank only, and a checkpoint that is damaged for one rank only."""
+    engine, parameters = build("zero3-offload", seed=1)
+    run_dir = folder / "failing"
+    outcomes: dict[str, Any] = {}
+    for step in (1, 2):
+        train(engine, step - 1, step)
+        save_checkpoint(engine, parameters, run_dir, {"step": step})
+    before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints" / "step-00000002").iterdir()}
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # 4 KiB stop the slices of one rank; 8 KiB let them pass and stop the frozen parameters that rank 0 writes.
+    for failing_rank, limit_bytes in ((0, 4096), (1, 4096), (0, 8192)):
+        if dist.get_rank() == failing_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+        outcomes[f"rank {failing_rank} has {limit_bytes}"] = _error_of(
+            lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3})
+        )
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        dist.barrier()
+        outcomes[f"left by {failing_rank} with {limit_bytes}"] = sorted(
+            path.name for path in (run_dir / "checkpoints").iterdir()
+        )
+
+    def taken() -> None:
+        from engine.errors import CannotWriteError
+
+        raise CannotWriteError("taken over by a newer job")
+
+    outcomes["stale owner"] = _error_of(
+        lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3}, owner_check=taken)
+    )
+    after = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints" / "step-00000002").iterdir()}
+    outcomes["untouched"] = before == after
+    outcomes["found"] = find_checkpoint(run_dir).name
+    dist.barrier()
+    if dist.get_rank() == 0:
+        victim = run_dir / "checkpoints" / "step-00000002" / "slices-00001-of-00002.safetensors"
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    dist.barrier()
+    outcomes["found after damage"] = find_checkpoint(run_dir).name
+    state = load_checkpoint(engine, parameters, find_checkpoint(run_dir))
+    save_checkpoint(engine, parameters, run_dir, {"step": state["step"] + 1})
+    outcomes["found after repair"] = find_checkpoint(run_dir).name
+    prune_checkpoints(run_dir, keep=1)
+    outcomes["after pruning"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    (folder / f"fail-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
+
+
+def phase_export(folder: Path) -> None:
+    """A checkpoint of each model family, with the masters that DeepSpeed's accessors give for it."""
+    for family in ("llama", "gpt2", "qwen2", "t5-classification", "bert-classification", "mixtral"):
+        model = hugging_face_model(family)
+        steps = 0 if family == "mixtral" else 1  # its experts do not all see a token
+        engine, parameters = build("zero3-offload", 0, model)
+        train(engine, 0, steps)
+        run_dir = folder / family
+        save_checkpoint(engine, parameters, run_dir, {"step": steps})
+        state = gathered(engine, parameters)
+        if dist.get_rank() == 0:
+            weights = {n: state.get(f"master/{n}", state[f"weight/{n}"].float()) for n in parameters}
+            save_file(weights, folder / f"{family}.safetensors")
+            model.config.save_pretrained(run_dir / "model")
+            if model.can_generate():
+                model.generation_config.save_pretrained(run_dir / "model")
+        engine.destroy()
+
+
+def _error_of(action: Any) -> list[Any]:
+    try:
+        action()
+    except FulltuneError as error:
+        return [type(error).__name__, str(error), error.exit_code]
+    return []
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_init_required=True, verbose=False)
+    for phase in sys.argv[2:]:
+        globals()[f"phase_{phase}"](Path(sys.argv[1]))
+    dist.barrier()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""One rank of the guard and evaluation tests; rank 0 writes what happened as JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from equivalence_cases import Case, case_config, make_model, memory_store
+
+from engine.attention import register_packed_attention
+from engine.distributed import RunFolder, StopSignal, leave, start_ranks
+from engine.ds_config import resolve_ds_config, shipped_ds_configs
+from engine.errors import NumericalStopError
+from engine.evaluate import evaluate
+from engine.setup import build_engine, quiet_libraries
+from engine.train import Progress, Training, train_step
+from engine.zero_state import owned_slices, state_view
+
+
+def training_of(case: Case, out_dir: Path, ranks, model: Any = None, **changes: Any) -> Training:
+    store, rows = memory_store(case.task)
+    config = case_config(case, out_dir).model_copy(update=changes)
+    model = model or make_model(case.family, packed=case.task == "causal_lm")
+    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
+    fill()
+    engine.train()
+    return Training(config, ranks, RunFolder(out_dir, ranks.rank), engine, parameters, store, rows, None, 10, {})
+
+
+def masters(training: Training) -> torch.Tensor:
+    pieces = owned_slices(training.engine, training.parameters)
+    return torch.cat([state_view(training.engine, piece, "master").clone() for piece in pieces])
+
+
+def refused_step(training: Training) -> dict[str, Any]:
+    """Run one step that must be refused; what was said, and whether weights stayed bit-equal everywhere."""
+    before, message = masters(training), ""
+    try:
+        train_step(training, Progress(), StopSignal())
+    except NumericalStopError as error:
+        message = str(error)
+    unchanged = torch.tensor([int(torch.equal(before, masters(training)) and message != "")])
+    dist.all_reduce(unchanged)
+    return {"message": message, "ranks_unchanged": int(unchanged)}
+
+
+def bad_loss(out_dir: Path, ranks) -> dict[str, Any]:
+    """The loss of one micro-batch of rank 1 becomes NaN."""
+    training = training_of(Case("guards"), out_dir, ranks)
+    calls = []
+
+    def spoil(_module: Any, arguments: Any, output: Any) -> Any:
+        calls.append(arguments[0].rows)
+        return (output[0] * float("nan"), output[1]) if ranks.rank == 1 and len(calls) == 2 else output
+
+    training.engine.module.register_forward_hook(spoil)
+    result = refused_step(training)
+    result["rows_of_rank_1"] = ranks.gather([*calls[1], *[-1] * (2 - len(calls[1]))])[1]
+    training.engine.destroy()
+    return result
+
+
+def bad_gradient(out_dir: Path, ranks) -> dict[str, Any]:
+    """The loss is finite; a gradient of rank 1 is not."""
+    training = training_of(Case("guards"), out_dir, ranks)
+
+    def spoil(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if ranks.rank == 1:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+
+    training.engine.module.model.model.norm.register_forward_hook(spoil)
+    result = refused_step(training)
+    training.engine.destroy()
+    return result
+
+
+def missing_gradient(out_dir: Path, ranks) -> dict[str, Any]:
+    """A trainable parameter that the task does not use."""
+    model = make_model("llama", packed=True)
+    model.forgotten = torch.nn.Parameter(torch.ones(8, 8))
+    training = training_of(Case("guards"), out_dir, ranks, model)
+    result = refused_step(training)
+    training.engine.destroy()
+    return result
+
+
+def evaluations(out_dir: Path, ranks) -> dict[str, Any]:
+    """Held-out figures at several micro-batch sizes; 8 packs and 24 texts do not divide evenly."""
+    results: dict[str, Any] = {}
+    for family, labels in (("llama", 0), ("bert", 3)):
+        case = Case("guards", family=family)
+        training = training_of(case, out_dir, ranks)
+        for micro_rows in (1, 3, 100):
+            figures = evaluate(
+                training.engine, case.task, training.store, training.rows, labels, ranks, micro_rows
+            )  # fmt: skip
+            results[f"{family}-{micro_rows}"] = figures
+        results[f"{family}-trains-again"] = training.engine.module.training
+        training.engine.destroy()
+    return results
+
+
+def fp32_masters(out_dir: Path, ranks) -> dict[str, Any]:
+    """Training in bf16 from fp32 weights: are the masters the file's values, and the weights their rounding?"""
+    config = case_config(Case("masters"), out_dir)
+    path = out_dir / "ds-masters.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bf16": {"enabled": True}}))
+    model = make_model("llama", packed=True)
+    originals = {name: parameter.detach().clone().flatten() for name, parameter in model.named_parameters()}
+    rotary = model.model.rotary_emb.inv_freq.clone()
+    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
+    fill()
+    masters_equal = all(
+        torch.equal(state_view(engine, piece, "master").cpu(), originals[piece.name][piece.start : piece.stop])
+        for piece in owned_slices(engine, parameters)
+    )
+    weights_equal = True
+    for name, parameter in parameters.items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            weights_equal &= torch.equal(parameter.detach().flatten().cpu(), originals[name].bfloat16())
+    result = {
+        "masters_equal": masters_equal, "weights_equal": weights_equal,
+        "lossy": any(not torch.equal(value, value.bfloat16().float()) for value in originals.values()),
+        "rotary_kept": torch.equal(model.model.rotary_emb.inv_freq.cpu(), rotary),
+    }  # fmt: skip
+    engine.destroy()
+    return result
+
+
+def dropout(out_dir: Path, ranks) -> dict[str, Any]:
+    """The same step twice is bit-equal; another step, or no dropout, is not."""
+    losses = []
+    for step, probability in ((0, 0.3), (0, 0.3), (1, 0.3), (0, 0.0)):
+        model = make_model("gpt2", packed=True)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = probability
+        training = training_of(Case("gpt2", family="gpt2"), out_dir, ranks, model)
+        figures, _ = train_step(training, Progress(step=step), StopSignal())
+        losses.append(figures["loss"])
+        training.engine.destroy()
+    return {"losses": losses}
+
+
+def shipped(out_dir: Path, ranks) -> dict[str, Any]:
+    """Three steps in bf16 with every configuration of ds_configs/."""
+    losses = {}
+    for name in shipped_ds_configs():
+        training = training_of(Case("shipped"), out_dir, ranks, deepspeed=name)
+        progress = Progress()
+        losses[name] = [train_step(training, progress, StopSignal())[0]["loss"] for _ in range(3)]
+        training.engine.destroy()
+    return losses
+
+
+def golden(out_dir: Path, ranks) -> dict[str, Any]:
+    """Losses and gradient norms of eight real steps in fp32, for one model of each task."""
+    results: dict[str, Any] = {}
+    for family in ("llama", "bert"):
+        training = training_of(Case("golden", family=family), out_dir, ranks)
+        progress, figures = Progress(), []
+        for _ in range(8):
+            step, _ = train_step(training, progress, StopSignal())
+            figures.append([step["loss"], step["gradient_norm"]])
+        results[family] = figures
+        training.engine.destroy()
+    return results
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    register_packed_attention()
+    out_dir = Path(sys.argv[1])
+    ranks = start_ranks()
+    quiet_libraries()
+    np.seterr(all="raise")
+    results = {
+        scenario.__name__: scenario(out_dir, ranks)
+        for scenario in (bad_loss, bad_gradient, missing_gradient, evaluations, fp32_masters, dropout, shipped, golden)
+    }
+    if ranks.rank == 0:
+        (out_dir / "results.json").write_text(json.dumps(results))
+    dist.barrier()
+    leave(0)
+
+
+main()

@@ -1,0 +1,165 @@
+"""Export: the folder loads with transformers alone and computes what the gathered weights compute."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError
+from engine.export import export_checkpoint, resolve_checkpoint
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+FAMILIES = ("llama", "gpt2", "qwen2", "t5-classification", "bert-classification", "mixtral")
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each family a run folder written by two ranks, and its masters gathered by DeepSpeed."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_ranks(2, WORKER, str(folder), "export")
+    return folder
+
+
+def auto_class(family: str) -> type:
+    return AutoModelForSequenceClassification if family.endswith("classification") else AutoModelForCausalLM
+
+
+def load_alone(folder: Path, family: str, dtype: torch.dtype) -> torch.nn.Module:
+    model, info = auto_class(family).from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, local_files_only=True
+    )
+    assert {key: value for key, value in info.items() if value} == {}
+    return model.eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.arange(2, 20).view(2, 9)
+    tokens[:, -1] = 1
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+def reference(trained: Path, family: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model built from its configuration, with the gathered masters put in by name."""
+    config = AutoConfig.from_pretrained(trained / family / "model")
+    model = auto_class(family).from_config(config)
+    weights = load_file(trained / f"{family}.safetensors")
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    for name, parameter in parameters.items():
+        assert parameter.shape == weights[name].shape
+        parameter.data = weights[name].to(dtype)
+    model.tie_weights()
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exported_model_computes_what_the_gathered_weights_compute(
+    trained: Path, tmp_path: Path, family: str, dtype: str
+) -> None:
+    run_dir = trained / family
+    export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", None, tmp_path / "out", dtype)
+    model = load_alone(tmp_path / "out", family, getattr(torch, dtype))
+    expected = reference(trained, family, getattr(torch, dtype))
+    assert torch.equal(logits(model), logits(expected))
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["architectures"] == [type(model).__name__]
+    assert values["dtype"] == dtype
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "t5-classification"])
+def test_tied_weights_are_written_once_under_the_name_transformers_writes(
+    trained: Path, tmp_path: Path, family: str
+) -> None:
+    run_dir = trained / family
+    export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", None, tmp_path / "out", "float32")
+    reference(trained, family, torch.float32).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_shards_hold_at_most_their_limit_and_load(trained: Path, tmp_path: Path) -> None:
+    run_dir = trained / "llama"
+    export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", None, tmp_path / "out", "float32", 4000)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = {name: file.name for file in shards for name in load_file(file)}
+    assert index["weight_map"] == stored
+    sizes = {file: sum(tensor.nbytes for tensor in load_file(file).values()) for file in shards}
+    assert max(sizes.values()) <= 4000
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert torch.equal(
+        logits(load_alone(tmp_path / "out", "llama", torch.float32)),
+        logits(reference(trained, "llama", torch.float32)),
+    )
+
+
+def test_labels_generation_config_and_tokenizer_travel_and_code_does_not(trained: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model", "chat_template.jinja"):
+        (tokenizer / name).write_text(name)
+    for name in ("modeling.py", "model.safetensors", "config.json"):
+        (tokenizer / name).write_text("must stay")
+    for family in ("llama", "bert-classification"):
+        run_dir = trained / family
+        export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", tokenizer, tmp_path / family)
+    assert sorted(path.name for path in (tmp_path / "llama").iterdir()) == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "spiece.model",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    config = AutoConfig.from_pretrained(tmp_path / "bert-classification")
+    assert config.id2label == {0: "bad", 1: "good"}
+    assert config.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained / "llama", run_dir)
+    checkpoint, model_dir, out = resolve_checkpoint(run_dir), run_dir / "model", tmp_path / "exports" / "out"
+
+    with pytest.raises(DataError, match="describes a gpt2 model"):
+        export_checkpoint(checkpoint, trained / "gpt2" / "model", None, out)
+    larger = shutil.copytree(model_dir, tmp_path / "larger") / "config.json"
+    larger.write_text(larger.read_text().replace('"vocab_size": 37', '"vocab_size": 38'))
+    with pytest.raises(DataError, match=r"lm_head.weight has shape \(37, 16\) in the checkpoint and \(38, 16\)"):
+        export_checkpoint(checkpoint, larger.parent, None, out)
+    with pytest.raises(ConfigError, match="bfloat16"):
+        export_checkpoint(checkpoint, model_dir, None, out, "int8")
+    with pytest.raises(MissingInputError, match=r"config\.json"):
+        export_checkpoint(checkpoint, tmp_path, None, out)
+    victim = next(checkpoint.glob("slices-*"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 4] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(DataError, match=victim.name):
+        export_checkpoint(checkpoint, model_dir, None, out)
+    assert not out.parent.exists() or not any(out.parent.iterdir())
+
+    out.mkdir(parents=True)
+    (out / "mine.txt").write_text("keep me")
+    with pytest.raises(CannotWriteError, match="not an empty folder"):
+        export_checkpoint(checkpoint, model_dir, None, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_resolve_names_what_there_is(trained: Path) -> None:
+    assert resolve_checkpoint(trained / "llama", step=1).name == "step-00000001"
+    with pytest.raises(MissingInputError, match="of step 5; there are those of steps 1"):
+        resolve_checkpoint(trained / "llama", step=5)
+    with pytest.raises(MissingInputError, match="marked as best"):
+        resolve_checkpoint(trained / "llama", best=True)
+    with pytest.raises(MissingInputError, match="none at all"):
+        resolve_checkpoint(trained / "nothing")

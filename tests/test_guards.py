@@ -1,0 +1,111 @@
+"""Guards of a step, exact evaluation and seeded dropout, on two real ranks."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from equivalence_cases import make_model, memory_store, reference_gradients
+from ranks import run_ranks
+
+from engine.evaluate import macro_f1
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out_dir = tmp_path_factory.mktemp("guards")
+    segments_before = set(Path("/dev/shm").glob("deepspeed_*"))
+    run_ranks(2, str(Path(__file__).parent / "guards_worker.py"), str(out_dir))
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= segments_before
+    return json.loads((out_dir / "results.json").read_text())
+
+
+def test_a_bad_loss_on_one_rank_stops_all_before_the_update(results: dict[str, Any]) -> None:
+    result = results["bad_loss"]
+    assert result["ranks_unchanged"] == 2
+    rows = [row for row in result["rows_of_rank_1"] if row >= 0]
+    assert rows
+    named = ", ".join(f"{row} (from memory.jsonl:{3 * row + 1})" for row in rows)
+    assert result["message"] == f"step 1: the loss is not finite; no weight was changed; rows {named}"
+
+
+def test_a_bad_gradient_on_one_rank_stops_all_before_the_update(results: dict[str, Any]) -> None:
+    result = results["bad_gradient"]
+    assert result["ranks_unchanged"] == 2
+    assert result["message"].startswith("step 1: the gradient is not finite; no weight was changed; rows ")
+
+
+def test_a_parameter_without_gradient_is_refused(results: dict[str, Any]) -> None:
+    result = results["missing_gradient"]
+    assert result["ranks_unchanged"] == 2
+    assert result["message"].startswith("step 1: 1 trainable parameters, for example forgotten, received no gradient")
+    assert "rows " in result["message"]
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3, 100])
+def test_held_out_loss_is_exact(results: dict[str, Any], micro_rows: int) -> None:
+    figures = results["evaluations"][f"llama-{micro_rows}"]
+    _, rows = memory_store("causal_lm")
+    _, expected = reference_gradients("llama", np.arange(rows.num_rows))
+    assert figures["loss"] == pytest.approx(expected, rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(np.exp(expected), rel=1e-6)
+    assert figures["targets"] == rows.row_targets.sum()
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3, 100])
+def test_held_out_accuracy_and_f1_are_exact(results: dict[str, Any], micro_rows: int) -> None:
+    figures = results["evaluations"][f"bert-{micro_rows}"]
+    store, rows = memory_store("sequence_classification")
+    model = make_model("bert", packed=False).eval()
+    with torch.no_grad():
+        predicted = [int(model(torch.from_numpy(ids)[None]).logits.argmax()) for ids in store.documents]
+    confusion = np.zeros((3, 3), dtype=int)
+    np.add.at(confusion, (store.labels, predicted), 1)
+    assert figures["accuracy"] == pytest.approx(float((store.labels == predicted).mean()))
+    assert figures["macro_f1"] == pytest.approx(macro_f1(confusion))
+    _, expected = reference_gradients("bert", np.arange(rows.num_rows))
+    assert figures["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_goes_back_to_training(results: dict[str, Any]) -> None:
+    assert results["evaluations"]["llama-trains-again"] is True
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_losses_and_gradient_norms_are_the_recorded_ones(results: dict[str, Any], family: str) -> None:
+    """Recorded once with ``FULLTUNE_WRITE_GOLDEN=1 pytest tests/test_guards.py``; fp32, so any CPU comes close.
+
+    A change that moves these numbers changes what everybody's training does: say so in its commit.
+    """
+    if os.environ.get("FULLTUNE_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(results["golden"], indent=1) + "\n")
+    recorded = json.loads(GOLDEN.read_text())[family]
+    np.testing.assert_allclose(results["golden"][family], recorded, rtol=5e-4)
+    losses = [loss for loss, _ in recorded]
+    assert losses[-1] < losses[0]
+
+
+def test_fp32_files_give_exact_fp32_masters(results: dict[str, Any]) -> None:
+    assert results["fp32_masters"] == {
+        "masters_equal": True, "weights_equal": True, "lossy": True, "rotary_kept": True,
+    }  # fmt: skip
+
+
+def test_every_shipped_configuration_trains_alike(results: dict[str, Any]) -> None:
+    losses = results["shipped"]
+    assert sorted(losses) == ["zero2", "zero3", "zero3_offload", "zero3_offload_optimizer"]
+    for values in losses.values():
+        assert values[2] < values[0]
+        np.testing.assert_allclose(values, losses["zero3_offload"], rtol=2e-3)
+
+
+def test_dropout_is_a_function_of_the_step(results: dict[str, Any]) -> None:
+    same, again, other_step, none = results["dropout"]["losses"]
+    assert same == again
+    assert len({same, other_step, none}) == 3

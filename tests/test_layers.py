@@ -1,0 +1,85 @@
+"""The rules between the packages and for the whole source, read from the syntax of every file."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("launcher", "engine", "data_prep")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+EVERYTHING = [*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
+MAY_IMPORT = {
+    "launcher": ("launcher", "engine", "data_prep"),
+    "engine": ("engine", "data_prep.token_store"),
+    "data_prep": ("data_prep",),
+}
+TORCH_FREE = (
+    "launcher.cli", "launcher.launch", "launcher.plan", "launcher.train", "launcher.export", "launcher.generate",
+    "launcher.demo", "launcher.verdict", "engine.config", "engine.ds_config", "engine.run_file", "engine.prebuild",
+    "engine.errors", "engine.schedule", "data_prep.config", "data_prep.token_store",
+)  # fmt: skip
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Every module a file names in an import, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            # `from data_prep import token_store` imports the module data_prep.token_store
+            yield from (f"{module}.{alias.name}" if module in PACKAGES else module for alias in node.names)
+
+
+def is_within(module: str, allowed: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in allowed)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_import_only_what_they_may(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    wrong = [
+        module
+        for module in imported_modules(path)
+        if module.split(".")[0] in PACKAGES and not is_within(module, MAY_IMPORT[package])
+    ]
+    assert not wrong, f"{package} may import {MAY_IMPORT[package]}, not {wrong}"
+
+
+def test_the_rule_would_notice(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text("def f():\n    from data_prep import prepare\n    import data_prep.token_store\n")
+    found = list(imported_modules(path))
+    assert found == ["data_prep.prepare", "data_prep.token_store"]
+    assert [is_within(module, MAY_IMPORT["engine"]) for module in found] == [False, True]
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_imports_without_torch(module: str) -> None:
+    code = (
+        f"import sys, {module}; print([name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_runs_strings_or_loads_code(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    forbidden_modules = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    assert not forbidden_modules & {module.split(".")[0] for module in imported_modules(path)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        where = f"{path}:{node.lineno}: {ast.unparse(node)[:80]}"
+        assert name not in ("eval", "exec", "os.system", "os.popen", "yaml.load", "torch.load", "torch.save"), where
+        for keyword in node.keywords:
+            if keyword.arg in ("shell", "trust_remote_code", "allow_pickle"):
+                assert isinstance(keyword.value, ast.Constant), where
+                assert keyword.value.value is False, where

@@ -1,0 +1,335 @@
+"""The whole preparation: same bytes for any number of workers, reuse, the ledger, and being killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from data_fixtures import (
+    bert_vocabulary,
+    byte_level_folder,
+    prepared,
+    section,
+    sentencepiece_folder,
+    sentences,
+    write_jsonl,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer
+
+from data_prep.build_store import Split, _account_sources
+from data_prep.config import DataConfig
+from data_prep.errors import BadDataError
+from data_prep.prepare import prepare, unigram_entropy
+from data_prep.records import scan_source
+from data_prep.token_store import Rows, TokenStore, resolve_store
+from data_prep.worker import SpanResult
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def mixed_records(count: int, seed: int = 1) -> list[dict[str, Any]]:
+    texts = sentences(2 * count, seed, longest_words=15)
+    shapes: list[dict[str, Any]] = []
+    for number, (one, two) in enumerate(zip(texts[::2], texts[1::2], strict=True)):
+        turns = [{"role": "user", "content": one}, {"role": "assistant", "content": two}]
+        shapes.append(({"text": one}, {"prompt": one, "response": two}, {"messages": turns})[number % 3])
+    return shapes
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(values: dict[str, Any], task: Any = "causal_lm", progress: bool = False) -> dict[str, Path]:
+    return dict(prepare(DataConfig.model_validate(values), values, task, progress))
+
+
+def assert_ledger_reconciles(store: TokenStore, rows: Rows) -> dict[str, Any]:
+    """Recount everything from the arrays and compare with what the ledger says."""
+    for account in [*store.ledger["sources"], store.ledger["total"]]:
+        fates = account["kept"] + account["split"] + account["truncated"] + sum(account["dropped"].values())
+        assert account["records"] == fates
+        assert account["records_read"] == account["records"] + account["records_of_other_split"]
+    total: dict[str, Any] = store.ledger["total"]
+    assert total["records"] == store.num_documents
+    assert total["tokens"] == store.num_tokens and total["targets"] == store.num_targets
+    assert total["tokens_in_rows"] == int(rows.lengths.sum())
+    assert total["targets_in_rows"] == int(rows.row_targets.sum())
+    assert total["rows"] == rows.num_rows
+    if not store.label_names:
+        assert total["padding_tokens"] == rows.num_rows * rows.row_tokens - total["tokens_in_rows"]
+    return total
+
+
+def test_bytes_are_the_same_for_one_and_two_workers(tmp_path: Path) -> None:
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    records = mixed_records(240)
+    files = [write_jsonl(tmp_path / f"{number}.jsonl", records[number * 60 : number * 60 + 60]) for number in range(4)]
+    made = {}
+    for workers in (1, 2):
+        values = section(tmp_path, tokenizer, files, overlong="split", validation_fraction=0.2, workers=workers)
+        made[workers] = run({**values, "store_dir": str(tmp_path / f"stores{workers}")})
+    for split in ("train", "validation"):
+        one, two = made[1][split], made[2][split]
+        assert one.name == two.name
+        assert file_bytes(one) == file_bytes(two)
+        assert len(file_bytes(one)) == 4 + 5 + 3 + 1
+
+
+def test_reuse_by_content_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    path = write_jsonl(tmp_path / "a.jsonl", mixed_records(30))
+    values = section(tmp_path, tokenizer, path, overlong="split")
+
+    def said(**changes: Any) -> tuple[str, Path]:
+        folder = run({**values, **changes}, progress=True)["train"]
+        return capsys.readouterr().out, folder
+
+    text, first = said()
+    assert "reusing" not in text and "train: 30 records" in text
+    text, again = said()
+    assert text == f"reusing train store {first}\n" and again == first
+    identity = (first / "input_ids.npy").stat().st_ino
+
+    text, other_rows = said(row_tokens=32)
+    assert f"reusing the tokens of {first} for rows of 32" in text
+    assert (other_rows / "input_ids.npy").stat().st_ino == identity and (first / "manifest.json").exists()
+    fresh = run({**values, "row_tokens": 32, "store_dir": str(tmp_path / "fresh")})["train"]
+    assert file_bytes(fresh) == file_bytes(other_rows)
+
+    changes: list[Any] = [
+        lambda: path.write_text(path.read_text().replace("a", "e", 1)),
+        lambda: path.write_text(path.read_text() + '{"text": "one more"}\n'),
+        lambda: byte_level_folder(tmp_path / "tokenizer", eos="<|stop|>"),
+        lambda: (tmp_path / "tokenizer" / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.role + ' ' + m.content + eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+        ),
+    ]
+    seen = {first, other_rows}
+    for change in changes:
+        change()
+        text, folder = said()
+        assert "reusing" not in text and folder not in seen
+        seen.add(folder)
+
+    damaged = bytearray((folder / "input_ids.npy").read_bytes())
+    damaged[-1] ^= 1
+    (folder / "input_ids.npy").write_bytes(damaged)
+    text, repaired = said()
+    assert "damaged" in text and "building it again" in text and repaired == folder
+    TokenStore.open(repaired).verify()
+
+
+def test_current_names_the_last_prepared_and_records_the_section(tmp_path: Path) -> None:
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    path = write_jsonl(tmp_path / "a.jsonl", mixed_records(20))
+    values = section(tmp_path, tokenizer, path, overlong="split", validation=str(path))
+    folders = run(values)
+    store_dir = Path(values["store_dir"])
+    for split in ("train", "validation"):
+        assert resolve_store(store_dir, split, values, "causal_lm") == folders[split]
+    assert folders["train"].name.startswith("train-") and folders["validation"].name.startswith("validation-")
+    assert json.loads((store_dir / "current.json").read_text())["data"] == values
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=25),
+    row_tokens=st.integers(8, 64),
+    overlong=st.sampled_from(["drop", "split", "truncate"]),
+    seed=st.integers(0, 5),
+)
+def test_ledger_reconciles_on_random_corpora(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], row_tokens: int, overlong: str, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("corpus")
+    words = " ".join(sentences(40, seed)).split()
+    records = []
+    for number, length in enumerate(lengths):
+        text = " ".join(words[number : number + length])
+        records.append({"text": text} if number % 2 else {"prompt": text, "response": "boats drift"})
+    records.append({"text": "a"})
+    half = len(records) // 2
+    files = [write_jsonl(folder / "a.jsonl", records[: half + 1]), write_jsonl(folder / "b.jsonl", records[half:])]
+    values = section(folder, byte_level_folder(folder / "t"), files, row_tokens=row_tokens, overlong=overlong)
+    store, rows = prepared(values)
+    total = assert_ledger_reconciles(store, rows)
+    long = [index for index, size in enumerate(store.document_lengths) if size > row_tokens]
+    placed: Counter[tuple[int, int]] = Counter()
+    for row in range(rows.num_rows):
+        segments = list(zip(*(column.tolist() for column in rows.segments(row)), strict=True))
+        assert sum(length for _, _, length in segments) <= row_tokens
+        assert rows.row_targets[row] == sum(
+            int(store.targets(document, start + 1, start + length).sum()) for document, start, length in segments
+        )
+        for document, start, length in segments:
+            placed.update((document, token) for token in range(start, start + length))
+    assert not placed or max(placed.values()) == 1
+    for document in range(store.num_documents):
+        held = sum(1 for place in placed if place[0] == document)
+        size = len(store.tokens(document))
+        if document not in long or overlong == "split":
+            assert held == size
+        elif overlong == "drop":
+            assert held == 0
+        else:
+            useful = store.targets(document, 1, row_tokens).any()
+            assert held == (row_tokens if useful else 0)
+    assert total["dropped"]["overlong"] == (len(long) if overlong == "drop" else 0)
+    assert total["split"] == (len(long) if overlong == "split" else 0)
+
+
+def test_validation_fraction_never_moves_a_record(tmp_path: Path) -> None:
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    texts = sorted({f"{number} {text}" for number, text in enumerate(sentences(300, 5, 6))})
+
+    def held_out(texts: list[str], name: str) -> tuple[set[str], set[str]]:
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
+        values = section(tmp_path, tokenizer, path, validation_fraction=0.25, store_dir=str(tmp_path / name))
+        saved = None
+        sides = []
+        for split, folder in run(values).items():
+            store = TokenStore.open(folder)
+            saved = saved or AutoTokenizer.from_pretrained(store.tokenizer_dir)
+            kept = {saved.decode(store.tokens(index)[:-1].tolist()) for index in range(store.num_documents)}
+            assert store.ledger["total"]["records_read"] == len(texts), split
+            sides.append(kept)
+        return sides[0], sides[1]
+
+    few_train, few_held = held_out(texts[:200], "few")
+    train, held = held_out(list(reversed(texts)), "many")
+    assert few_train | few_held == set(texts[:200]) and train | held == set(texts)
+    assert not train & held and few_held <= held and few_train <= train
+    assert 0.15 < len(held) / len(texts) < 0.35
+
+
+def test_the_chat_template_travels_with_the_store(tmp_path: Path) -> None:
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    path = write_jsonl(tmp_path / "a.jsonl", mixed_records(9))
+    turns = [{"role": "user", "content": "Hi"}]
+    store, _ = prepared(section(tmp_path, tokenizer, path, overlong="split"))
+    saved = AutoTokenizer.from_pretrained(store.tokenizer_dir)
+    assert saved.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == "User: Hi\nAssistant:"
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    store, _ = prepared(section(tmp_path, tokenizer, path, overlong="split", chat_template=str(own)))
+    saved = AutoTokenizer.from_pretrained(store.tokenizer_dir)
+    assert saved.apply_chat_template(turns, tokenize=False) == "[user]Hi<|end|>"
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    values = section(tmp_path, tokenizer, write_jsonl(tmp_path / "b.jsonl", [{"messages": asked}]))
+    store, _ = prepared({**values, "chat_template": str(own)})
+    assert store.tokens(0).tolist() == saved.apply_chat_template(asked, return_dict=False)
+
+
+def test_unigram_entropy_is_that_of_the_targets(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_folder(tmp_path / "tokenizer")
+    path = write_jsonl(tmp_path / "a.jsonl", mixed_records(60))
+    store, rows = prepared(section(tmp_path, tokenizer, path, overlong="split", row_tokens=16))
+    counted: Counter[int] = Counter()
+    for document, start, length in zip(rows.documents, rows.starts, rows.lengths, strict=True):
+        for place in range(int(start) + 1, int(start + length)):
+            if store.targets(int(document))[place]:
+                counted[int(store.tokens(int(document))[place])] += 1
+    assert counted.total() == int(rows.row_targets.sum())
+    expected = -sum(n / counted.total() * math.log(n / counted.total()) for n in counted.values())
+    assert unigram_entropy(store, rows) == pytest.approx(expected, rel=1e-12)
+
+    labelled = write_jsonl(tmp_path / "l.jsonl", [{"text": "a b", "label": "x" if n % 4 else "y"} for n in range(40)])
+    values = section(tmp_path, bert_vocabulary(tmp_path / "vocab.txt"), labelled)
+    store, rows = prepared(values, "sequence_classification")
+    assert unigram_entropy(store, rows) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+def test_a_vocabulary_above_65536_is_stored_in_four_bytes(tmp_path: Path) -> None:
+    words = {"<end>": 0, **{f"w{number}": number for number in range(1, 65_600)}}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<end>"])
+    (tmp_path / "tokenizer").mkdir()
+    backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "w1 w65599"}])
+    store, _ = prepared(section(tmp_path, tmp_path / "tokenizer", path))
+    assert store.tokens(0).dtype == np.uint32 and store.tokens(0).tolist() == [1, 65_599, 0]
+    assert store.vocab_size == 65_600
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", mixed_records(3))
+    source = scan_source(str(path))
+    split = Split("train", (source,), None, "", "")
+    result = SpanResult(3, 0, 3, 30, 20, 0)
+    assert _account_sources(split, [result])[0]["num_documents"] == 3
+    path.write_text(path.read_text() + '{"text": "late"}\n')
+    with pytest.raises(BadDataError, match=r"a\.jsonl: changed while it was read"):
+        _account_sources(split, [result])
+
+
+def start_preparation(values: dict[str, Any]) -> subprocess.Popen[str]:
+    code = (
+        "import json, sys\n"
+        "from data_prep.config import DataConfig\n"
+        "from data_prep.prepare import prepare\n"
+        "values = json.loads(sys.argv[1])\n"
+        "prepare(DataConfig.model_validate(values), values, 'causal_lm')\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(values)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_at_once_make_one_store(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", mixed_records(300))
+    values = section(tmp_path, byte_level_folder(tmp_path / "tokenizer"), path, overlong="split")
+    started = [start_preparation(values) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert sum("reusing train store" in text for text in said) == 1
+    folder = resolve_store(Path(values["store_dir"]), "train", values, "causal_lm")
+    assert folder is not None
+    TokenStore.open(folder).verify()
+
+
+def test_killed_at_any_moment_leaves_no_half_store(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", mixed_records(1000))
+    values = section(tmp_path, byte_level_folder(tmp_path / "tokenizer"), path, overlong="split")
+    store_dir = Path(values["store_dir"])
+    caught_half_way = 0
+    for moment in (0, 3, 7):
+        process = start_preparation(values)
+        deadline = time.monotonic() + 60
+        # Kill once the temporary folder is there and has this many entries: another moment each time.
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(store_dir.glob(".*.partial/*"))) > moment:
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        caught_half_way += bool(list(store_dir.glob(".*.partial")))
+        for folder in store_dir.glob("train-*"):
+            TokenStore.open(folder).verify()
+        if (store_dir / "current.json").exists():
+            break
+    assert caught_half_way >= 2
+    folder = run(values)["train"]
+    TokenStore.open(folder).verify()
+    leftovers = sorted(entry.name for entry in store_dir.iterdir())
+    assert leftovers == [".lock", "current.json", folder.name]
+    fresh = run({**values, "store_dir": str(tmp_path / "fresh")})["train"]
+    assert file_bytes(fresh) == file_bytes(folder)

@@ -1,0 +1,198 @@
+"""A run that was killed goes on exactly where it was, at the same and at another number of ranks.
+
+Everything real: prepared stores, ``python -m engine`` on DeepSpeed ranks, ZeRO-3 with optimizer and
+parameters offloaded, DeepSpeedCPUAdam, bf16, activation checkpointing, accumulation, dropout on.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_fixtures import byte_level_folder, sentences, write_jsonl
+from ranks import ROOT, free_port, kill_ranks, rank_environment, run_ranks, start_ranks
+from safetensors.torch import load_file
+
+from data_prep.config import DataConfig
+from data_prep.prepare import prepare
+from engine.batches import stream_rows
+from engine.config import RunConfig
+from engine.run_file import dump_yaml
+
+pytestmark = pytest.mark.ranks
+STEPS, SAVE_EVERY = 9, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+def run_file(folder: Path, name: str, **changes: Any) -> Path:
+    """Write a run file (and prepare its stores, the same for all) and return its path."""
+    texts = [{"text": text} for text in sentences(300)]
+    data = {
+        "store_dir": str(folder / "stores"),
+        "train": str(write_jsonl(folder / "train.jsonl", texts[:270])),
+        "validation": str(write_jsonl(folder / "validation.jsonl", texts[270:])),
+        "tokenizer": str(byte_level_folder(folder / "tokenizer")),
+        "row_tokens": 256,
+        "workers": 1,
+    }
+    values = {
+        "run_dir": str(folder / name), "task": "causal_lm", "seed": 3, "data": data,
+        "model": {
+            "init": "random",
+            "config": {
+                "model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256,
+                "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
+            },
+        },
+        "optimizer": {"learning_rate": 2e-3, "weight_decay": 0.1, "warmup_steps": 2},
+        "batch": {"global_rows": 6, "micro_rows": 1},
+        "duration": {"steps": STEPS},
+        "evaluation": {"eval_every_steps": 5},
+        "checkpoint": {"save_every_steps": SAVE_EVERY, "keep_checkpoints": 9},
+    }  # fmt: skip
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        values[section] = value if not key else values[section] | {key: value}
+    RunConfig.model_validate(values)
+    prepare(DataConfig.model_validate(values["data"]), values["data"], "causal_lm", progress=False)
+    path = folder / f"{name}.yaml"
+    path.write_text(dump_yaml(values))
+    return path
+
+
+def metrics(run_dir: Path, kind: str = "train") -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    chosen = [line for line in lines if line["kind"] == kind]
+    assert len({line["step"] for line in chosen}) == len(chosen), "a step is logged twice"
+    return {line["step"]: line for line in chosen}
+
+
+def state_bytes(run_dir: Path, step: int) -> dict[str, bytes]:
+    """Masters and moments of a checkpoint as raw bytes, by file and tensor."""
+    checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
+    files = sorted(checkpoint.glob("slices-*.safetensors"))
+    assert files
+    return {
+        f"{file.name}:{name}": tensor.numpy().tobytes() for file in files for name, tensor in load_file(file).items()
+    }
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and f'"kind": "train", "step": {step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came")
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> Path:
+    """The run nobody disturbed, started as the README says: `deepspeed` alone, no command line of ours."""
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()),
+        "--module", "engine", str(run_file(folder, "straight")),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=rank_environment(2), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    output = done.stdout
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "checkpoint step-00000009 committed" in output
+    return folder / "straight"
+
+
+def test_killed_at_any_moment_and_started_again_is_bit_equal(folder: Path, straight: Path) -> None:
+    path = run_file(folder, "killed")
+    process = start_ranks(2, "-m", "engine", str(path))
+    wait_for_step(folder / "killed", 6)
+    kill_ranks(folder / "killed", signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    # What a kill between writing a hint and renaming it leaves; it must not be in the way of the next save.
+    (folder / "killed" / "checkpoints" / ".tmp-latest-0badcafe").write_text("step-00000004")
+    output = run_ranks(2, "-m", "engine", str(path))
+    assert "resuming after step " in output
+    expected, got = metrics(straight), metrics(folder / "killed")
+    assert sorted(got) == sorted(expected) == list(range(1, STEPS + 1))
+    for step in expected:
+        for figure in ("loss", "gradient_norm", "learning_rate", "tokens", "epoch"):
+            assert got[step][figure] == expected[step][figure], (step, figure)
+    loss = "loss"
+    assert metrics(folder / "killed", "evaluation")[STEPS][loss] == metrics(straight, "evaluation")[STEPS][loss]
+    assert state_bytes(folder / "killed", STEPS) == state_bytes(straight, STEPS)
+
+
+def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, straight: Path) -> None:
+    """SIGTERM to one rank only: all stop together with 75. Then one rank takes over from two."""
+    path = run_file(folder, "moved")
+    process = start_ranks(2, "-m", "engine", str(path))
+    wait_for_step(folder / "moved", 2)
+    records = sorted((folder / "moved" / "ranks").glob("rank-*.json"))
+    (folder / "moved" / "ranks" / records[0].name).rename(folder / "rank-0-record.json")
+    kill_ranks(folder / "moved", signal.SIGTERM)
+    process.communicate(timeout=120)
+    exits = [json.loads(file.read_text()) for file in (folder / "moved" / "ranks").glob("exit-*.json")]
+    assert {record["code"] for record in exits} == {75}
+    assert len(exits) == 2
+    (stopped,) = (folder / "moved" / "checkpoints").glob("step-*")
+    stopped_step = int(stopped.name.removeprefix("step-"))
+    assert 2 <= stopped_step < STEPS
+    output = run_ranks(1, "-m", "engine", str(path))
+    assert f"resuming after step {stopped_step}" in output
+    expected, got = metrics(straight), metrics(folder / "moved")
+    # Until the stop the same bits; after it the same rows and rates, other rounding and other dropout.
+    for step in range(1, STEPS + 1):
+        assert got[step]["tokens"] == expected[step]["tokens"], "other rows were used"
+        assert got[step]["learning_rate"] == expected[step]["learning_rate"]
+        if step <= stopped_step:
+            assert got[step]["loss"] == expected[step]["loss"]
+        else:
+            assert got[step]["loss"] == pytest.approx(expected[step]["loss"], rel=0.02)
+
+
+def test_a_finished_run_has_nothing_to_do_and_a_changed_seed_is_refused(folder: Path, straight: Path) -> None:
+    before = (straight / "metrics.jsonl").read_text()
+    run_yaml = (straight / "run.yaml").read_text()
+    changed = run_file(folder, "straight", seed=4)
+    output = run_ranks(1, "-m", "engine", str(changed), expected_code=65)
+    assert "seed was 3 and is 4 now" in output
+    assert (straight / "run.yaml").read_text() == run_yaml
+    assert (straight / "metrics.jsonl").read_text() == before
+    output = run_ranks(1, "-m", "engine", str(run_file(folder, "straight")))
+    assert "resuming after step 9" in output
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_fresh_starts_over_and_keeps_what_was(folder: Path, straight: Path) -> None:
+    copy = folder / "again"
+    shutil.copytree(straight, copy)
+    path = run_file(folder, "again", duration={"steps": 1})  # and another length: the rate's schedule is new
+    output = run_ranks(1, "-m", "engine", str(path), "--fresh")
+    assert "starting:" in output
+    assert sorted(metrics(copy)) == [1]
+    (aside,) = copy.glob("before-*")
+    assert (aside / "checkpoints" / "step-00000009" / "manifest.json").is_file()
+
+
+def test_the_order_of_rows_is_the_designed_one(straight: Path, folder: Path) -> None:
+    """Tokens used per step, recomputed from the store and the seed."""
+    from data_prep.token_store import TokenStore, open_rows, resolve_store
+    from engine.batches import row_lengths
+
+    store = TokenStore.open(resolve_store(folder / "stores", "train"))
+    lengths = row_lengths(open_rows(store, 256))
+    used = 0
+    for step, figures in sorted(metrics(straight).items()):
+        used += int(lengths[stream_rows((step - 1) * 6, 6, len(lengths), 3)].sum())
+        assert figures["tokens"] == used

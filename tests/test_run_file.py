@@ -1,0 +1,128 @@
+"""The run file: strict reading, overrides, and errors that say what to write."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import RunConfig
+from engine.errors import ConfigError, MissingInputError
+from engine.run_file import dump_yaml, load_run_file
+
+MINIMAL = """\
+run_dir: runs/x
+task: causal_lm
+data: {store_dir: stores/x, row_tokens: 128}
+model: {path: some/model}
+optimizer:
+  learning_rate: 2e-5
+batch: {global_rows: 8}
+duration: {steps: 3}
+"""
+
+
+def parse(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_run_file(path, list(overrides)).parse(RunConfig)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(tmp_path, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 78
+    return message.replace(str(tmp_path) + "/", "")
+
+
+def test_numbers_are_numbers(tmp_path: Path) -> None:
+    config = parse(tmp_path, MINIMAL)
+    assert config.optimizer.learning_rate == 2e-5
+    assert config.global_rows == 8
+    assert config.best_metric == "loss"
+
+
+def test_global_tokens_become_rows(tmp_path: Path) -> None:
+    assert parse(tmp_path, MINIMAL.replace("global_rows: 8", "global_tokens: 1280")).global_rows == 10
+    message = refusal(tmp_path, MINIMAL.replace("global_rows: 8", "global_tokens: 1281"))
+    assert "batch.global_tokens 1281 is not a multiple of data.row_tokens 128" in message
+
+
+def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
+    config = parse(tmp_path, MINIMAL, "optimizer.betas=[0.9, 0.95]", "evaluation.patience=3", "seed=4")
+    assert (config.optimizer.betas, config.evaluation.patience, config.seed) == ((0.9, 0.95), 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("learning_rate", "learning_rte"), "run.yaml:6: unknown key `optimizer.learning_rte`; did you mean `optimizer.learning_rate`?"),
+        (("seed", "seeed"), None),
+        (("2e-5", "fast"), "run.yaml:6: `optimizer.learning_rate`: input should be a valid number, not 'fast'"),
+        (("2e-5", "-1.0"), "run.yaml:6: `optimizer.learning_rate`: input should be greater than 0, not -1.0"),
+        (("steps: 3", "steps: 3.5"), "run.yaml:8: `duration.steps`: input should be a valid integer, not 3.5"),
+        (("steps: 3", "steps: true"), "run.yaml:8: `duration.steps`: input should be a valid integer, not True"),
+        (("steps: 3", "steps: 3, epochs: 2"), "run.yaml:8: `duration`: give exactly one of duration.steps and duration.epochs"),
+        (("task: causal_lm", "task: dancing"), "run.yaml:2: `task`: input should be 'causal_lm' or 'sequence_classification', not 'dancing'"),
+        (("duration: {steps: 3}\n", ""), "run.yaml: `duration` is missing"),
+        (("duration:", "batch:"), "run.yaml:8: `batch` is given twice (first on line 7)"),
+        (("some/model", "!!python/name:os.system x"), "run.yaml:4: tags such as tag:yaml.org,2002:python/name:os.system are not allowed"),
+        (("model: {path: some/model}", "model: &a [*a]"), "run.yaml:4: not valid YAML: aliases are not allowed"),
+        (("steps: 3", "steps: 010"), "run.yaml:8: `duration.steps`: input should be a valid integer, not '010'"),
+        (("2e-5", "2e-5\n  betas: [1.0, 0.9]"), "run.yaml:7: `optimizer.betas.0`: input should be less than 1, not 1.0"),
+        (("run_dir: runs/x", "run_dir: " + "[" * 3000), "run.yaml: not a run file: nested too deep"),
+        (("runs/x", "runs/\0x"), "run.yaml: not valid YAML: unacceptable character #x0000: special characters are not allowed"),
+        (("{steps: 3}", "{steps: 3"), "run.yaml:9: not valid YAML: expected ',' or '}', but got '<stream end>'"),
+    ],
+)  # fmt: skip
+def test_refusals_name_line_key_and_remedy(tmp_path: Path, change: tuple[str, str], expected: str | None) -> None:
+    if expected is not None:
+        assert refusal(tmp_path, MINIMAL.replace(*change)) == expected
+    else:
+        assert "did you mean `seed`?" in refusal(tmp_path, MINIMAL + "seeed: 3\n")
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
+    assert "it belongs to section `evaluation`" in refusal(tmp_path, MINIMAL + "eval_every_steps: 5\n")
+
+
+@pytest.mark.parametrize("word", ["on", "yes", "off", "no"])
+def test_only_true_and_false_are_booleans(tmp_path: Path, word: str) -> None:
+    assert "valid boolean" in refusal(tmp_path, MINIMAL, f"log.tensorboard={word}")
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "a..b=1", "task.name=3", "optimizer.learning_rate=: :"])
+def test_bad_overrides_are_named(tmp_path: Path, override: str) -> None:
+    assert f"override `{override}`" in refusal(tmp_path, MINIMAL, override)
+
+
+def test_a_missing_file_is_a_missing_input(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="no such run file") as caught:
+        load_run_file(tmp_path / "none.yaml")
+    assert caught.value.exit_code == 66
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20),
+    st.sampled_from(["on", "1e5", "0x1f", "~", "null", "2e-5", "1_000", "12:30", "2020-01-01", "=", ".5", "-", "1.", ""]),
+)  # fmt: skip
+WORDS = st.text(st.characters(codec="ascii", categories=("Ll",)), min_size=1, max_size=6)
+
+
+@given(
+    st.dictionaries(
+        WORDS, st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(WORDS, SCALARS, max_size=3))
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_what_is_written_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, values: dict) -> None:
+    path = tmp_path_factory.mktemp("round") / "run.yaml"
+    path.write_text(dump_yaml(values), encoding="utf-8")
+    if not values:
+        return
+    read = load_run_file(path).values
+    assert read == values
+    assert str(read) == str(values)  # 1 == 1.0 == True must not pass

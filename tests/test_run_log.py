@@ -1,0 +1,72 @@
+"""What a run writes for people and for TensorBoard."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.run_log import RunLog, Stopwatch, memory_gib
+
+FIGURES = {"loss": 2.5, "learning_rate": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 1000.0}
+
+
+def log_steps(run_dir: Path, first: int, last: int, total: int = 6) -> None:
+    log = RunLog(run_dir, 0, first - 1, total, tensorboard=True, log_every_steps=2)
+    for step in range(first, last + 1):
+        log.train(step, FIGURES | {"loss": float(step)})
+    log.evaluation(last, {"loss": 1.0, "seconds": 0.1})
+    log.close()
+
+
+def test_figures_reach_metrics_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_steps(tmp_path, 1, 4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"], line["loss"]) for line in lines] == [
+        ("train", 1, 1.0), ("train", 2, 2.0), ("train", 3, 3.0), ("train", 4, 4.0), ("evaluation", 4, 1.0),
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert {"train/learning_rate", "train/gradient_norm", "evaluation/loss"} <= set(events.Tags()["scalars"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("step 2/6  loss 2.0000  lr 1.00e-03  grad 0.500  1,000 tok/s  left ")
+    assert printed[1].startswith("step 4/6 ")
+    assert printed[2] == "evaluation after step 4: loss 1.0000"
+    assert len(printed) == 3
+
+
+def test_a_resumed_run_replaces_what_was_lost(tmp_path: Path) -> None:
+    log_steps(tmp_path, 1, 5)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "st')  # cut short by a crash
+    log_steps(tmp_path, 4, 6)  # resuming after step 3
+    steps = [line["step"] for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, 1, 0, 3, tensorboard=True, log_every_steps=1)
+    log.train(1, FIGURES)
+    log.evaluation(1, {"loss": 1.0})
+    log.say("hello")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_phases_add_up_to_the_whole() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    for phase in ("data", "forward", "data"):
+        torch.ones(300, 300) @ torch.ones(300, 300)
+        watch.mark(phase)
+    seconds = watch.seconds()
+    assert set(seconds) == {"data", "forward"}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_memory_is_plausible() -> None:
+    figures = memory_gib()
+    assert 0 < figures["host_gib"] <= figures["host_peak_gib"] * 1.01 < 1000
