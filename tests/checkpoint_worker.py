@@ -249,6 +249,7 @@ def phase_fail(folder: Path) -> None:
         outcomes[f"left by {failing_rank} with {limit_bytes}"] = sorted(
             path.name for path in (run_dir / "checkpoints").iterdir()
         )
+        dist.barrier()  # the next save makes its folder at once; the others have listed by then
 
     def taken() -> None:
         from engine.errors import CannotWriteError
