@@ -20,14 +20,16 @@ def generate(
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError("--max-new-tokens must be at least 1 and --temperature at least 0")
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     architectures = AutoConfig.from_pretrained(model_name).architectures or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise ConfigError(f"{model_name}: {', '.join(architectures) or 'this model'} does not generate text")
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    # tokenizer.json as it is: for some model types AutoTokenizer puts its own splitting rules over it.
+    whole = (Path(model_name) / "tokenizer.json").is_file()
+    tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(model_name, use_safetensors=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(seed)

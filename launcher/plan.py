@@ -52,7 +52,7 @@ def _batch_lines(config: RunConfig, num_ranks: int) -> list[str]:
         empty = sum(1 for count in held if count == 0)
         lines.append(
             f"  uneven: the last micro-batch has {last} rows for {num_ranks * micro_rows} places"
-            + (f"; {empty} ranks run it empty" if empty else "")
+            + ("" if not empty else "; 1 rank runs it empty" if empty == 1 else f"; {empty} ranks run it empty")
             + ". Correct, but a multiple wastes nothing."
         )
     return lines

@@ -15,7 +15,7 @@ from engine.run_file import dump_yaml, load_run_file, with_absolute_paths
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run file. `values` is its plain data with absolute paths: what run.yaml holds."""
+    """A checked run file. `values` is its plain data with absolute paths, as given."""
 
     source: Path
     values: dict[str, Any]
@@ -38,14 +38,15 @@ def load_run(path: Path, overrides: list[str]) -> Run:
 
 
 def write_resolved(run: Run) -> Path:
-    """Write run_dir/run.yaml, whole or not at all; running that file repeats the run."""
+    """Write run_dir/run.yaml, whole or not at all; running that file repeats the run, whatever the defaults become."""
     path = run.resolved_path
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    heading = f"# What was run: {run.source} with its overrides, paths made absolute.\n"
+    heading = f"# What was run: {run.source} with its overrides and every default, paths made absolute.\n"
+    values = run.config.model_dump(mode="json") | {"data": run.data.model_dump(mode="json")}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(heading + dump_yaml(run.values))
+            file.write(heading + dump_yaml(values))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
