@@ -135,7 +135,7 @@ def _run_values(folder: Path, name: str, train: Path, held_out: Path, model: dic
             "final_fraction": 0.1,
         },
         "batch": {"global_rows": 4, "micro_rows": 2},
-        "duration": {"steps": 300},
+        "duration": {"steps": 240},
         "deepspeed": "zero3_offload",
         "evaluation": {"micro_rows": 8},
         "log": {"log_every_steps": 20},
