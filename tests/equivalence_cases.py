@@ -1,6 +1,7 @@
 """Models, data and cases of the gradient-equivalence test, and the plain computation it is held against."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Case:
     activation_checkpointing: bool = False
     micro_rows: int = 2
     clipping: float = 0.0
+    bf16: bool = False
 
     @property
     def task(self) -> str:
@@ -51,7 +53,10 @@ def cases(world_size: int) -> list[Case]:
 
 
 def case_config(case: Case, out_dir: Path) -> RunConfig:
-    """The run file of a case, its DeepSpeed JSON in fp32."""
+    """The run file of a case and its DeepSpeed JSON, which each rank writes for itself.
+
+    The ranks do not wait for each other here: a file that they shared would be read half-written.
+    """
     zero: dict[str, Any] = {"stage": case.stage, "reduce_bucket_size": 10_000_000}
     if case.stage == 3:
         zero |= {"stage3_param_persistence_threshold": 100}
@@ -59,10 +64,8 @@ def case_config(case: Case, out_dir: Path) -> RunConfig:
         zero["offload_optimizer"] = {"device": "cpu"}
         if case.stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-    ds_path = out_dir / f"ds-{case.name}.json"
-    text = json.dumps({"bf16": {"enabled": False}, "zero_optimization": zero})
-    if not ds_path.exists() or ds_path.read_text() != text:
-        ds_path.write_text(text)
+    ds_path = out_dir / f"ds-{case.name}-{os.getpid()}.json"
+    ds_path.write_text(json.dumps({"bf16": {"enabled": case.bf16}, "zero_optimization": zero}))
     return RunConfig.model_validate(
         {
             "run_dir": str(out_dir), "task": case.task, "seed": 5,

@@ -106,9 +106,7 @@ def evaluations(out_dir: Path, ranks) -> dict[str, Any]:
 
 def fp32_masters(out_dir: Path, ranks) -> dict[str, Any]:
     """Training in bf16 from fp32 weights: are the masters the file's values, and the weights their rounding?"""
-    config = case_config(Case("masters"), out_dir)
-    path = out_dir / "ds-masters.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"bf16": {"enabled": True}}))
+    config = case_config(Case("masters", bf16=True), out_dir)
     model = make_model("llama", packed=True)
     originals = {name: parameter.detach().clone().flatten() for name, parameter in model.named_parameters()}
     rotary = model.model.rotary_emb.inv_freq.clone()

@@ -11,6 +11,14 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Under another name first, as the engine does: the launcher may be reading."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record))
+    unfinished.replace(path)
 
 
 def main() -> None:
@@ -20,13 +28,13 @@ def main() -> None:
 
     def end(code: int, message: str) -> None:
         record = {"rank": rank, "code": code, "phase": "training", "message": message}
-        (ranks_dir / f"exit-{rank:05d}.json").write_text(json.dumps(record))
+        write(ranks_dir / f"exit-{rank:05d}.json", record)
         sys.stdout.flush()
         os._exit(code)
 
     signal.signal(signal.SIGTERM, lambda *_: end(75, "stopped on request"))
     start = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
-    (ranks_dir / f"rank-{rank:05d}.json").write_text(json.dumps(start))
+    write(ranks_dir / f"rank-{rank:05d}.json", start)
     if behaviour == "complete":
         end(0, "")
     if behaviour == "fail":
