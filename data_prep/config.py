@@ -6,33 +6,95 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Overlong = Literal["error", "drop", "split", "truncate"]
+Packing = Literal["best_fit", "wrap", "none"]
+Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "conll", "conllu", "squad"]
+ShapeName = Literal["text", "prompt", "alpaca", "sharegpt", "messages", "parallel", "label", "score", "tags", "question"]
 
 #: Keys that say where and how fast, not what: they change no byte of a store.
-PLACE_KEYS = frozenset({"store_dir", "workers"})
+PLACE_KEYS = frozenset({"store_dir", "workers", "backend"})
 
 
 def _path_from_text(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
 
 
-def _paths_from_value(value: Any) -> Any:
+def _tuple_from_value(value: Any) -> Any:
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_paths_from_value), Field(min_length=1)]
+def _sources_from_value(value: Any) -> Any:
+    """One source or a list of them; a plain text is the path of one."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
 
 
-class DataConfig(BaseModel):
-    """What is prepared and how. Unknown keys and wrong types are errors."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuple_from_value), Field(min_length=1)]
 
+
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SourceConfig(_Section):
+    """Where records come from and how to read them. Exactly one of path, hub and aligned."""
+
+    path: str | None = Field(None, description="a file, a glob, or a folder")
+    hub: str | None = Field(None, description="a data set on the Hub (owner/name) or a local data set folder, streamed")
+    aligned: dict[str, str] | None = Field(
+        None, description="text files whose equal lines belong together: field name -> file"
+    )
+    name: str | None = Field(
+        None, description="what tables, charts and per-source evaluation call it; null: the file or data set name"
+    )
+    format: Format | None = Field(None, description="null: by file name and content")
+    header: bool | None = Field(None, description="csv, tsv: the first line names the columns; null: unless `columns`")
+    quoting: bool = Field(True, description="csv, tsv: a double quote at the start of a field quotes it")
+    columns: Names | None = Field(None, description="csv, tsv, conll: names of the columns in their order")
+    document: Literal["line", "file", "blank_line"] | None = Field(
+        None, description="text: what one record is; null: line"
+    )
+    config: str | None = Field(None, description="hub: the configuration of the data set")
+    split: str | None = Field(None, description="hub: train unless given; json: the key that holds the records")
+    revision: str | None = Field(None, description="hub: a commit, so that the data cannot change")
+    shape: ShapeName | None = Field(None, description="what the records are; null: recognised and printed")
+    fields: dict[str, str] = Field({}, description="our field name -> the name in the records, dotted where nested")
+    weight: float | None = Field(None, gt=0, description="share of an epoch's tokens, relative to the other weights")
+    epochs: float | None = Field(None, gt=0, description="how often an epoch of the mixture uses this source")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [key for key in ("path", "hub", "aligned") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError("a source has exactly one of path, hub and aligned")
+        if self.weight is not None and self.epochs is not None:
+            raise ValueError("give a source a weight or epochs, not both")
+        return self
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources_from_value), Field(min_length=1)]
+
+
+class ChatConfig(_Section):
+    """How conversations and prompts become tokens and targets."""
+
+    template: str | None = Field(None, description="file with a Jinja chat template; null: the tokenizer's own")
+    train_roles: Names = Field(("assistant",), description="roles whose turns are trained")
+    train_turns: Literal["all", "last"] = Field("all", description="train all turns of these roles or only the last")
+    train_on_prompt: bool = Field(False, description="train the tokens of prompts and other turns too")
+    allow_untrained_stop: bool = Field(
+        False, description="accept that the stop token of some answers is not trained; else it is an error"
+    )
+
+
+class DataConfig(_Section):
+    """What is prepared and how. Unknown keys and wrong types are errors."""
 
     store_dir: Annotated[Path, BeforeValidator(_path_from_text)] = Field(
         description="folder for the prepared token stores"
     )
-    train: Sources = Field(description="training records: a .jsonl file, a glob, a folder of .jsonl files, or a list")
+    train: Sources = Field(description="training records: a file, a glob, a folder, a source with options, or a list")
     validation: Sources | None = Field(None, description="held-out records, given like train")
     validation_fraction: float | None = Field(
         None,
@@ -43,15 +105,26 @@ class DataConfig(BaseModel):
     tokenizer: str = Field(
         description="folder or file (tokenizer.json, sentencepiece .model, BERT vocab.txt), or a name on the Hub"
     )
-    chat_template: str | None = Field(None, description="file with a Jinja chat template; null: the tokenizer's own")
+    chat: ChatConfig = Field(default_factory=ChatConfig)
     row_tokens: int = Field(gt=1, description="length of a row, in tokens")
+    packing: Packing = Field(
+        "best_fit",
+        description="documents share rows (best_fit), are cut from one stream (wrap), or have a row each (none)",
+    )
     overlong: Overlong = Field(
         "error", description="a record longer than a row is an error, dropped, split into pieces, or truncated"
     )
-    label_names: Annotated[tuple[str, ...], BeforeValidator(_paths_from_value)] | None = Field(
-        None, description="classification labels in the order of their indices; null: those found in train, sorted"
+    min_targets: int = Field(1, gt=0, description="a document with fewer targets is dropped and counted")
+    deduplicate: bool = Field(False, description="keep only the first of equal records of a split")
+    label_names: Annotated[tuple[str, ...], BeforeValidator(_tuple_from_value)] | None = Field(
+        None, description="labels or tags in the order of their indices; null: those found in train, sorted"
     )
+    stride_tokens: int = Field(128, ge=0, description="question_answering: tokens that neighbouring windows share")
+    target_tokens: int | None = Field(None, gt=0, description="seq2seq_lm: longest target; null: row_tokens")
     workers: int | None = Field(None, gt=0, description="processes that tokenise; null: one for each core")
+    backend: Literal["auto", "tokenizers", "gigatoken"] = Field(
+        "auto", description="what encodes; auto: the fastest that is installed and gives the same ids"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -60,6 +133,9 @@ class DataConfig(BaseModel):
         names = self.label_names
         if names is not None and (len(set(names)) != len(names) or len(names) < 2):
             raise ValueError("data.label_names needs at least two different names")
+        weighted = [source for source in self.train if source.weight is not None]
+        if weighted and len(weighted) != len(self.train):
+            raise ValueError("give every source in data.train a weight, or none")
         return self
 
 
