@@ -62,13 +62,15 @@ class TaggedExample:
 
 @dataclass(frozen=True, slots=True)
 class QuestionExample:
-    """A question about a context; answers are (first character, text) in it, none for unanswerable ones."""
+    """A question about a context; answers are (first character, text) in it, none for unanswerable ones.
+
+    `num_moved`: how many of them were found elsewhere than the record says.
+    """
 
     question: str
     context: str
     answers: tuple[tuple[int, str], ...]
+    num_moved: int = 0
 
 
-Example = (
-    TextExample | PromptExample | ChatExample | LabelledExample | ScoredExample | TaggedExample | QuestionExample
-)
+Example = TextExample | PromptExample | ChatExample | LabelledExample | ScoredExample | TaggedExample | QuestionExample
