@@ -8,7 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Overlong = Literal["error", "drop", "split", "truncate"]
 Packing = Literal["best_fit", "wrap", "none"]
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "conll", "conllu", "squad"]
-ShapeName = Literal["text", "prompt", "alpaca", "sharegpt", "messages", "parallel", "label", "score", "tags", "question"]
+ShapeName = Literal[
+    "text", "prompt", "alpaca", "sharegpt", "messages", "parallel", "label", "score", "tags", "question"
+]
 
 #: Keys that say where and how fast, not what: they change no byte of a store.
 PLACE_KEYS = frozenset({"store_dir", "workers", "backend"})

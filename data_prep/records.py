@@ -9,8 +9,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
+from data_prep.config import Format, SourceConfig
+from data_prep.decompress import Compression
 from data_prep.errors import BadDataError, MissingInputError, StorageError
 
 LINE_LIMIT_BYTES = 64 << 20
@@ -19,9 +21,8 @@ _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
-class Record:
-    """One input object and where it stands (``file:line``)."""
+class Record(NamedTuple):
+    """One input object, where it stands for people (``file:line``), and the line, row or item as a number from 1."""
 
     value: dict[str, Any]
     where: str
@@ -30,7 +31,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Span:
-    """Whole lines of one source: bytes [start, stop), the first of them line `first_line` (from 1)."""
+    """A piece of one source: [start, stop) in bytes, row groups, batches or lines, whatever its format counts in.
+
+    `first_line` is the number (from 1) of its first line, row or item. What has one span only is [0, 1).
+    """
 
     start: int
     stop: int
@@ -46,6 +50,38 @@ class Source:
     modified_ns: int
     sha256: str
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class AlignedFile:
+    """One of the text files whose equal lines belong together."""
+
+    field: str
+    path: str
+    compression: Compression
+    size_bytes: int
+    modified_ns: int
+    sha256: str
+    offsets: tuple[int, ...]  # byte where each span begins; (0,) where there is one span
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file: what it is, its identity, and the spans it is worked on in, the same for any number of workers.
+
+    Of aligned files `path` is the first, `size_bytes` the sum, `sha256` a hash of all and their field names.
+    """
+
+    path: str  # what is opened; of a data set on the Hub, where its records lie on this machine
+    label: str  # what people are shown
+    format: Format | Literal["aligned"]
+    compression: Compression
+    config: SourceConfig
+    size_bytes: int
+    modified_ns: int
+    sha256: str
+    spans: tuple[Span, ...]
+    aligned: tuple[AlignedFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +175,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise BadDataError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {_kind(value)}')
+        raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}')
     return value
 
 
@@ -156,7 +192,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list"}
     return names.get(type(value), "an object")
 
@@ -166,12 +203,13 @@ def text_field(record: Record, name: str) -> str:
     if name not in record.value:
         have = ", ".join(list(record.value)[:8]) or "none"
         raise BadDataError(f"{record.where}: field {name!r} is missing (fields: {have})")
-    return _checked_text(record.value[name], f"field {name!r}", record.where)
+    return checked_text(record.value[name], f"field {name!r}", record.where)
 
 
-def _checked_text(value: Any, what: str, where: str) -> str:
+def checked_text(value: Any, what: str, where: str) -> str:
+    """`value` if it is a text that UTF-8 can hold; else a BadDataError beginning with `where` and `what`."""
     if not isinstance(value, str):
-        raise BadDataError(f"{where}: {what} must be text, not {_kind(value)}")
+        raise BadDataError(f"{where}: {what} must be text, not {kind(value)}")
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -192,20 +230,20 @@ def messages_field(record: Record) -> tuple[Message, ...]:
     """The turns of a conversation: objects with exactly role and content, both text."""
     value = record.value["messages"]
     if not isinstance(value, list) or not value:
-        raise BadDataError(f"{record.where}: field 'messages' must be a list of turns, not {_kind(value)}")
+        raise BadDataError(f"{record.where}: field 'messages' must be a list of turns, not {kind(value)}")
     messages = []
     for index, turn in enumerate(value):
         what = f"messages[{index}]"
         if not isinstance(turn, dict):
-            raise BadDataError(f"{record.where}: {what} must be an object, not {_kind(turn)}")
+            raise BadDataError(f"{record.where}: {what} must be an object, not {kind(turn)}")
         missing = [name for name in ("role", "content") if name not in turn]
         extra = [name for name in turn if name not in ("role", "content") and turn[name] is not None]
         if missing:
             raise BadDataError(f"{record.where}: {what} lacks {missing[0]!r}")
         if extra:
             raise BadDataError(f"{record.where}: {what} has {extra[0]!r}; only role and content are understood")
-        role = _checked_text(turn["role"], f"{what}.role", record.where)
-        messages.append(Message(role, _checked_text(turn["content"], f"{what}.content", record.where)))
+        role = checked_text(turn["role"], f"{what}.role", record.where)
+        messages.append(Message(role, checked_text(turn["content"], f"{what}.content", record.where)))
     return tuple(messages)
 
 

@@ -1,0 +1,161 @@
+"""Blocks of bytes from plain and compressed files, guarded against bombs, truncation and garbage."""
+
+import bz2
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from data_prep.errors import BadDataError, MissingInputError, StorageError
+
+Compression = Literal["none", "gz", "zst", "bz2"]
+
+BLOCK_BYTES = 1 << 20
+#: A stream is refused when it has given more than this many bytes for each byte it took ...
+RATIO_LIMIT = 200
+#: ... and this many bytes in all, so that small files full of blanks are no bombs.
+RATIO_FREE_BYTES = 64 << 20
+
+_INPUT_BYTES = 32 << 10
+_MAGIC: dict[Compression, bytes] = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh"}
+_NAMES = {"gz": "gzip", "zst": "zstd", "bz2": "bzip2"}
+_SUFFIXES: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".bz2": "bz2"}
+
+
+def find_compression(path: str) -> Compression:
+    """How a file is compressed, by its first bytes.
+
+    Raises BadDataError for a name that promises a compression which is not there, MissingInputError, StorageError.
+    """
+    with open_binary(path) as file:
+        head = file.read(4)
+    named: Compression = _SUFFIXES.get(Path(path).suffix.lower(), "none")
+    found: Compression = next((kind for kind, magic in _MAGIC.items() if head.startswith(magic)), "none")
+    if named != "none" and named != found:
+        raise BadDataError(f"{path}: is not {_NAMES[named]} data, whatever its name says")
+    return found
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Open for reading, with this project's errors."""
+    try:
+        return Path(path).open("rb")
+    except FileNotFoundError:
+        raise MissingInputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def stat_file(path: str) -> os.stat_result:
+    """Size and time of a file, with this project's errors."""
+    try:
+        return Path(path).stat()
+    except FileNotFoundError:
+        raise MissingInputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def all_blocks(path: str, compression: Compression) -> Iterator[bytes]:
+    """A whole file, decompressed, in blocks."""
+    if compression != "none":
+        return decompressed_blocks(path, compression)
+    return file_blocks(path, 0, stat_file(path).st_size)
+
+
+def file_blocks(path: str, start: int, stop: int, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Bytes [start, stop) of a file in blocks. A file that ends before `stop` is a BadDataError."""
+    with open_binary(path) as file:
+        try:
+            file.seek(start)
+            while start < stop:
+                block = file.read(min(block_bytes, stop - start))
+                if not block:
+                    raise BadDataError(f"{path}: became shorter while it was in use; prepare again")
+                start += len(block)
+                yield block
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def decompressed_blocks(
+    path: str,
+    compression: Compression,
+    ratio_limit: int = RATIO_LIMIT,
+    ratio_free_bytes: int = RATIO_FREE_BYTES,
+) -> Iterator[bytes]:
+    """What a compressed file holds, all its members, in blocks of at most BLOCK_BYTES.
+
+    Raises BadDataError for a broken, cut or padded stream, and for one that grows beyond `ratio_limit` to one.
+    """
+    name = _NAMES[compression]
+    total = 0
+    with open_binary(path) as file:
+        match compression:
+            case "zst":
+                blocks = _zstd_blocks(file)
+            case "gz":
+                blocks = _member_blocks(file, lambda: zlib.decompressobj(wbits=31))
+            case _:
+                blocks = _member_blocks(file, bz2.BZ2Decompressor)
+        try:
+            for block in blocks:
+                total += len(block)
+                if total > ratio_free_bytes and total > ratio_limit * file.tell():
+                    raise BadDataError(
+                        f"{path}: {name} data grows more than {ratio_limit} times; if that is meant, unpack it yourself"
+                    )
+                yield block
+        except (zlib.error, EOFError, ValueError) as error:
+            raise BadDataError(f"{path}: broken {name} data after {total} bytes: {error}") from error
+        except OSError as error:
+            if error.errno is not None:
+                raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+            raise BadDataError(f"{path}: broken {name} data after {total} bytes: {error}") from error
+
+
+def _member_blocks(file: IO[bytes], new_member: Any) -> Iterator[bytes]:
+    """Concatenated gzip or bzip2 members. Both decompressors check their own checksums."""
+    member = None
+    data = b""
+    while True:
+        if not data:
+            data = file.read(_INPUT_BYTES)
+            if not data:
+                break
+        if member is None:
+            data = data.lstrip(b"\0")  # gzip allows padding between and after members
+            if not data:
+                continue
+            member = new_member()
+        yield from _member_output(member, data)
+        data = member.unused_data
+        if member.eof:
+            member = None
+    if member is not None:
+        raise EOFError("the stream is cut")
+
+
+def _member_output(member: Any, data: bytes) -> Iterator[bytes]:
+    """All that `data` gives, never more than a block at a time."""
+    if isinstance(member, bz2.BZ2Decompressor):
+        block = member.decompress(data, BLOCK_BYTES)
+        while block:
+            yield block
+            block = b"" if member.eof or member.needs_input else member.decompress(b"", BLOCK_BYTES)
+        return
+    block = member.decompress(data, BLOCK_BYTES)
+    while block or member.unconsumed_tail:
+        yield block
+        if member.eof:
+            return
+        block = member.decompress(member.unconsumed_tail, BLOCK_BYTES)
+
+
+def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            yield block

@@ -1,0 +1,169 @@
+"""Finds the items of JSON arrays in a stream of bytes without parsing it: a vectorised scan for brackets outside texts.
+
+What lies between two borders found here is parsed by read_json, strictly; this scan only needs to agree with it on
+valid JSON, and to see that every bracket is closed.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import BadDataError
+from data_prep.lines import BOM, LINE_LIMIT_BYTES
+
+_Offsets = npt.NDArray[np.int64]
+
+_QUOTE, _BACKSLASH = 34, 92
+_MARKED = np.zeros(256, np.bool_)
+_MARKED[list(b'"\\[]{}')] = True
+_OPENING = 2  # the bit that is set in [ and {, but not in ] and }
+_KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"[ \t\r\n]*:[ \t\r\n]*\Z', re.DOTALL)
+_KEY_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Items:
+    """What one block says about one array: `key` names it in the outer object (None: the outer value is the array).
+
+    `stops` are the offsets behind items that end in the block, after `num_before` items in earlier ones. `opened` is
+    the offset behind the array's [ if that is in the block, `closed` the offset of its ] if that is.
+    """
+
+    key: str | None
+    num_before: int
+    stops: _Offsets
+    opened: int | None
+    closed: int | None
+
+
+class _Scan:
+    """Where a scan stands between two blocks."""
+
+    def __init__(self) -> None:
+        self.in_text = False
+        self.escaped = False  # the next byte follows an active backslash
+        self.depth = 0
+
+    def brackets(self, block: bytes) -> tuple[_Offsets, npt.NDArray[np.bool_], _Offsets]:
+        """Of each bracket outside texts: its position in the block, whether it opens, and the depth behind it."""
+        values = np.frombuffer(block, np.uint8)
+        positions = np.flatnonzero(_MARKED[values])
+        marks = values[positions]
+        if self.escaped and len(positions) and positions[0] == 0:
+            positions, marks = positions[1:], marks[1:]
+        self.escaped = False
+        slashes = positions[marks == _BACKSLASH]
+        if len(slashes):
+            positions, marks = self._without_escaped(slashes, positions, marks, len(block))
+        quotes = marks == _QUOTE
+        inside = (np.cumsum(quotes) + self.in_text) & 1
+        self.in_text = bool(inside[-1]) if len(inside) else self.in_text
+        outside = ~(quotes | (inside == 1))
+        opens = (marks[outside] & _OPENING) != 0
+        depths = self.depth + np.cumsum(np.where(opens, 1, -1))
+        self.depth = int(depths[-1]) if len(depths) else self.depth
+        return positions[outside], opens, depths
+
+    def _without_escaped(
+        self, slashes: _Offsets, positions: _Offsets, marks: npt.NDArray[np.uint8], size: int
+    ) -> tuple[_Offsets, npt.NDArray[np.uint8]]:
+        """Marks without backslashes and what they escape. In a run of them, every second one is itself escaped."""
+        begins = np.ones(len(slashes), np.bool_)
+        begins[1:] = np.diff(slashes) != 1
+        index = np.arange(len(slashes))
+        in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
+        escaped = slashes[in_run % 2 == 0] + 1
+        self.escaped = bool(len(escaped) and escaped[-1] == size)
+        keep = marks != _BACKSLASH
+        at = np.searchsorted(positions, escaped)
+        at = at[at < len(positions)]
+        keep[at[np.isin(positions[at], escaped, assume_unique=True)]] = False
+        return positions[keep], marks[keep]
+
+
+def find_items(blocks: Iterable[bytes], path: str, limit_bytes: int = LINE_LIMIT_BYTES) -> Iterator[Items]:
+    """The items of a top-level array, or of each array directly inside a top-level object, block by block.
+
+    Raises BadDataError for anything else at the top, for an array given twice, for brackets that are not closed, for
+    more text behind the end, and for an item of more than `limit_bytes`.
+    """
+    scan = _Scan()
+    offset = 0
+    outer = None  # depth of the brackets around the arrays that hold items: 0, or 1 inside an object
+    ended = in_array = False
+    num_items = begun = 0  # of the array that is open: finished items, and where the one that may be open began
+    key: str | None = None
+    keys: set[str] = set()
+    tail = b""
+    for block in blocks:
+        if outer is None:
+            outer = _outer_depth(block.removeprefix(BOM) if offset == 0 else block, path)
+        if outer is None or ended:
+            _refuse_more(block, path, offset)
+            offset += len(block)
+            continue
+        positions, opens, depths = scan.brackets(block)
+        ends = np.flatnonzero(depths == 0)
+        if len(ends):
+            ended = True
+            end = int(positions[ends[0]]) + 1
+            _refuse_more(block[end:], path, offset + end)
+        opened: int | None = None
+        begin = 0
+        borders = np.flatnonzero(depths - opens == outer).tolist()
+        for border in [*borders, len(positions)]:
+            position = int(positions[border]) if border < len(positions) else len(block)
+            closed = offset + position if border < len(positions) else None
+            if in_array:
+                stops = positions[begin:border][(depths == outer + 1)[begin:border] & ~opens[begin:border]] + offset + 1
+                sizes = np.diff(stops, prepend=begun, append=offset + position)
+                if (sizes > limit_bytes).any():
+                    number = num_items + 1 + int(np.argmax(sizes > limit_bytes))
+                    raise BadDataError(f"{path}: item {number}: more than {limit_bytes} bytes are not one record")
+                yield Items(key, num_items, stops, opened, closed)
+                num_items += len(stops)
+                begun = int(stops[-1]) if len(stops) else begun
+            if closed is not None:
+                in_array = bool(opens[border]) and block[position] == 0x5B
+                opened = begun = closed + 1
+                num_items = 0
+                begin = border + 1
+                if in_array and outer == 1:
+                    key = _new_key(tail + block[:position], keys, path, closed)
+        offset += len(block)
+        tail = (tail + block)[-_KEY_BYTES:]
+    if not ended:
+        what = "cut off inside its outer array or object" if outer is not None else "empty, not JSON"
+        raise BadDataError(f"{path}: {what} (after {offset} bytes)")
+
+
+def _outer_depth(block: bytes, path: str) -> int | None:
+    head = block.lstrip(b" \t\r\n")[:1]
+    if head in (b"[", b"{"):
+        return 0 if head == b"[" else 1
+    if head:
+        raise BadDataError(f"{path}:1: not a JSON array, nor an object that holds arrays")
+    return None
+
+
+def _refuse_more(rest: bytes, path: str, offset: int) -> None:
+    more = rest.lstrip(b" \t\r\n")
+    if more:
+        raise BadDataError(
+            f"{path}: more text behind the end of the JSON value (byte {offset + len(rest) - len(more)});"
+            " of one object a line: `format: jsonl`"
+        )
+
+
+def _new_key(before: bytes, keys: set[str], path: str, offset: int) -> str:
+    match = _KEY.search(before[-_KEY_BYTES:])
+    if match is None:
+        raise BadDataError(f"{path}: not valid JSON before the array at byte {offset}")
+    key = match[1].decode("utf-8", "replace")
+    if key in keys:
+        raise BadDataError(f"{path}: key {key!r} is given twice (byte {offset})")
+    keys.add(key)
+    return key

@@ -1,0 +1,70 @@
+r"""Whole lines out of blocks of bytes. Only ``\n`` ends a line; memory is bounded by the longest line."""
+
+from collections.abc import Iterable, Iterator
+
+from data_prep.errors import BadDataError
+
+LINE_LIMIT_BYTES = 64 << 20
+BOM = b"\xef\xbb\xbf"
+
+
+def whole_lines(
+    blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
+) -> Iterator[tuple[bytes, int]]:
+    """Chunks of whole lines, each with the number of its first line. Only the last may lack its final newline.
+
+    Raises BadDataError for a line of more than `limit_bytes`.
+    """
+    pending: list[bytes] = []
+    pending_bytes = 0
+    line = first_line
+    for block in blocks:
+        stop = block.rfind(b"\n") + 1
+        if pending_bytes + (block.find(b"\n") if stop else len(block)) > limit_bytes:
+            raise BadDataError(f"{path}:{line}: a line of more than {_size(limit_bytes)} is not one record")
+        if not stop:
+            pending.append(block)
+            pending_bytes += len(block)
+            continue
+        chunk = b"".join((*pending, block[:stop]))
+        pending = [block[stop:]] if stop < len(block) else []
+        pending_bytes = len(block) - stop
+        yield chunk, line
+        line += chunk.count(b"\n")
+    if pending:
+        yield b"".join(pending), line
+
+
+def text_lines(
+    blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
+) -> Iterator[tuple[list[str], int]]:
+    r"""Lists of lines without their ``\n``, each with the number of its first line.
+
+    A byte-order mark before line 1 is left out. Raises BadDataError at the first line that is not UTF-8, after all
+    lines before it.
+    """
+    for chunk, line in whole_lines(blocks, path, first_line, limit_bytes):
+        text, fault = decode(chunk.removeprefix(BOM) if line == 1 else chunk, path, line)
+        lines = text.split("\n")
+        if not lines[-1]:
+            lines.pop()
+        if lines:
+            yield lines, line
+        if fault is not None:
+            raise fault
+
+
+def decode(chunk: bytes, path: str, line: int) -> tuple[str, BadDataError | None]:
+    """The text of whole lines; of a chunk that is not UTF-8, the lines before the fault, and the fault."""
+    try:
+        return chunk.decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        begin = chunk.rfind(b"\n", 0, error.start) + 1
+        number = line + chunk.count(b"\n", 0, begin)
+        hint = "; convert UTF-16 to UTF-8" if chunk[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        message = f"{path}:{number}: not UTF-8 (byte {error.start - begin + 1} of the line): {error.reason}{hint}"
+        return chunk[:begin].decode("utf-8"), BadDataError(message)
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count} bytes"

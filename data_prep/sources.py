@@ -1,0 +1,125 @@
+"""From the sources of a run file to hashed files cut into spans, and from a span to its records."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data_prep.config import SourceConfig
+from data_prep.decompress import all_blocks, file_blocks, stat_file
+from data_prep.errors import BadDataError
+from data_prep.read_aligned import read_aligned
+from data_prep.read_conll import read_conll, read_conllu
+from data_prep.read_csv import read_csv, read_header
+from data_prep.read_hub import spool_hub
+from data_prep.read_json import read_json, stream_json
+from data_prep.read_jsonl import read_jsonl
+from data_prep.read_squad import questions
+from data_prep.read_tables import read_arrow, read_parquet
+from data_prep.read_text import read_text
+from data_prep.records import Record, SourceFile, Span
+from data_prep.scan import dialect_of, scan_aligned, scan_file
+from data_prep.source_files import check_keys, find_files, find_formats
+
+_HEADER_BLOCK_BYTES = 64 << 10
+
+
+def find_sources(configs: tuple[SourceConfig, ...], dotted_key: str, cache_dir: Path) -> list[list[SourceFile]]:
+    """The files of each source in a fixed order, hashed and cut into spans; the same for any number of workers.
+
+    A data set from the Hub is spooled into `cache_dir` first. `dotted_key` (data.train) is for errors:
+    MissingInputError, BadDataError, DataConfigError, StorageError, CannotWriteError.
+    """
+    found = []
+    for index, config in enumerate(configs):
+        key = f"{dotted_key}[{index}]" if len(configs) > 1 else dotted_key
+        if config.aligned is not None:
+            check_keys(config, "aligned", key)
+            found.append([scan_aligned(config, config.aligned, key)])
+        elif config.hub is not None:
+            check_keys(config, "hub", key)
+            path = str(spool_hub(config, key, cache_dir))
+            found.append([scan_file(path, f"{config.hub}[{config.split or 'train'}]", "jsonl", "none", config)])
+        else:
+            files = find_formats(find_files(config, key), config, key)
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the lock
+                scanned = [threads.submit(scan_file, path, path, name, how, config) for path, name, how in files]
+                found.append([future.result() for future in scanned])
+    return found
+
+
+def read_records(source: SourceFile, span: Span | None = None) -> Iterator[Record]:
+    """The records of a file, or of one of its spans, in order. Raises BadDataError naming the place."""
+    for piece in source.spans if span is None else (span,):
+        yield from _read(source, piece)
+
+
+def check_unchanged(source: SourceFile) -> None:
+    """Raise BadDataError if a file of `source` is not what was hashed, by its size and time of change."""
+    parts = source.aligned or (source,)
+    for part in parts:
+        status = stat_file(part.path)
+        if (status.st_size, status.st_mtime_ns) != (part.size_bytes, part.modified_ns):
+            raise BadDataError(f"{part.path}: changed while it was being read; prepare again when it is at rest")
+
+
+def _read(source: SourceFile, span: Span) -> Iterator[Record]:
+    path, label, config = source.path, source.label, source.config
+    match source.format:
+        case "jsonl":
+            return read_jsonl(_blocks(source, span), label, span.first_line)
+        case "csv" | "tsv":
+            return _read_csv(source, span)
+        case "json":
+            return _read_items(source, span, config.split)
+        case "squad":
+            return _read_squad(source, span)
+        case "parquet":
+            return read_parquet(path, source.compression, span, config.columns)
+        case "arrow":
+            return read_arrow(path, source.compression, span, config.columns)
+        case "text":
+            return read_text(_blocks(source, span), label, config.document or "line", span.first_line)
+        case "conll":
+            return read_conll(_blocks(source, span), label, config.columns, span.first_line)
+        case "conllu":
+            return read_conllu(_blocks(source, span), label, span.first_line)
+        case "aligned":
+            return read_aligned(source.aligned, span, label)
+
+
+def _blocks(source: SourceFile, span: Span) -> Iterator[bytes]:
+    if source.compression == "none":
+        return file_blocks(source.path, span.start, span.stop)
+    return all_blocks(source.path, source.compression)
+
+
+def _read_squad(source: SourceFile, span: Span) -> Iterator[Record]:
+    for article in _read_items(source, span, "data"):
+        yield from questions(article)
+
+
+def _read_csv(source: SourceFile, span: Span) -> Iterator[Record]:
+    config = source.config
+    dialect = dialect_of(source.format, config.quoting)
+    has_header = config.header if config.header is not None else config.columns is None
+    if config.columns is not None:
+        columns = config.columns
+    elif source.compression == "none":
+        columns = read_header(
+            file_blocks(source.path, 0, source.size_bytes, _HEADER_BLOCK_BYTES), source.label, dialect
+        )
+    else:
+        columns = read_header(all_blocks(source.path, source.compression), source.label, dialect)
+    return read_csv(
+        _blocks(source, span), source.label, dialect, columns, has_header and span.first_line == 1, span.first_line
+    )
+
+
+def _read_items(source: SourceFile, span: Span, key: str | None) -> Iterator[Record]:
+    columns = source.config.columns
+    if source.compression != "none":
+        return stream_json(all_blocks(source.path, source.compression), source.label, key, columns)
+    before = b"".join(file_blocks(source.path, span.start - 1, span.start))
+    blocks = file_blocks(source.path, span.start, span.stop)
+    return read_json(blocks, source.label, span.first_line, columns, begins_array=before == b"[")
