@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import INTERNAL, ConfigError
+from launcher.inspect_store import add_arguments as add_inspect_arguments
+from launcher.inspect_store import inspect_store
 from launcher.run_config import load_run, run_file_schema
 
 _INTERRUPTED = 130
@@ -68,6 +70,9 @@ def build_parser() -> _Parser:
 
     prepare = _add(commands, "prepare", _prepare, "turn the run file's records into a token store")
     _add_run_file(prepare)
+
+    inspect = _add(commands, "inspect", _inspect, "show what a token store holds: tokens, targets, sources, ledger")
+    add_inspect_arguments(inspect)
 
     train = _add(commands, "train", _train, "prepare if needed, then train through `deepspeed`")
     _add_run_file(train)
@@ -145,6 +150,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     prepare_store(load_run(arguments.run_file, arguments.overrides))
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    return inspect_store(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,258 @@
+"""What lies in chosen rows or documents of a token store, token by token, ready to be shown."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import DataConfigError
+from data_prep.token_store import Rows, TokenStore
+from data_prep.token_text import Piece, Run, TokenText, visible
+
+_SHORTEST = 32
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows (or documents) to show: from `number` on, of `source`, or drawn at random."""
+
+    number: int | None = None
+    source: str | None = None  # name or index
+    seed: int = 0
+    count: int = 1
+    documents: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """One token, or several that share a character."""
+
+    runs: list[Run]
+    ids: tuple[int, ...]
+    trained: bool
+    control: bool
+    tag: str | None
+
+
+@dataclass(frozen=True)
+class ShownDocument:
+    """A document, or the segment [start, stop) of it that lies in a row."""
+
+    number: int
+    where: str  # file:line of the record
+    source: str
+    start: int
+    stop: int
+    length: int  # of the whole document
+    num_targets: int
+    facts: tuple[str, ...]  # label, score, answers
+    tokens: tuple[ShownToken, ...]
+    num_hidden: int  # tokens at the end that were left out
+    answer: tuple[ShownToken, ...]  # seq2seq_lm: what is to be generated
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row, or one document alone (`number` is None)."""
+
+    number: int | None
+    row_tokens: int
+    num_tokens: int
+    num_targets: int
+    documents: tuple[ShownDocument, ...]
+
+    @property
+    def num_padding(self) -> int:
+        """Empty places at the end of the row."""
+        return 0 if self.number is None else self.row_tokens - self.num_tokens
+
+
+def source_name(source: dict[str, Any]) -> str:
+    """What a source is called."""
+    return str(source.get("name") or source["path"])
+
+
+def select(store: TokenStore, rows: Rows, selection: Selection) -> list[int]:
+    """Numbers of the rows, or of the documents, that `selection` means, in the order to show them.
+
+    DataConfigError when there are none.
+    """
+    what, total = ("document", store.num_documents) if selection.documents else ("row", rows.num_rows)
+    if selection.source is not None:
+        first, stop = _documents_of(store, selection.source)
+        if selection.documents:
+            chosen: Sequence[int] = range(first, min(stop, first + selection.count))
+        else:
+            chosen = _rows_with(rows, first, stop, selection.count)
+        if not chosen:
+            raise DataConfigError(f"--source {selection.source}: no {what} of {store.path} holds any of it")
+        return list(chosen)
+    if selection.number is not None:
+        if not 0 <= selection.number < total:
+            raise DataConfigError(f"--row {selection.number}: {store.path} has {what}s 0 to {total - 1}")
+        return list(range(selection.number, min(total, selection.number + selection.count)))
+    drawn = random.Random(selection.seed).sample(range(total), min(selection.count, total))  # noqa: S311
+    return sorted(drawn)
+
+
+def _documents_of(store: TokenStore, wanted: str) -> tuple[int, int]:
+    """First document and stop of the source with this name, file or index."""
+    sources = store.manifest["sources"]
+    names = [source_name(source) for source in sources]
+    if wanted in names:
+        index = names.index(wanted)
+    elif wanted.isdecimal() and int(wanted) < len(sources):
+        index = int(wanted)
+    else:
+        listed = ", ".join(f"{number} {name}" for number, name in list(enumerate(names))[:10])
+        raise DataConfigError(f"--source {wanted}: no such source in {store.path}; there are {listed}")
+    first = int(sources[index]["first_document"])
+    return first, first + int(sources[index]["num_documents"])
+
+
+def _rows_with(rows: Rows, first: int, stop: int, count: int) -> list[int]:
+    """The first `count` rows that hold a document of [first, stop); reads no more of the plan than that takes."""
+    found: list[int] = []
+    block = 1 << 16
+    for begin in range(0, len(rows.documents), block):
+        documents = rows.documents[begin : begin + block]
+        segments = np.flatnonzero((documents >= first) & (documents < stop)) + begin
+        for row in np.unique(np.searchsorted(rows.row_ends, segments, side="right")).tolist():
+            if row not in found[-1:]:
+                found.append(row)
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def show(
+    store: TokenStore, rows: Rows, text: TokenText, numbers: Sequence[int], documents: bool, max_tokens: int | None
+) -> Iterator[ShownRow]:
+    """Rows, or documents, with about `max_tokens` tokens of each decoded."""
+    for number in numbers:
+        if documents:
+            stop = len(store.tokens(number))
+            segments = [(number, 0, stop)]
+        else:
+            columns = (column.tolist() for column in rows.segments(number))
+            segments = [(document, start, start + size) for document, start, size in zip(*columns, strict=True)]
+        # Every document of a shortened row shows its beginning.
+        each = None if max_tokens is None else max(max_tokens // len(segments), _SHORTEST)
+        shown = [
+            _document(store, text, document, start, stop, stop if each is None else min(stop, start + each))
+            for document, start, stop in segments
+        ]
+        yield ShownRow(
+            None if documents else number,
+            rows.row_tokens,
+            sum(document.stop - document.start for document in shown),
+            sum(document.num_targets for document in shown),
+            tuple(shown),
+        )
+
+
+def _document(
+    store: TokenStore, text: TokenText, document: int, start: int, stop: int, visible_stop: int
+) -> ShownDocument:
+    trained, num_targets = _targets(store, document, start, stop)
+    size = visible_stop - start
+    tags: list[str | None] = [None] * size
+    answer: tuple[ShownToken, ...] = ()
+    if store.task == "token_classification":
+        indices = _token_column(store, "tags", document, start, visible_stop).tolist()
+        tags = [_name(store, index) if index >= 0 else None for index in indices]
+    if store.task == "seq2seq_lm":
+        target_ids = _ragged(store, "target_ids", document).tolist()
+        answer = _tokens(text, target_ids, [True] * len(target_ids), [None] * len(target_ids), True)
+    ids = store.tokens(document, start, visible_stop).tolist()
+    return ShownDocument(
+        number=document,
+        where=store.locate(document),
+        source=source_name(store.manifest["sources"][_source_of(store, document)]),
+        start=start,
+        stop=stop,
+        length=len(store.tokens(document)),
+        num_targets=num_targets,
+        facts=tuple(_facts(store, document)),
+        tokens=_tokens(text, ids, trained[:size].tolist(), tags, start == 0),
+        num_hidden=stop - visible_stop,
+        answer=answer,
+    )
+
+
+def _targets(store: TokenStore, document: int, start: int, stop: int) -> tuple[np.ndarray, int]:
+    """Which tokens of a segment are marked as what is learned (bool [stop - start]), and the number of targets."""
+    trained = np.zeros(stop - start, dtype=bool)
+    match store.task:
+        case "causal_lm":
+            trained[1:] = store.targets(document, start, stop)[1:]  # nothing predicts a segment's first token
+        case "token_classification":
+            trained = store.targets(document, start, stop)
+        case "question_answering":
+            for first, last in _ragged(store, "answer_spans", document).reshape(-1, 2).tolist():
+                trained[max(first - start, 0) : max(last - start, 0)] = True
+            return trained, 1
+        case "seq2seq_lm":
+            return trained, len(_ragged(store, "target_ids", document))
+        case _:
+            return trained, 1
+    return trained, int(trained.sum())
+
+
+def _facts(store: TokenStore, document: int) -> list[str]:
+    """What a task's columns say about a document as a whole."""
+    facts = []
+    if _has(store, "labels"):
+        facts.append(f"label: {_name(store, int(store.column('labels')[document]))}")
+    if _has(store, "label_sets"):
+        names = [_name(store, index) for index in _ragged(store, "label_sets", document).tolist()]
+        facts.append(f"labels: {', '.join(names) or 'none'}")
+    if _has(store, "scores"):
+        facts.append(f"score: {float(_column(store, 'scores')[document]):g}")
+    if _has(store, "questions"):
+        spans = len(_ragged(store, "answer_spans", document)) // 2
+        answers = f"{spans} answers" if spans > 1 else "one answer" if spans else "no answer in this window"
+        facts.append(f"question {int(_column(store, 'questions')[document])}: {answers}")
+    if _has(store, "pair_starts") and (first := int(_column(store, "pair_starts")[document])):
+        facts.append(f"second text from token {first}")
+    return facts
+
+
+def _tokens(
+    text: TokenText, ids: list[int], trained: list[bool], tags: list[str | None], from_start: bool
+) -> tuple[ShownToken, ...]:
+    pieces: list[Piece] = text.pieces(ids, list(zip(trained, tags, strict=True)), from_start)
+    return tuple(
+        ShownToken(runs, tuple(ids[piece.start : piece.stop]), trained[piece.start], piece.control, tags[piece.start])
+        for piece, runs in zip(pieces, visible([piece.text for piece in pieces]), strict=True)
+    )
+
+
+def _source_of(store: TokenStore, document: int) -> int:
+    first = [int(source["first_document"]) for source in store.manifest["sources"]]
+    return int(np.searchsorted(first, document, side="right")) - 1
+
+
+def _name(store: TokenStore, index: int) -> str:
+    return store.label_names[index] if 0 <= index < len(store.label_names) else str(index)
+
+
+def _has(store: TokenStore, name: str) -> bool:
+    return f"{name}.npy" in store.manifest["files"]
+
+
+def _column(store: TokenStore, name: str) -> np.ndarray:
+    array: np.ndarray = np.load(store.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _ragged(store: TokenStore, name: str, document: int) -> np.ndarray:
+    ends = _column(store, f"{name}_ends")
+    return _column(store, name)[int(ends[document - 1]) if document else 0 : int(ends[document])]
+
+
+def _token_column(store: TokenStore, name: str, document: int, start: int, stop: int) -> np.ndarray:
+    first = int(store._ends[document - 1]) if document else 0
+    return _column(store, name)[first + start : first + stop]
