@@ -7,12 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from data_prep.arrange import RowPlan, write_rows
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError
 from data_prep.parallel import Progress, encode_spans
 from data_prep.records import Source
 from data_prep.store_folder import link_content, publish
-from data_prep.store_writer import describe_files, write_content, write_rows
+from data_prep.store_writer import describe_files, write_content
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 from data_prep.tokenizer import Tokenizer
 from data_prep.worker import HashRange, Job, SpanResult, Task, id_type
@@ -69,7 +70,8 @@ def find_or_build(
             content = link_content(donor, folder)
         else:
             content = _build_content(config, split, encoding, folder, progress)
-        rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), config.row_tokens, config.overlong)
+        plan = RowPlan(config.row_tokens, config.packing, config.overlong, config.min_targets)
+        rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), plan)
         if rows["num_rows"] == 0:
             raise BadDataError(f"{split.sources[0].path}: no {split.name} record is left to train on")
         files = {**content["files"], **rows.pop("files")}

@@ -1,4 +1,4 @@
-"""Arranges documents into rows: what happens to over-long ones, then best-fit decreasing over the whole set.
+"""Fills rows with documents: best-fit decreasing over the whole set, or one stream cut into rows.
 
 Best-fit decreasing never asks which document of a length it places, so it runs on the histogram of
 lengths: bins with equal content are one group, and a length's documents move through whole groups at
@@ -10,35 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.config import Overlong
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Pieces of documents that fit a row, and the documents that did not come whole. int64 arrays."""
-
-    documents: np.ndarray  # [S] segment -> document
-    starts: np.ndarray  # [S] first token in the document
-    lengths: np.ndarray  # [S] 1..row_tokens
-    overlong: np.ndarray  # documents longer than a row
-
-
-def cut_segments(document_lengths: np.ndarray, row_tokens: int, overlong: Overlong) -> Segments:
-    """Cut documents (int64 [N] lengths) to at most `row_tokens`. ``error`` is the caller's: it keeps none of them.
-
-    ``split`` gives consecutive pieces that hold every token once; ``truncate`` keeps the first row.
-    """
-    too_long = np.flatnonzero(document_lengths > row_tokens)
-    pieces = np.ones(len(document_lengths), dtype=np.int64)
-    if overlong == "split":
-        pieces[too_long] = -(-document_lengths[too_long] // row_tokens)
-    elif overlong != "truncate":
-        pieces[too_long] = 0
-    documents = np.repeat(np.arange(len(document_lengths), dtype=np.int64), pieces)
-    first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = (np.arange(len(documents), dtype=np.int64) - first_piece) * row_tokens
-    lengths = np.minimum(document_lengths[documents] - starts, row_tokens)
-    return Segments(documents, starts, lengths, too_long)
+_BLOCK = 1 << 18  # segments that are sorted at once
+_WORD = 512  # bits of one word of the set of spaces
 
 
 @dataclass(frozen=True)
@@ -51,71 +24,127 @@ class _Pattern:
 
 
 def pack_rows(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing of `lengths` (int64 [S], 1..row_tokens) into rows.
+    """Best-fit decreasing of `lengths` (unsigned or int64 [S], 1..row_tokens) into rows.
 
-    Returns order (int64 [S]: segments in row order) and row_ends (int64 [R]: row r is
+    Returns order (uint32 [S]: segments in row order) and row_ends (int64 [R]: row r is
     order[row_ends[r - 1]:row_ends[r]]). Deterministic; the number of rows is that of the
-    ordinary item-by-item algorithm.
+    ordinary item-by-item algorithm. Needs 8 bytes a segment, and a fixed amount besides.
     """
     if len(lengths) == 0:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    assert int(lengths.min()) > 0 and int(lengths.max()) <= row_tokens
-    counts = np.bincount(lengths, minlength=row_tokens + 1)
-    groups = _fill_bins(counts, row_tokens)
-    return _hand_out(lengths, counts, groups)
+        return np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.int64)
+    assert int(lengths.min()) > 0 and int(lengths.max()) <= row_tokens and len(lengths) < 2**32
+    counts = np.zeros(row_tokens + 1, dtype=np.int64)
+    for first in range(0, len(lengths), _BLOCK):
+        counts += np.bincount(lengths[first : first + _BLOCK].astype(np.int64), minlength=row_tokens + 1)
+    return _hand_out(_sorted_by_length(lengths, counts), counts, _fill_bins(counts, row_tokens))
+
+
+def _sorted_by_length(lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """uint32 [S]: the segments in order of length, equal ones in their own order. A counting sort, block by block."""
+    by_length = np.empty(len(lengths), dtype=np.uint32)
+    next_place = np.cumsum(counts) - counts
+    for first in range(0, len(lengths), _BLOCK):
+        block = lengths[first : first + _BLOCK]
+        # numpy sorts two-byte keys by radix, several times faster than it compares wider ones.
+        inner = np.argsort(block.astype(np.uint16), kind="stable")
+        if len(counts) > 1 << 16:
+            inner = inner[np.argsort((block[inner] >> 16).astype(np.uint16), kind="stable")]
+        keys = block[inner]
+        begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+        sizes = np.diff(begins, append=len(keys))
+        present = keys[begins].astype(np.int64)
+        places = np.repeat(next_place[present] - begins, sizes)
+        places += np.arange(len(keys))
+        inner += first
+        by_length[places] = inner
+        next_place[present] += sizes
+    return by_length
+
+
+class _OpenBins:
+    """Bins that have space left, by how much: groups of equal ones, the tightest that fits found in two steps.
+
+    Which spaces occur is a set of bits in two levels, because shifting one whole number of 128k bits
+    at every step would cost more than all else: bit s % 512 of words[s // 512], and bit n of `busy`
+    where words[n] is not 0.
+    """
+
+    def __init__(self, row_tokens: int):
+        self.groups: dict[int, list[tuple[_Pattern, int]]] = {}
+        self._words = [0] * (row_tokens // _WORD + 1)
+        self._busy = 0
+
+    def put(self, space: int, pattern: _Pattern, num_bins: int) -> None:
+        groups = self.groups.get(space)
+        if groups is not None:
+            groups.append((pattern, num_bins))
+            return
+        self.groups[space] = [(pattern, num_bins)]
+        self._words[space // _WORD] |= 1 << space % _WORD
+        self._busy |= 1 << space // _WORD
+
+    def take(self, length: int) -> tuple[int, _Pattern, int] | None:
+        """Space, content and number of the bins with the least space that holds `length`; they leave the set."""
+        number, words = length // _WORD, self._words
+        fitting = words[number] >> length % _WORD << length % _WORD
+        if not fitting:
+            later = self._busy >> number + 1 << number + 1
+            if not later:
+                return None
+            number = (later & -later).bit_length() - 1
+            fitting = words[number]
+        bit = fitting & -fitting
+        space = number * _WORD + bit.bit_length() - 1
+        groups = self.groups[space]
+        pattern, num_bins = groups.pop()
+        if not groups:
+            del self.groups[space]
+            words[number] ^= bit
+            if not words[number]:
+                self._busy ^= 1 << number
+        return space, pattern, num_bins
 
 
 def _fill_bins(counts: np.ndarray, row_tokens: int) -> list[tuple[_Pattern, int]]:
     """Groups (pattern, number of equal bins) that hold `counts[length]` items of every length."""
-    closed: list[tuple[_Pattern, int]] = []
-    open_bins: dict[int, list[tuple[_Pattern | None, int]]] = {}
-    occupied = 0  # bit s is set while some open bin has s tokens of space left
+    full: list[tuple[_Pattern, int]] = []
+    bins = _OpenBins(row_tokens)
 
-    def put(pattern: _Pattern, num_bins: int, space: int) -> None:
-        nonlocal occupied
-        if space == 0:
-            closed.append((pattern, num_bins))
-            return
-        open_bins.setdefault(space, []).append((pattern, num_bins))
-        occupied |= 1 << space
+    def put(space: int, pattern: _Pattern, num_bins: int) -> None:
+        if space:
+            bins.put(space, pattern, num_bins)
+        else:
+            full.append((pattern, num_bins))
 
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
-            fitting = occupied >> length
-            if fitting:
-                space = length + (fitting & -fitting).bit_length() - 1
-                below, num_bins = open_bins[space].pop()
-                if not open_bins[space]:
-                    del open_bins[space]
-                    occupied ^= 1 << space
-            else:
-                space, below, num_bins = row_tokens, None, left
+            below: _Pattern | None
+            space, below, num_bins = bins.take(length) or (row_tokens, None, left)
             # A bin that took one item is now the tightest fit, so it takes equal ones until it is full.
             each = space // length
             filled = min(num_bins, left // each)
             if filled:
-                put(_Pattern(length, each, below), filled, space - each * length)
+                put(space - each * length, _Pattern(length, each, below), filled)
                 left -= filled * each
             rest = num_bins - filled
             if rest and left:
                 # Fewer than `each` remain, or bins ran out: one bin takes what is left.
-                put(_Pattern(length, left, below), 1, space - left * length)
+                put(space - left * length, _Pattern(length, left, below), 1)
                 rest, left = rest - 1, 0
             if rest and below is not None:
-                put(below, rest, space)
-    for space in sorted(open_bins):
-        closed.extend((pattern, num_bins) for pattern, num_bins in open_bins[space] if pattern is not None)
-    return closed
+                bins.put(space, below, rest)
+    for space in sorted(bins.groups):
+        full.extend(bins.groups[space])
+    return full
 
 
 def _hand_out(
-    lengths: np.ndarray, counts: np.ndarray, groups: list[tuple[_Pattern, int]]
+    by_length: np.ndarray, counts: np.ndarray, groups: list[tuple[_Pattern, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    by_length = np.argsort(lengths, kind="stable").astype(np.int64)
-    next_free = np.cumsum(counts) - counts
-    order = np.empty(len(lengths), dtype=np.int64)
-    row_sizes = []
+    next_free = (np.cumsum(counts) - counts).tolist()
+    order = np.empty(len(by_length), dtype=np.uint32)
+    row_sizes, repeats = [], []
     filled = 0
     for pattern, num_bins in groups:
         chain: list[tuple[int, int]] = []
@@ -123,16 +152,30 @@ def _hand_out(
         while node is not None:
             chain.append((node.length, node.count))
             node = node.below
-        chain.reverse()
         size = sum(count for _, count in chain)
         rows = order[filled : filled + num_bins * size].reshape(num_bins, size)
         column = 0
-        for length, count in chain:
-            first = next_free[length]
-            rows[:, column : column + count] = by_length[first : first + num_bins * count].reshape(num_bins, count)
-            next_free[length] = first + num_bins * count
+        for length, count in reversed(chain):
+            first, taken = next_free[length], num_bins * count
+            rows[:, column : column + count] = by_length[first : first + taken].reshape(num_bins, count)
+            next_free[length] = first + taken
             column += count
         filled += num_bins * size
-        row_sizes.append((size, num_bins))
-    sizes = np.repeat([size for size, _ in row_sizes], [num_bins for _, num_bins in row_sizes])
-    return order, np.cumsum(sizes, dtype=np.int64)
+        row_sizes.append(size)
+        repeats.append(num_bins)
+    return order, np.cumsum(np.repeat(row_sizes, repeats), dtype=np.int64)
+
+
+def wrap_rows(lengths: np.ndarray, filled: int, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents (int64 [D] lengths > 0) as one stream, cut wherever a row is full.
+
+    `filled` (0..row_tokens - 1) is how full the first row is already. Returns the ends of the segments in
+    the stream (int64 [S], the first begins at `filled`), the document of each, and row_ends (int64 [R]: as
+    `pack_rows`) of the rows that became full; the segments after the last of them are in an unfinished row.
+    """
+    ends = filled + np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else filled
+    full = np.arange(row_tokens, total + 1, row_tokens, dtype=np.int64)
+    cuts = np.union1d(ends, full)
+    begins = np.concatenate(([filled], cuts[:-1]))[: len(cuts)]
+    return cuts, np.searchsorted(ends, begins, side="right"), np.searchsorted(cuts, full, side="right")

@@ -7,64 +7,42 @@ One folder is one split::
     targets.npy            uint8, one bit a token (most significant first): is the token predicted?
     document_ends.npy      uint32 or uint64 [documents], end of each document in tokens
     document_lines.npy     uint32 [documents], line of the record in its source file
-    labels.npy             int32 [documents], only for tasks with labels
+    <column>.npy           a task's values, one a token or a document (manifest["columns"])
+    <column>_ends.npy      of a ragged column: end of each document's values
     rows_*.npy             the arrangement of documents into rows of one length
     tokenizer/             a complete Hugging Face tokenizer folder
+
+Opening reads the manifest and the headers, whatever the size of the store. `open_rows` and `verify`
+read the whole index, and every access checks the borders and ids that it touches: a damaged or
+forged store raises StoreError and never leads outside its files.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import xxhash
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
+from data_prep.rows import ROW_COLUMNS as ROW_COLUMNS
+from data_prep.rows import Rows as Rows
+from data_prep.rows import RowSource as RowSource
+from data_prep.rows import open_rows as open_rows
+from data_prep.store_files import ADVICE, INDEX_TYPES, MappedFile, check_file, identity_of, map_array, whole_number
+from data_prep.store_files import FORMAT_VERSION as FORMAT_VERSION
+from data_prep.store_files import MANIFEST_NAME as MANIFEST_NAME
+from data_prep.store_files import StoreError as StoreError
+from data_prep.store_files import content_digest as content_digest
+from data_prep.store_files import hash_file as hash_file
+from data_prep.store_files import is_content_file as is_content_file
+from data_prep.store_files import read_manifest as read_manifest
+
 CURRENT_NAME = "current.json"
-ROW_COLUMNS = ("documents", "starts", "lengths", "ends", "targets")
-_HASH_BLOCK_BYTES = 1 << 22
-
-
-class StoreError(Exception):
-    """A token store is missing (66), damaged, or not the one that is needed (65)."""
-
-    def __init__(self, message: str, exit_code: int = 65):
-        super().__init__(message, exit_code)
-        self.message = message
-        self.exit_code = exit_code
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def is_content_file(name: str) -> bool:
-    """Whether a file of a store belongs to its content (documents) and not to one arrangement into rows."""
-    return not name.startswith("rows_")
-
-
-def content_digest(manifest: Mapping[str, Any]) -> str:
-    """Hex identity of a store's documents: the hashes of their files and how to read them."""
-    identity = {
-        "format": manifest["format"],
-        "task": manifest["task"],
-        "vocab_size": manifest["vocab_size"],
-        "label_names": manifest["label_names"],
-        "files": {name: entry["xxh3_128"] for name, entry in manifest["files"].items() if is_content_file(name)},
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """xxh3 (128 bits, hex) of a whole file, read in blocks."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+ID_TYPES = ("uint16", "uint32")
+VALUE_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
+_BLOCK = 1 << 20  # document borders that are read at once
+_MARK_BLOCK_TOKENS = 1 << 23  # tokens whose marks are counted at once
 
 
 def resolve_store(
@@ -122,83 +100,170 @@ class TokenStore:
         self.manifest = manifest
         self.task: str = manifest["task"]
         self.digest: str = manifest["digest"]
-        self.vocab_size: int = manifest["vocab_size"]
+        self.vocab_size = whole_number(manifest, "vocab_size")
         self.pad_id: int = manifest["pad_id"]
         self.eos_id: int | None = manifest["eos_id"]
         self.bos_id: int | None = manifest["bos_id"]
         self.label_names: tuple[str, ...] = tuple(manifest["label_names"])
-        self.num_documents: int = manifest["num_documents"]
-        self.num_tokens: int = manifest["num_tokens"]
-        self.num_targets: int = manifest["num_targets"]
+        self.num_documents = whole_number(manifest, "num_documents")
+        self.num_tokens = whole_number(manifest, "num_tokens")
+        self.num_targets = whole_number(manifest, "num_targets")
+        self.columns: Mapping[str, Any] = manifest.get("columns", {})
         self.ledger: Mapping[str, Any] = manifest["ledger"]
         self.tokenizer_dir: Path = path / "tokenizer"
-        self._input_ids = self._load("input_ids", self.num_tokens)
-        self._ends = self._load("document_ends", self.num_documents)
-        self._lines = self._load("document_lines", self.num_documents)
-        self._marks = self._load("targets", -(-self.num_tokens // 8)) if "targets.npy" in manifest["files"] else None
-        self._first_documents = np.array([source["first_document"] for source in manifest["sources"]], dtype=np.int64)
+        self._files: dict[str, MappedFile] = {}
+        self._input_ids = self._load("input_ids", self.num_tokens, ID_TYPES)
+        self._ends = self._load("document_ends", self.num_documents, INDEX_TYPES)
+        self._lines = self._load("document_lines", self.num_documents, INDEX_TYPES)
+        has_marks = "targets.npy" in manifest["files"]
+        self._marks = self._load("targets", -(-self.num_tokens // 8), ("uint8",)) if has_marks else None
+        self._source_firsts = np.array(
+            [whole_number(source, "first_document") for source in manifest["sources"]], np.int64
+        )
 
     @classmethod
     def open(cls, path: Path) -> "TokenStore":
-        """Open a store and check its index: manifest, format, sizes of all files, document borders.
+        """Open a store and check its manifest and the size, kind and header of every file.
 
-        Raises StoreError (66 for a missing folder or file, else 65). Content hashes are `verify`'s.
+        Raises StoreError (66 for a missing folder or file, 77 for one that leads elsewhere, else 65).
+        Content hashes are `verify`'s.
         """
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         for name, entry in manifest["files"].items():
-            parts = PurePosixPath(name).parts
-            if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-                raise StoreError(f"{path / MANIFEST_NAME}: {name!r} leaves the store's folder", 77)
-            try:
-                size = (path / name).stat().st_size
-            except OSError:
-                raise StoreError(f"{path / name}: missing; prepare the data again", 66) from None
-            if size != entry["bytes"]:
-                raise StoreError(f"{path / name}: {size} bytes, not {entry['bytes']}: damaged; prepare the data again")
+            check_file(path, name, entry)
         try:
             store = cls(path, manifest)
-        except (KeyError, TypeError) as error:
+            matches = content_digest(manifest) == store.digest
+        except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path / MANIFEST_NAME}: lacks or garbles {error}") from error
-        store._check_index()
+        if not matches:
+            raise StoreError(f"{path / MANIFEST_NAME}: does not match its own digest: damaged")
+        if (int(store._ends[-1]) if store.num_documents else 0) != store.num_tokens:
+            raise StoreError(f"{path / 'document_ends.npy'}: does not end with the last token: damaged")
         return store
 
-    def _load(self, name: str, length: int) -> np.ndarray:
-        path = self.path / f"{name}.npy"
-        try:
-            # The plain view of the map: slicing the memmap class itself costs several times more.
-            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path}: not a readable array: {error}; prepare the data again") from error
-        if array.shape != (length,) or array.dtype.kind not in "ui":
-            raise StoreError(f"{path}: holds {array.dtype}{array.shape}, not {length} integers: damaged")
-        return array
+    def _load(self, name: str, length: int | None, kinds: tuple[str, ...]) -> np.ndarray:
+        """The array of ``name.npy``, mapped: `length` values (None: however many) of one of the types `kinds`."""
+        file = self._files.get(name)
+        if file is None:
+            file = self._files[name] = map_array(self.path / f"{name}.npy")
+        values = file.values
+        if values.dtype.newbyteorder("=").name not in kinds or length not in (None, len(values)):
+            wanted = "values" if length is None else f"{length} values"
+            raise StoreError(
+                f"{file.path}: holds {len(values)} {values.dtype}, not {wanted} of type {'/'.join(kinds)}: damaged"
+            )
+        return values
 
-    def _check_index(self) -> None:
-        ends = self._ends
-        ordered = bool(np.all(ends[1:] > ends[:-1])) and int(ends[0]) > 0 if self.num_documents else True
-        total = int(ends[-1]) if self.num_documents else 0
-        if not ordered or total != self.num_tokens:
-            raise StoreError(f"{self.path / 'document_ends.npy'}: document borders are out of order: damaged")
-        if content_digest(self.manifest) != self.digest:
-            raise StoreError(f"{self.path / MANIFEST_NAME}: does not match its own digest: damaged")
+    def check_unchanged(self) -> None:
+        """Compare every open file with what it was when it was opened. StoreError names the first that differs.
+
+        A running job calls this between batches: a file that is truncated under a memory map kills the
+        process at the next access, and one that is replaced would be trained on half old, half new.
+        """
+        for file in self._files.values():
+            try:
+                same = identity_of(file.path.stat()) == file.identity
+            except OSError:
+                same = False
+            if not same:
+                raise StoreError(f"{file.path}: changed, replaced or removed while it was in use; {ADVICE}")
 
     def verify(self) -> None:
-        """Compare the hash of every file with the manifest. StoreError names the first that differs."""
+        """Compare the hash of every file with the manifest, and read the whole index.
+
+        StoreError names the first file that differs.
+        """
         for name, entry in self.manifest["files"].items():
             if hash_file(self.path / name) != entry["xxh3_128"]:
-                raise StoreError(
-                    f"{self.path / name}: content does not match its hash: damaged; prepare the data again"
-                )
+                raise StoreError(f"{self.path / name}: content does not match its hash: damaged; {ADVICE}")
+        self.check_borders()
+
+    def check_borders(self) -> None:
+        """Read all document borders, in blocks. StoreError if they are out of order."""
+        last = 0
+        for first in range(0, self.num_documents, _BLOCK):
+            ends = self._ends[first : first + _BLOCK]
+            if int(ends[0]) <= last or bool(np.any(ends[1:] <= ends[:-1])):
+                raise self._out_of_order()
+            last = int(ends[-1])
+        if last != self.num_tokens:
+            raise self._out_of_order()
+
+    def _out_of_order(self) -> StoreError:
+        return StoreError(f"{self.path / 'document_ends.npy'}: document borders are out of order: damaged; {ADVICE}")
+
+    def lengths(self, first: int, stop: int) -> np.ndarray:
+        """int64 [stop - first]: tokens of the documents first..stop."""
+        begins, ends = self.borders_between(first, stop)
+        lengths: np.ndarray = ends - begins
+        return lengths
 
     @property
     def document_lengths(self) -> np.ndarray:
         """int64 [documents]: tokens of every document."""
-        lengths: np.ndarray = np.diff(self._ends.astype(np.int64), prepend=0)
-        return lengths
+        return self.lengths(0, self.num_documents)
+
+    def borders_between(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """First token and end (int64 each) of the documents first..stop in the store's columns."""
+        ends = self._ends[first:stop].astype(np.int64)
+        begins = np.empty_like(ends)
+        if len(ends):
+            begins[0] = self._ends[first - 1] if first else 0
+            begins[1:] = ends[:-1]
+            if int(begins[0]) < 0 or bool(np.any(ends <= begins)) or int(ends[-1]) > self.num_tokens:
+                raise self._out_of_order()
+        return begins, ends
+
+    def borders(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token and end (int64 [D] each) of `documents` (int64 [D]) in the store's columns."""
+        ends = self._ends[documents].astype(np.int64)
+        begins = self._ends[documents - 1].astype(np.int64)
+        begins[documents == 0] = 0
+        if bool(((begins < 0) | (ends <= begins) | (ends > self.num_tokens)).any()):
+            raise self._out_of_order()
+        return begins, ends
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of several pieces, one after the other: (ids int64 [N], is target bool [N]), N = lengths.sum().
+
+        Piece i is `lengths[i]` tokens of `documents[i]` from its token `starts[i]` on; int64 [S] each.
+        Raises StoreError for a piece outside its document, an id outside the vocabulary, and a file that
+        was cut off meanwhile.
+        """
+        if len(documents) == 0:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+        if int(documents.min()) < 0 or int(documents.max()) >= self.num_documents:
+            raise StoreError(f"{self.path}: a row names a document that is not there: damaged; {ADVICE}")
+        begins, ends = self.borders(documents)
+        if bool(((starts < 0) | (lengths <= 0) | (lengths > ends - begins - starts)).any()):
+            raise StoreError(f"{self.path}: a row reaches outside its documents: damaged; {ADVICE}")
+        self._files["input_ids"].requirewhole_number()
+        begins += starts
+        stops = np.cumsum(lengths)
+        total = int(stops[-1])
+        places = np.repeat(begins - (stops - lengths), lengths)
+        places += np.arange(total)
+        ids = self._input_ids[places].astype(np.int64)
+        if int(ids.max()) >= self.vocab_size:
+            raise StoreError(
+                f"{self.path / 'input_ids.npy'}: id {int(ids.max())} is outside the vocabulary of {self.vocab_size}:"
+                f" damaged; {ADVICE}"
+            )
+        return ids, self._marks_at(places)
+
+    def _marks_at(self, places: np.ndarray) -> np.ndarray:
+        if self._marks is None:
+            return np.zeros(len(places), dtype=bool)
+        self._files["targets"].requirewhole_number()
+        shifts = np.bitwise_and(places, 7, dtype=np.uint8, casting="unsafe")
+        marks: np.ndarray = ((self._marks[places >> 3] << shifts) & np.uint8(0x80)).astype(bool)
+        return marks
 
     def _bounds(self, document: int, start: int, stop: int | None) -> tuple[int, int]:
-        first = int(self._ends[document - 1]) if document else 0
-        length = int(self._ends[document]) - first
+        assert 0 <= document < self.num_documents, f"document {document} of {self.num_documents}"
+        begins, ends = self.borders_between(document, document + 1)
+        first, length = int(begins[0]), int(ends[0] - begins[0])
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, f"tokens {start}..{stop} of a document of {length}"
         return first + start, first + stop
@@ -211,117 +276,97 @@ class TokenStore:
     def targets(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """bool [stop - start]: which of these tokens are predicted."""
         first, last = self._bounds(document, start, stop)
-        return self._marked(first, last)
-
-    def _marked(self, first: int, last: int) -> np.ndarray:
         if self._marks is None:
             return np.zeros(last - first, dtype=bool)
         bits = np.unpackbits(self._marks[first // 8 : -(-last // 8)])
         return bits[first % 8 : first % 8 + last - first].astype(bool)
 
-    def document_targets(self, block_tokens: int = 1 << 22) -> np.ndarray:
-        """int64 [documents]: targets of every document; one each for a task with labels."""
+    @property
+    def counts_targets(self) -> bool:
+        """Whether documents differ in their number of targets; else each has one."""
+        return self._marks is not None or "target_ids" in self.columns
+
+    def document_targets(self, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """int64 [stop - first]: targets of every document; one each where the task marks no tokens."""
+        stop = self.num_documents if stop is None else stop
         if self._marks is None:
-            return np.ones(self.num_documents, dtype=np.int64)
-        counts = np.zeros(self.num_documents, dtype=np.int64)
-        ends, first, begin = self._ends, 0, 0
-        while first < self.num_documents:
-            last = int(np.searchsorted(ends, np.asarray(begin + block_tokens, ends.dtype), side="right"))
-            last = max(last, first + 1)
-            stop = int(ends[last - 1])
-            starts = np.concatenate(([0], ends[first : last - 1].astype(np.int64) - begin))
-            counts[first:last] = np.add.reduceat(self._marked(begin, stop), starts, dtype=np.int64)
-            first, begin = last, stop
+            if "target_ids" in self.columns:
+                ends = self._load("target_ids_ends", self.num_documents, INDEX_TYPES)[first:stop].astype(np.int64)
+                before = int(self._load("target_ids_ends", self.num_documents, INDEX_TYPES)[first - 1]) if first else 0
+                return np.diff(ends, prepend=before)
+            return np.ones(stop - first, dtype=np.int64)
+        begins, ends = self.borders_between(first, stop)
+        return self.count_targets(begins, ends)
+
+    def count_targets(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """int64 [S]: marked tokens of ranges of the store's columns (int64 [S] each, ascending, not empty)."""
+        assert self._marks is not None
+        counts = np.empty(len(begins), dtype=np.int64)
+        first = 0
+        while first < len(begins):
+            base = int(begins[first])
+            last = max(first + 1, int(np.searchsorted(ends, base + _MARK_BLOCK_TOKENS, side="right")))
+            counts[first:last] = _count_bits(self._marks, begins[first:last], ends[first:last])
+            first = last
         return counts
 
     def column(self, name: str) -> np.ndarray:
-        """A task's per-document column over the whole split, for example ``labels`` (int32)."""
-        if f"{name}.npy" not in self.manifest["files"]:
+        """A task's column with one value a document, over the whole split: for example ``labels`` (int32)."""
+        self._require_column(name, "document")
+        return self._load(name, self.num_documents, VALUE_TYPES)
+
+    def token_column(self, name: str, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Values [stop - start] of a column with one value a token: for example ``tags``. A view of the file."""
+        self._require_column(name, "token")
+        first, last = self._bounds(document, start, stop)
+        return self._load(name, self.num_tokens, VALUE_TYPES)[first:last]
+
+    def ragged(self, name: str, document: int) -> np.ndarray:
+        """One document's values of a column that has any number of them: for example ``answer_spans``."""
+        self._require_column(name, "ragged")
+        assert 0 <= document < self.num_documents, f"document {document} of {self.num_documents}"
+        values = self._load(name, None, VALUE_TYPES)
+        ends = self._load(f"{name}_ends", self.num_documents, INDEX_TYPES)
+        first, last = int(ends[document - 1]) if document else 0, int(ends[document])
+        if not 0 <= first <= last <= len(values):
+            raise StoreError(f"{self.path / name}_ends.npy: reaches outside the column: damaged; {ADVICE}")
+        return values[first:last]
+
+    def _require_column(self, name: str, per: str) -> None:
+        described = self.columns.get(name)
+        if described is None or f"{name}.npy" not in self.manifest["files"]:
             raise StoreError(f"{self.path}: has no column {name!r}; it was prepared for task {self.task}")
-        return self._load(name, self.num_documents)
+        if described.get("per") != per:
+            raise StoreError(f"{self.path}: column {name!r} has values per {described.get('per')}, not per {per}")
+
+    def source_of(self, document: int) -> int:
+        """Index of the source (of ``manifest["sources"]``) that a document came from."""
+        return int(np.searchsorted(self._source_firsts, document, side="right")) - 1
+
+    @cached_property
+    def _file_starts(self) -> tuple[np.ndarray, list[str]]:
+        """First document and path of every input file, in the order of the documents."""
+        files = [file for source in self.manifest["sources"] for file in source["files"]]
+        return np.array([file["first_document"] for file in files], dtype=np.int64), [file["path"] for file in files]
 
     def locate(self, document: int) -> str:
         """Where the record of a document stands: ``path/to/file.jsonl:123``."""
-        source = int(np.searchsorted(self._first_documents, document, side="right")) - 1
-        return f"{self.manifest['sources'][source]['path']}:{int(self._lines[document])}"
+        firsts, paths = self._file_starts
+        return f"{paths[int(np.searchsorted(firsts, document, side='right')) - 1]}:{int(self._lines[document])}"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest_path = path / MANIFEST_NAME
-    if not path.is_dir():
-        raise StoreError(f"{path}: no such token store; run `fulltune prepare RUN.yaml`", 66)
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{path}: has no {MANIFEST_NAME}, so it is not a finished token store", 66) from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{manifest_path}: cannot be read: {error}; prepare the data again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise StoreError(f"{manifest_path}: not the manifest of a token store")
-    if manifest.get("format") != FORMAT_VERSION:
-        raise StoreError(f"{path}: store format {manifest.get('format')}, not {FORMAT_VERSION}; prepare the data again")
-    return manifest
+def _count_bits(marks: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """int64 [S]: set bits of `marks` (most significant first) in ascending ranges of bit positions."""
+    base = int(begins[0]) >> 3
+    octets = np.concatenate((marks[base : (int(ends[-1]) + 7) >> 3], np.zeros(1, dtype=np.uint8)))
+    before = np.zeros(len(octets) + 1, dtype=np.uint32)
+    np.cumsum(np.bitwise_count(octets), dtype=np.uint32, out=before[1:])
 
+    def set_before(places: np.ndarray) -> np.ndarray:
+        octet = (places >> 3) - base
+        partial = np.bitwise_count(octets[octet] >> (8 - (places & 7)).astype(np.uint8))
+        total: np.ndarray = before[octet].astype(np.int64) + partial
+        return total
 
-@dataclass(frozen=True)
-class Rows:
-    """The arrangement of a store's documents into rows of at most `row_tokens` tokens.
-
-    S segments, R rows; all arrays are int64. The first token of a segment is never a target.
-    """
-
-    row_tokens: int
-    documents: np.ndarray  # [S] segment -> document
-    starts: np.ndarray  # [S] first token of the segment in its document
-    lengths: np.ndarray  # [S] tokens of the segment
-    row_ends: np.ndarray  # [R] segments of row r are [row_ends[r - 1], row_ends[r])
-    row_targets: np.ndarray  # [R] targets of the row; 1 for a task with labels
-    digest: str  # identity of store content and arrangement
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_ends)
-
-    def segments(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Documents, starts and lengths of the segments of one row, in row order."""
-        chosen = slice(int(self.row_ends[row - 1]) if row else 0, int(self.row_ends[row]))
-        return self.documents[chosen], self.starts[chosen], self.lengths[chosen]
-
-
-def open_rows(store: TokenStore, row_tokens: int) -> Rows:
-    """The rows that preparation planned for `store`. StoreError if they have another length or are damaged."""
-    planned = store.manifest["row_tokens"]
-    if planned != row_tokens:
-        raise StoreError(
-            f"{store.path}: its rows have {planned} tokens, not data.row_tokens {row_tokens};"
-            " run `fulltune prepare RUN.yaml`"
-        )
-    num_segments, num_rows = store.manifest["num_segments"], store.manifest["num_rows"]
-    documents, starts, lengths = (store._load(f"rows_{name}", num_segments) for name in ROW_COLUMNS[:3])
-    row_ends, row_targets = (store._load(f"rows_{name}", num_rows) for name in ROW_COLUMNS[3:])
-    files = store.manifest["files"]
-    hashes = [files[f"rows_{name}.npy"]["xxh3_128"] for name in ROW_COLUMNS]
-    digest = hashlib.sha256(json.dumps([store.digest, row_tokens, *hashes]).encode()).hexdigest()
-    rows = Rows(row_tokens, documents, starts, lengths, row_ends, row_targets, digest)
-    _check_rows(store, rows)
-    return rows
-
-
-def _check_rows(store: TokenStore, rows: Rows) -> None:
-    ends, documents = rows.row_ends, rows.documents
-    sound = (
-        (len(ends) == 0 or (int(ends[0]) > 0 and int(ends[-1]) == len(documents)))
-        and bool(np.all(ends[1:] > ends[:-1]))
-        and (len(documents) == 0 or (int(documents.min()) >= 0 and int(documents.max()) < store.num_documents))
-    )
-    if sound and len(documents):
-        first = np.concatenate(([0], ends[:-1]))
-        fits = rows.starts + rows.lengths <= store.document_lengths[documents]
-        sound = (
-            int(rows.starts.min()) >= 0
-            and int(rows.lengths.min()) > 0
-            and bool(np.all(fits))
-            and int(np.add.reduceat(rows.lengths, first).max()) <= rows.row_tokens
-        )
-    if not sound:
-        raise StoreError(f"{store.path}: the plan of its rows reaches outside the documents: damaged")
+    counts: np.ndarray = set_before(ends) - set_before(begins)
+    return counts

@@ -1,10 +1,13 @@
 """Packing: every token once, no row too long, as few rows as the item-by-item algorithm."""
 
+import tracemalloc
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.pack import cut_segments, pack_rows
+from data_prep.pack import pack_rows, wrap_rows
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
@@ -67,25 +70,51 @@ def test_equal_lengths_take_documents_in_store_order() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(2, 20))
-def test_split_keeps_every_token_in_order(lengths: list[int], row_tokens: int) -> None:
-    segments = cut_segments(np.array(lengths, dtype=np.int64), row_tokens, "split")
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(2, 20), st.data())
+def test_wrap_is_one_stream_cut_where_rows_are_full(lengths: list[int], row_tokens: int, data: st.DataObject) -> None:
+    filled = data.draw(st.integers(0, row_tokens - 1))
+    cuts, documents, row_ends = wrap_rows(np.array(lengths, dtype=np.int64), filled, row_tokens)
+    stream = [document for document, length in enumerate(lengths) for _ in range(length)]
+    begins = [filled, *cuts.tolist()][: len(cuts)]
     seen = [
-        (int(document), token)
-        for document, start, length in zip(segments.documents, segments.starts, segments.lengths, strict=True)
-        for token in range(int(start), int(start + length))
+        int(document)
+        for document, begin, cut in zip(documents, begins, cuts, strict=True)
+        for _ in range(begin, int(cut))
     ]
-    assert seen == [(document, token) for document, length in enumerate(lengths) for token in range(length)]
-    assert all(1 <= length <= row_tokens for length in segments.lengths)
+    assert seen == stream
+    full = [int(cuts[end - 1]) for end in row_ends]
+    assert full == list(range(row_tokens, filled + len(stream) + 1, row_tokens))
+    assert all(begin // row_tokens == (int(cut) - 1) // row_tokens for begin, cut in zip(begins, cuts, strict=True))
 
 
-def test_drop_and_truncate() -> None:
-    lengths = np.array([5, 12, 8, 30], dtype=np.int64)
-    dropped = cut_segments(lengths, 8, "drop")
-    assert dropped.documents.tolist() == [0, 2] and dropped.overlong.tolist() == [1, 3]
-    truncated = cut_segments(lengths, 8, "truncate")
-    assert truncated.documents.tolist() == [0, 1, 2, 3]
-    assert truncated.starts.tolist() == [0, 0, 0, 0] and truncated.lengths.tolist() == [5, 8, 8, 8]
+def real_lengths(kind: str, count: int, capacity: int) -> np.ndarray:
+    """Lengths shaped like conversations (mean about 137 tokens) or like documents."""
+    center, spread = (4.6, 0.8) if kind == "instruct" else (7.0, 1.3)
+    drawn = np.random.default_rng(0).lognormal(center, spread, count)
+    return np.clip(drawn, 1, capacity).astype(np.uint32)
+
+
+@pytest.mark.parametrize("capacity", [2048, 8192, 32768, 131072])
+@pytest.mark.parametrize("kind", ["instruct", "docs"])
+def test_rows_are_full_when_there_are_thousands(kind: str, capacity: int) -> None:
+    mean = float(real_lengths(kind, 10_000, capacity).mean())
+    lengths = real_lengths(kind, int(4200 * capacity / mean), capacity)
+    order, ends = pack_rows(lengths, capacity)
+    assert len(ends) >= 4096
+    assert int(lengths.sum(dtype=np.int64)) / (len(ends) * capacity) >= 0.999
+    assert np.array_equal(np.bincount(order), np.ones(len(lengths)))
+    sums = np.add.reduceat(lengths[order].astype(np.int64), np.concatenate(([0], ends[:-1])))
+    assert int(sums.max()) <= capacity
+
+
+def test_packing_needs_few_bytes_a_document() -> None:
+    count = 2_000_000
+    lengths = real_lengths("instruct", count, 8192)
+    tracemalloc.start()
+    pack_rows(lengths, 8192)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * count
 
 
 def test_no_documents_no_rows() -> None:

@@ -1,0 +1,221 @@
+"""The ledger: what became of every record, document, token and target, per source and reason, exactly.
+
+These hold for every source and in total, and are asserted when the ledger is made::
+
+    records_read = records_of_other_split + duplicates + sum(dropped_at_encoding) + documents - extra_documents
+    documents    = kept + split + truncated + sum(dropped)
+    tokens       = tokens_in_rows + tokens_cut + sum(tokens_dropped)
+    targets      = targets_in_rows + targets_cut + sum(targets_dropped)
+
+Targets are cut with the tokens of truncated documents, and where a piece begins inside a document:
+nothing precedes its first token, so it cannot be predicted.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.config import Overlong
+from data_prep.token_store import TokenStore
+
+REASONS = ("overlong", "too_few_targets")
+_COUNTS = (
+    "records_read", "records_of_other_split", "duplicates", "extra_documents", "truncated_at_encoding", "documents",
+    "kept", "split", "truncated", "tokens", "tokens_in_rows", "tokens_cut", "targets", "targets_in_rows", "targets_cut",
+    "rows", "rows_per_epoch", "tokens_per_epoch",
+)  # fmt: skip
+_BY_REASON = ("dropped_at_encoding", "dropped", "tokens_dropped", "targets_dropped")
+
+
+class SourceAccount:
+    """Running sums of one source while its documents are arranged."""
+
+    def __init__(self, source: Mapping[str, Any]):
+        self.source = source
+        self.documents = self.kept = self.rows = 0
+        self.tokens = self.tokens_in_rows = self.tokens_cut = 0
+        self.targets = self.targets_in_rows = self.targets_cut = 0
+        self.cut_documents = {"split": 0, "truncated": 0}
+        self.dropped = dict.fromkeys(REASONS, 0)
+        self.tokens_dropped = dict.fromkeys(REASONS, 0)
+        self.targets_dropped = dict.fromkeys(REASONS, 0)
+        self._histogram = np.zeros((2, 64), dtype=np.int64)  # documents and tokens of up to 2**i tokens
+
+    def add_documents(self, lengths: np.ndarray, targets: np.ndarray) -> None:
+        """Documents (int64 [D] tokens and targets each) that are to be arranged."""
+        self.documents += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.targets += int(targets.sum())
+        _, bucket = np.frexp((lengths - 1).astype(np.float64))  # the bits of a whole number below 2**53
+        for row, weights in enumerate((None, lengths)):
+            self._histogram[row] += np.bincount(bucket, weights=weights, minlength=64).astype(np.int64)
+
+    def settle(
+        self, lengths: np.ndarray, targets: np.ndarray, *, poor: np.ndarray, long: np.ndarray, placed: np.ndarray,
+        policy: Overlong,
+    ) -> None:  # fmt: skip
+        """The fate of documents (bool [D] each): which were not `placed` for their length, which are `poor`
+        in targets and dropped for it, and which of the others came in pieces or shortened (`long`)."""
+        for reason, gone in (("overlong", ~placed), ("too_few_targets", placed & poor)):
+            self.dropped[reason] += int(gone.sum())
+            self.tokens_dropped[reason] += int(lengths[gone].sum())
+            self.targets_dropped[reason] += int(targets[gone].sum())
+        in_rows = placed & ~poor
+        self.kept += int((in_rows & ~long).sum())
+        self.cut_documents["split" if policy == "split" else "truncated"] += int((in_rows & long).sum())
+
+    def cut(self, tokens: int, targets: int) -> None:
+        """What is missing of documents that are in rows."""
+        self.tokens_cut += tokens
+        self.targets_cut += targets
+
+    def add_rows(self, rows: int, tokens: int, targets: int) -> None:
+        """Rows as they are written."""
+        self.rows += rows
+        self.tokens_in_rows += tokens
+        self.targets_in_rows += targets
+
+    def entry(self, rows_per_epoch: int, row_tokens: int | None) -> dict[str, Any]:
+        """The ledger's entry of this source."""
+        source = self.source
+        entry = {
+            "name": source["name"],
+            "records_read": source["records_read"],
+            "records_of_other_split": source["records_of_other_split"],
+            "duplicates": source["duplicates"],
+            "dropped_at_encoding": dict(source["dropped"]),
+            "extra_documents": source["extra_documents"],
+            "truncated_at_encoding": source["records_truncated"],
+            "documents": self.documents,
+            "kept": self.kept,
+            **self.cut_documents,
+            "dropped": self.dropped,
+            "tokens": self.tokens,
+            "tokens_in_rows": self.tokens_in_rows,
+            "tokens_cut": self.tokens_cut,
+            "tokens_dropped": self.tokens_dropped,
+            "targets": self.targets,
+            "targets_in_rows": self.targets_in_rows,
+            "targets_cut": self.targets_cut,
+            "targets_dropped": self.targets_dropped,
+            "rows": self.rows,
+            "padding_tokens": None if row_tokens is None else self.rows * row_tokens - self.tokens_in_rows,
+            "rows_per_epoch": rows_per_epoch,
+            "tokens_per_epoch": round(self.tokens_in_rows * rows_per_epoch / self.rows) if self.rows else 0,
+            "epochs": rows_per_epoch / self.rows if self.rows else 0.0,
+            "lengths": [
+                {"up_to": 1 << bucket, "documents": int(documents), "tokens": int(tokens)}
+                for bucket, (documents, tokens) in enumerate(self._histogram.T)
+                if documents
+            ],
+        }
+        check_identities(entry)
+        return entry
+
+
+def check_identities(entry: Mapping[str, Any]) -> None:
+    """Assert what the ledger promises of a source's entry or the total."""
+    encoded = entry["documents"] - entry["extra_documents"]
+    left_out = entry["records_of_other_split"] + entry["duplicates"] + sum(entry["dropped_at_encoding"].values())
+    assert entry["records_read"] == left_out + encoded, entry
+    fates = entry["kept"] + entry["split"] + entry["truncated"] + sum(entry["dropped"].values())
+    assert entry["documents"] == fates, entry
+    for unit in ("tokens", "targets"):
+        accounted = entry[f"{unit}_in_rows"] + entry[f"{unit}_cut"] + sum(entry[f"{unit}_dropped"].values())
+        assert entry[unit] == accounted and entry[f"{unit}_cut"] >= 0, entry
+    for key in ("documents", "tokens"):
+        assert entry[key] == sum(bucket[key] for bucket in entry["lengths"]), entry
+
+
+def ledger(
+    store: TokenStore, accounts: Sequence[SourceAccount], rows_per_epoch: Sequence[int], row_tokens: int | None
+) -> dict[str, Any]:
+    """The ledger of a store: {"sources": entries, "total": their sum}. `row_tokens` where rows are filled up."""
+    entries = [account.entry(used, row_tokens) for account, used in zip(accounts, rows_per_epoch, strict=True)]
+    total: dict[str, Any] = {"name": "total"}
+    for key in _COUNTS:
+        total[key] = sum(entry[key] for entry in entries)
+    for key in _BY_REASON:
+        total[key] = {}
+        for entry in entries:
+            for reason, count in entry[key].items():
+                total[key][reason] = total[key].get(reason, 0) + count
+    total["padding_tokens"] = None if row_tokens is None else sum(entry["padding_tokens"] for entry in entries)
+    total["epochs"] = total["rows_per_epoch"] / total["rows"] if total["rows"] else 0.0
+    total["lengths"] = _add_histograms(entries)
+    check_identities(total)
+    assert (total["documents"], total["tokens"], total["targets"]) == (
+        store.num_documents, store.num_tokens, store.num_targets,
+    )  # fmt: skip
+    return {"sources": entries, "total": total}
+
+
+def _add_histograms(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
+    buckets: dict[int, dict[str, int]] = {}
+    for bucket in (bucket for entry in entries for bucket in entry["lengths"]):
+        whole = buckets.setdefault(bucket["up_to"], {"up_to": bucket["up_to"], "documents": 0, "tokens": 0})
+        for key in ("documents", "tokens"):
+            whole[key] += bucket[key]
+    return [buckets[up_to] for up_to in sorted(buckets)]
+
+
+def ledger_table(manifest: Mapping[str, Any]) -> str:
+    """The ledger as a table for people: a line a source and the total, then the reasons of what is missing.
+
+    Columns that hold nothing but zeros are left out.
+    """
+    entries = list(manifest["ledger"]["sources"])
+    total = manifest["ledger"]["total"]
+    lines = [*entries, total] if len(entries) > 1 else entries
+    columns = [
+        ("source", [entry["name"] for entry in lines]),
+        ("records", _numbers(lines, "records_read")),
+        ("other split", _numbers(lines, "records_of_other_split")),
+        ("duplicates", _numbers(lines, "duplicates")),
+        ("unusable", [f"{sum(entry['dropped_at_encoding'].values()):,}" for entry in lines]),
+        ("documents", _numbers(lines, "documents")),
+        ("kept", _numbers(lines, "kept")),
+        ("split", _numbers(lines, "split")),
+        ("truncated", [f"{entry['truncated'] + entry['truncated_at_encoding']:,}" for entry in lines]),
+        ("dropped", [f"{sum(entry['dropped'].values()):,}" for entry in lines]),
+        ("tokens", _numbers(lines, "tokens")),
+        ("in rows", _numbers(lines, "tokens_in_rows")),
+        ("targets", _numbers(lines, "targets_in_rows")),
+        ("rows", _numbers(lines, "rows")),
+        ("filled", [_filled(entry) for entry in lines]),
+        ("epochs", [f"{entry['epochs']:.3g}" for entry in lines]),
+    ]
+    always = {"source", "records", "documents", "tokens", "in rows", "targets", "rows"}
+    empty = {"split": "0", "truncated": "0", "filled": "", "epochs": "1"}
+    shown = [
+        (title, values)
+        for title, values in columns
+        if title in always or any(value != empty.get(title, "0") for value in values)
+    ]
+    widths = [max(len(title), *map(len, values)) for title, values in shown]
+    table = [[title for title, _ in shown], *([values[line] for _, values in shown] for line in range(len(lines)))]
+    text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
+    return "\n".join(text + _missing(total))
+
+
+def _numbers(lines: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return [f"{entry[key]:,}" for entry in lines]
+
+
+def _filled(entry: Mapping[str, Any]) -> str:
+    if entry["padding_tokens"] is None or entry["rows"] == 0:
+        return ""
+    return f"{entry['tokens_in_rows'] / (entry['tokens_in_rows'] + entry['padding_tokens']):.2%}"
+
+
+def _missing(total: Mapping[str, Any]) -> list[str]:
+    lines = [f"unusable: {count:,} {reason}" for reason, count in total["dropped_at_encoding"].items() if count]
+    lines += [
+        f"dropped: {count:,} {reason} ({total['tokens_dropped'][reason]:,} tokens)"
+        for reason, count in total["dropped"].items()
+        if count
+    ]
+    if total["tokens_cut"] or total["targets_cut"]:
+        lines.append(f"cut off: {total['tokens_cut']:,} tokens, {total['targets_cut']:,} targets")
+    return lines
