@@ -8,6 +8,7 @@ one epoch after the other; a step takes the next ``global_rows`` of it, also acr
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,9 @@ from torch import Tensor
 Rows64 = NDArray[np.int64]
 
 _ROUNDS = 4
+#: A token's share of all linear layers costs as much as attending over about so many tokens: six times the hidden
+#: size where attention is causal. Rows that are full of tokens come in the same order whatever it is.
+_LINEAR_TOKENS = 1 << 15
 
 
 class Store(Protocol):
@@ -26,22 +30,36 @@ class Store(Protocol):
 
     pad_id: int
 
-    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]: ...
-    def targets(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.bool_]: ...
-    def column(self, name: str) -> NDArray[np.integer]: ...
+    def gather(self, documents: Rows64, starts: Rows64, lengths: Rows64) -> tuple[Rows64, NDArray[np.bool_]]: ...
+    def column(self, name: str) -> NDArray[Any]: ...
+
+
+class RowSource(Protocol):
+    """Rows of one source, which follow each other, and how many of them an epoch uses."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def first_row(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def rows_per_epoch(self) -> int: ...
 
 
 class RowIndex(Protocol):
-    """Documents arranged into rows: segments of row r are [row_ends[r-1], row_ends[r])."""
+    """Documents arranged into rows: segments of row r are [row_ends[r-1], row_ends[r]). Unsigned or int64 arrays."""
 
     @property
-    def documents(self) -> Rows64: ...
+    def documents(self) -> NDArray[Any]: ...
     @property
-    def starts(self) -> Rows64: ...
+    def starts(self) -> NDArray[Any]: ...
     @property
-    def lengths(self) -> Rows64: ...
+    def lengths(self) -> NDArray[Any]: ...
     @property
-    def row_ends(self) -> Rows64: ...
+    def row_ends(self) -> NDArray[Any]: ...
+    @property
+    def sources(self) -> Sequence[RowSource]: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Batch:
         return self.input_ids.numel() - self.num_tokens
 
 
-def permuted(indices: Rows64, num_rows: int, seed: int, epoch: int) -> Rows64:
+def permuted(indices: Rows64, num_rows: int, seed: int, epoch: int | str) -> Rows64:
     """Where the epoch's permutation of ``range(num_rows)`` sends each of `indices`.
 
     A keyed Feistel network on the next even number of bits, walked until it falls inside the
@@ -111,22 +129,90 @@ def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
         return mixed ^ (mixed >> np.uint64(31))
 
 
-def stream_rows(position: int, count: int, num_rows: int, seed: int) -> Rows64:
-    """Rows at [position, position + count) of the endless stream, shape (count,)."""
+def rows_of_epoch(sources: Sequence[RowSource]) -> int:
+    """Rows of one epoch."""
+    return sum(source.rows_per_epoch for source in sources)
+
+
+def stream_rows(position: int, count: int, sources: Sequence[RowSource], seed: int) -> Rows64:
+    """Rows at [position, position + count) of the endless stream, shape (count,).
+
+    An epoch is a permutation of its places; a source has as many of them as it has rows, unless the
+    mixture says otherwise.
+    """
+    num_places = rows_of_epoch(sources)
     positions = np.arange(position, position + count, dtype=np.int64)
     rows = np.empty(count, dtype=np.int64)
-    epochs = positions // num_rows
-    for epoch in np.unique(epochs):
+    epochs = positions // num_places
+    for epoch in np.unique(epochs).tolist():
         chosen = epochs == epoch
-        rows[chosen] = permuted(positions[chosen] % num_rows, num_rows, seed, int(epoch))
+        places = permuted(positions[chosen] % num_places, num_places, seed, epoch)
+        rows[chosen] = _rows_at(places, sources, seed, epoch)
     return rows
 
 
-def row_lengths(index: RowIndex) -> Rows64:
-    """Tokens of each row, shape (R,)."""
-    sums = np.concatenate([[0], np.cumsum(index.lengths)])
-    ends = sums[np.asarray(index.row_ends)]
-    return np.diff(ends, prepend=0)
+def _rows_at(places: Rows64, sources: Sequence[RowSource], seed: int, epoch: int) -> Rows64:
+    """The rows at places of an epoch, which hold the sources one after the other.
+
+    A source fills its places with all its rows, as often as they fit, and the rest with the next part
+    of an order of its own that goes on from epoch to epoch: with half the rows an epoch, two epochs
+    use each once. No row comes twice as often as another.
+    """
+    rows = np.empty(len(places), dtype=np.int64)
+    ends = np.cumsum([source.rows_per_epoch for source in sources])
+    which = np.searchsorted(ends, places, side="right")
+    for number in np.unique(which).tolist():
+        source = sources[number]
+        here = which == number
+        inner = places[here] - (int(ends[number]) - source.rows_per_epoch)
+        repeats, rest = divmod(source.rows_per_epoch, source.num_rows)
+        beyond = inner >= repeats * source.num_rows
+        inner[~beyond] %= source.num_rows
+        turn = (inner[beyond] - repeats * source.num_rows + epoch * rest) % source.num_rows
+        inner[beyond] = permuted(turn, source.num_rows, seed, f"part of {number}")
+        rows[here] = source.first_row + inner
+    return rows
+
+
+def segments_of(index: RowIndex, rows: Rows64) -> tuple[Rows64, Rows64, Rows64, Rows64]:
+    """Documents, starts and lengths of the segments of `rows`, row after row, and how many each row has."""
+    ends = index.row_ends[rows].astype(np.int64)
+    begins = index.row_ends[rows - 1].astype(np.int64)
+    begins[rows == 0] = 0
+    counts = ends - begins
+    stops = np.cumsum(counts)
+    chosen = np.repeat(begins - (stops - counts), counts)
+    chosen += np.arange(len(chosen))
+    documents, starts, lengths = (
+        column[chosen].astype(np.int64) for column in (index.documents, index.starts, index.lengths)
+    )
+    return documents, starts, lengths, counts
+
+
+def row_lengths(index: RowIndex, rows: Rows64) -> Rows64:
+    """Tokens of each of `rows`."""
+    return _row_sums(index, rows, lambda lengths: lengths)
+
+
+def row_costs(index: RowIndex, rows: Rows64) -> Rows64:
+    """What each of `rows` costs to train, in one unit: attention is quadratic in a document's length, the
+    rest linear in tokens."""
+    return _row_sums(index, rows, lambda lengths: lengths * (lengths + _LINEAR_TOKENS))
+
+
+def _row_sums(index: RowIndex, rows: Rows64, value: Callable[[Rows64], Rows64]) -> Rows64:
+    if len(rows) == 0:
+        return np.zeros(0, dtype=np.int64)
+    _, _, lengths, counts = segments_of(index, rows)
+    return np.add.reduceat(value(lengths), np.cumsum(counts) - counts)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """How much a rank takes through the model at once: so many rows, or rows x longest up to so many tokens."""
+
+    rows: int = 1
+    tokens: int | None = None  # goes before `rows`
 
 
 def num_micro_batches(num_rows: int, world_size: int, micro_rows: int) -> int:
@@ -134,44 +220,84 @@ def num_micro_batches(num_rows: int, world_size: int, micro_rows: int) -> int:
     return -(-num_rows // (world_size * micro_rows))
 
 
-def split_rows(rows: Rows64, lengths: Rows64, world_size: int, micro_rows: int) -> list[list[Rows64]]:
-    """``result[micro_batch][rank]``: the rows each rank takes, similar lengths together.
+def split_rows(index: RowIndex, rows: Rows64, world_size: int, size: MicroBatches) -> list[list[Rows64]]:
+    """``result[micro_batch][rank]``: the rows each rank takes, at nearly equal cost for all ranks.
 
-    `lengths` has the tokens of each of `rows`. Where rows do not divide, ranks of the last
-    micro-batch get fewer, some perhaps none; every rank has the same number of micro-batches.
+    Ranks meet in every layer, so each micro-batch takes as long as its dearest rank. Rows of similar
+    cost come together, and within a micro-batch each next dearest row goes to the rank that has least.
+    Where rows do not divide, ranks of the last micro-batch get fewer, some perhaps none; every rank
+    has the same number of micro-batches. A pure function of the rows and sizes.
     """
-    by_length = rows[np.argsort(-lengths, kind="stable")]
-    width = world_size * micro_rows
-    chunks = [by_length[start : start + width] for start in range(0, len(rows), width)]
-    return [[chunk[rank::world_size] for rank in range(world_size)] for chunk in chunks]
+    costs = row_costs(index, rows)
+    order = np.argsort(-costs, kind="stable")
+    rows, costs = rows[order], costs[order]
+    totals = np.zeros(world_size, dtype=np.int64)
+    return [
+        _deal(rows[begin:end], costs[begin:end], world_size, totals)
+        for begin, end in _micro_batch_borders(index, rows, world_size, size)
+    ]
+
+
+def _micro_batch_borders(
+    index: RowIndex, rows: Rows64, world_size: int, size: MicroBatches
+) -> Iterator[tuple[int, int]]:
+    """Where micro-batches begin and end in `rows`, the dearest first."""
+    lengths = None if size.tokens is None else row_lengths(index, rows)
+    begin = 0
+    while begin < len(rows):
+        each = size.rows
+        if lengths is not None and size.tokens is not None:
+            each = _rows_within(lengths[begin:], world_size, size.tokens)
+        yield begin, min(begin + world_size * each, len(rows))
+        begin += world_size * each
+
+
+def _rows_within(lengths: Rows64, world_size: int, micro_tokens: int) -> int:
+    """How many rows each rank can take from the front so that rows x longest stays within `micro_tokens`."""
+    most = max(1, micro_tokens // int(lengths[0]))
+    longest = np.maximum.accumulate(lengths[: most * world_size])
+    each = np.arange(1, -(-len(longest) // world_size) + 1)
+    fits = longest[np.minimum(each * world_size, len(longest)) - 1] * each <= micro_tokens
+    return max(1, int(fits.sum()))  # both factors grow, so those that fit come first
+
+
+def _deal(rows: Rows64, costs: Rows64, world_size: int, totals: Rows64) -> list[Rows64]:
+    """Give the rows of one micro-batch to the ranks, a round of one row each at a time; adds to `totals`."""
+    taken: list[list[int]] = [[] for _ in range(world_size)]
+    sums = np.zeros(world_size, dtype=np.int64)
+    for begin in range(0, len(rows), world_size):
+        # Equal ranks of this micro-batch: the one with least so far in the step goes first.
+        ranks = np.lexsort((totals, sums))[: len(rows) - begin]
+        for place, rank in enumerate(ranks.tolist(), begin):
+            taken[rank].append(int(rows[place]))
+            sums[rank] += costs[place]
+            totals[rank] += costs[place]
+    return [np.array(own, dtype=np.int64) for own in taken]
 
 
 def packed_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -> Batch:
     """The documents of `rows`, one after the other. Without rows: `filler_row` with no targets,
     because a rank that has nothing to train must still take part in every collective."""
-    tokens, positions, marks, lengths = [], [], [], []
-    for row in rows if len(rows) else [filler_row]:
-        begin = index.row_ends[row - 1] if row else 0
-        for segment in range(begin, index.row_ends[row]):
-            document, start = int(index.documents[segment]), int(index.starts[segment])
-            length = int(index.lengths[segment])
-            tokens.append(store.tokens(document, start, start + length))
-            mark = store.targets(document, start, start + length).copy()
-            mark[0] = False  # nothing precedes the first token of a segment
-            marks.append(mark)
-            positions.append(np.arange(length, dtype=np.int64))
-            lengths.append(length)
-    input_ids = np.concatenate(tokens).astype(np.int64)
-    mark = np.concatenate(marks) if len(rows) else np.zeros(len(input_ids), dtype=bool)
-    targets = np.flatnonzero(mark)
+    taken = rows if len(rows) else np.array([filler_row])
+    documents, starts, lengths, _ = segments_of(index, taken)
+    input_ids, marks = store.gather(documents, starts, lengths)
+    ends = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    positions = np.arange(len(input_ids))
+    positions -= np.repeat(ends[:-1], lengths)
+    if len(rows):
+        marks[ends[:-1]] = False  # nothing precedes the first token of a segment
+        targets = np.flatnonzero(marks)
+    else:
+        targets = np.zeros(0, dtype=np.int64)
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
-        position_ids=torch.from_numpy(np.concatenate(positions))[None],
-        document_ends=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
-        longest_document_tokens=max(lengths),
+        position_ids=torch.from_numpy(positions)[None],
+        document_ends=torch.from_numpy(ends),
+        longest_document_tokens=int(lengths.max()),
         target_positions=torch.from_numpy(targets - 1),
         target_ids=torch.from_numpy(input_ids[targets]),
-        rows=tuple(int(row) for row in rows),
+        rows=tuple(rows.tolist()),
         num_tokens=len(input_ids) if len(rows) else 0,
     )
 
@@ -179,13 +305,11 @@ def packed_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -
 def padded_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -> Batch:
     """One document a row, padded on the right to the longest. Without rows: as `packed_batch`."""
     taken = rows if len(rows) else np.array([filler_row])
-    segments = [int(index.row_ends[row]) - 1 for row in taken]
-    lengths = np.array([int(index.lengths[segment]) for segment in segments])
-    documents = [int(index.documents[segment]) for segment in segments]
+    documents, starts, lengths, _ = segments_of(index, taken)
+    assert len(documents) == len(taken), "a row of a padded task holds one document"
+    tokens, _ = store.gather(documents, starts, lengths)
     input_ids = np.full((len(taken), int(lengths.max())), store.pad_id, dtype=np.int64)
-    for line, (document, segment, length) in enumerate(zip(documents, segments, lengths, strict=True)):
-        start = int(index.starts[segment])
-        input_ids[line, :length] = store.tokens(document, start, start + int(length))
+    input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]] = tokens
     labels = np.asarray(store.column("labels"))[documents].astype(np.int64)
     targets = np.arange(len(rows))
     return Batch(
@@ -193,6 +317,6 @@ def padded_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -
         lengths=torch.from_numpy(lengths),
         target_positions=torch.from_numpy(targets),
         target_ids=torch.from_numpy(labels[: len(rows)]),
-        rows=tuple(int(row) for row in rows),
+        rows=tuple(rows.tolist()),
         num_tokens=int(lengths.sum()) if len(rows) else 0,
     )

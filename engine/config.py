@@ -77,16 +77,23 @@ class OptimizerSection(Section):
 
 
 class BatchSection(Section):
-    """The batch is stated for the whole job; accumulation follows from ranks and micro_rows."""
+    """The batch is stated for the whole job; accumulation follows from ranks and micro_rows or micro_tokens."""
 
     global_rows: PositiveInt | None = Field(None, description="rows of one step over all ranks")
     global_tokens: PositiveInt | None = Field(None, description="the same in tokens: a multiple of data.row_tokens")
     micro_rows: PositiveInt = Field(1, description="rows one rank takes through the model at once")
+    micro_tokens: PositiveInt | None = Field(
+        None,
+        description="instead of micro_rows, for rows of one document: as many of similar length as fit, padded to"
+        " the longest, in so many tokens",
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.global_rows is None) == (self.global_tokens is None):
             raise ValueError("give exactly one of batch.global_rows and batch.global_tokens")
+        if self.micro_tokens is not None and self.micro_rows != 1:
+            raise ValueError("give at most one of batch.micro_rows and batch.micro_tokens")
         return self
 
 
@@ -103,7 +110,7 @@ class DurationSection(Section):
 
 class EvaluationSection(Section):
     eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
-    micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: batch.micro_rows")
+    micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: as in batch")
     metric: Literal["loss", "accuracy", "macro_f1"] | None = Field(
         None, description="what best and patience go by; null: loss, or accuracy for classification"
     )
@@ -148,6 +155,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"batch.global_tokens {tokens} is not a multiple of data.row_tokens {self.data.row_tokens}"
             )
+        micro_tokens = self.batch.micro_tokens
+        if micro_tokens is not None and micro_tokens < self.data.row_tokens:
+            raise ValueError(f"batch.micro_tokens {micro_tokens} does not hold a row of {self.data.row_tokens} tokens")
         return self
 
     @property

@@ -64,12 +64,12 @@ def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
     return Stores(opened["train"], opened.get("validation"))
 
 
-def total_steps(config: RunConfig, num_rows: int) -> int:
-    """Optimizer updates of the whole run."""
+def total_steps(config: RunConfig, epoch_rows: int) -> int:
+    """Optimizer updates of the whole run; `epoch_rows` as the mixture makes them."""
     if config.duration.steps is not None:
         return config.duration.steps
     assert config.duration.epochs is not None
-    return math.ceil(config.duration.epochs * num_rows / config.global_rows)
+    return math.ceil(config.duration.epochs * epoch_rows / config.global_rows)
 
 
 def build_engine(
@@ -144,7 +144,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     engine, parameters, fill = build_engine(config, ds_config, model)
     store, rows = stores.training
     training = Training(
-        config, ranks, folder, engine, parameters, store, rows, stores.validation, total_steps(config, rows.num_rows),
+        config, ranks, folder, engine, parameters, store, rows, stores.validation, total_steps(config, rows.epoch_rows),
         identity={
             "seed": config.seed, "task": config.task, "global_rows": config.global_rows, "rows_digest": rows.digest,
             "model_digest": model_digest(model),
@@ -206,9 +206,12 @@ def _summary(training: Training, parameters: Any, ds_config: dict[str, Any], pro
     micro = num_micro_batches_text(config, ranks.world_size)
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
     stage = ds_config["zero_optimization"]["stage"]
+    rows = training.rows
+    mixture = "" if rows.epoch_rows == rows.num_rows else f" ({rows.epoch_rows:,} an epoch)"
     return (
         f"{begin}: {count:,} parameters, ZeRO-{stage} on {ranks.world_size} ranks, {training.total_steps} steps of "
-        f"{config.global_rows} rows ({micro}), {training.rows.num_rows:,} rows, {training.store.num_tokens:,} tokens"
+        f"{config.global_rows} rows ({micro}), {rows.num_rows:,} rows{mixture}, "
+        f"{training.store.num_tokens:,} tokens"
     )
 
 
@@ -216,6 +219,8 @@ def num_micro_batches_text(config: RunConfig, world_size: int) -> str:
     """The batch arithmetic in words."""
     from engine.batches import num_micro_batches
 
+    if config.batch.micro_tokens is not None:
+        return f"{world_size} ranks, micro-batches of up to {config.batch.micro_tokens:,} tokens"
     count = num_micro_batches(config.global_rows, world_size, config.batch.micro_rows)
     slots = count * world_size * config.batch.micro_rows
     uneven = "" if slots == config.global_rows else f", {slots - config.global_rows} places of {slots} empty"

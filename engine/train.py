@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
-from engine.batches import row_lengths, split_rows, stream_rows
+from engine.batches import MicroBatches, split_rows, stream_rows
 from engine.checkpoint import load_checkpoint, mark_best, prune_checkpoints, save_checkpoint
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder, StopSignal
@@ -50,11 +50,9 @@ class Training:
     validation: tuple[TokenStore, Rows] | None
     total_steps: int
     identity: Mapping[str, Any]
-    row_tokens: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)
     received: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row_tokens", row_lengths(self.rows))
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 remember = partial(_remember_gradient, self.received, name)
@@ -113,7 +111,8 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
     """
     config, ranks, engine = training.config, training.ranks, training.engine
     watch = Stopwatch(ranks.device)
-    rows = stream_rows(progress.row_position, config.global_rows, training.rows.num_rows, config.seed)
+    training.store.check_unchanged()
+    rows = stream_rows(progress.row_position, config.global_rows, training.rows.sources, config.seed)
     num_targets = int(training.rows.row_targets[rows].sum())
     scale = ranks.world_size / max(1, num_targets)  # rows of a step may all be context
     rate = learning_rate(progress.step, training.total_steps, config.optimizer)
@@ -121,7 +120,8 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         group["lr"] = rate
     training.received.clear()
     losses, padding, tokens = [], 0, 0
-    micro_batches = split_rows(rows, training.row_tokens[rows], ranks.world_size, config.batch.micro_rows)
+    size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens)
+    micro_batches = split_rows(training.rows, rows, ranks.world_size, size)
     for number, parts in enumerate(micro_batches):
         batch = build_batch(config.task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0]))
         padding, tokens = padding + batch.num_padding, tokens + batch.num_tokens
@@ -164,7 +164,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         "step_seconds": elapsed,
         **{f"{phase}_seconds": value for phase, value in seconds.items()},
         "padding_fraction": total_padding / (total_tokens + total_padding),
-        "epoch": progress.row_position / training.rows.num_rows,
+        "epoch": progress.row_position / training.rows.epoch_rows,
         "tokens": float(progress.tokens),
         **memory_gib(),
     }
@@ -195,10 +195,10 @@ def save(training: Training, progress: Progress, log: RunLog) -> int:
 def _evaluate(training: Training) -> dict[str, float]:
     assert training.validation is not None
     store, rows = training.validation
-    micro_rows = training.config.evaluation.micro_rows or training.config.batch.micro_rows
-    return evaluate(
-        training.engine, training.config.task, store, rows, len(store.label_names), training.ranks, micro_rows
-    )
+    store.check_unchanged()
+    batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
+    size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
+    return evaluate(training.engine, training.config.task, store, rows, len(store.label_names), training.ranks, size)
 
 
 def _judge(training: Training, progress: Progress, results: dict[str, float]) -> None:

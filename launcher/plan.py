@@ -40,6 +40,11 @@ def describe_plan(run: Run, job: Job) -> str:
 
 def _batch_lines(config: RunConfig, num_ranks: int) -> list[str]:
     rows, micro_rows = config.global_rows, config.batch.micro_rows
+    if config.batch.micro_tokens is not None:
+        return [
+            f"batch: {rows} rows a step over {num_ranks} ranks, in micro-batches of similar lengths of up to "
+            f"{config.batch.micro_tokens:,} tokens a rank"
+        ]
     micro_batches = -(-rows // (num_ranks * micro_rows))
     tokens = rows * config.data.row_tokens
     lines = [
@@ -62,7 +67,7 @@ def _duration_lines(run: Run) -> list[str]:
     config = run.config
     try:
         folder = resolve_store(config.data.store_dir, "train", run.values["data"], config.task)
-        rows = None if folder is None else open_rows(TokenStore.open(folder), config.data.row_tokens).num_rows
+        rows = None if folder is None else open_rows(TokenStore.open(folder), config.data.row_tokens).epoch_rows
     except StoreError as error:
         steps = f"{config.duration.steps} steps" if config.duration.steps else f"{config.duration.epochs:g} epochs"
         return [f"duration: {steps}; the token store is prepared first ({str(error).partition(';')[0]})"]

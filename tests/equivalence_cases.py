@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from data_prep.token_store import RowSource
 from engine.attention import PACKED_ATTENTION
 from engine.config import RunConfig
 
@@ -124,11 +125,16 @@ class MemoryStore:
     pad_id: int = 0
     label_names: tuple[str, ...] = ()
 
-    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self.documents[document][start:stop]
+    def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pieces = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        ids, marks = (
+            np.concatenate([column[document][piece] for document, piece in zip(documents, pieces, strict=True)])
+            for column in (self.documents, self.marks)
+        )
+        return ids, marks
 
-    def targets(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self.marks[document][start:stop]
+    def check_unchanged(self) -> None:
+        pass
 
     def column(self, name: str) -> np.ndarray:
         return {"labels": self.labels}[name]
@@ -146,10 +152,15 @@ class MemoryRows:
     lengths: np.ndarray
     row_ends: np.ndarray
     row_targets: np.ndarray
+    sources: tuple[RowSource, ...]
 
     @property
     def num_rows(self) -> int:
         return len(self.row_ends)
+
+    @property
+    def epoch_rows(self) -> int:
+        return self.num_rows
 
     def segments(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         chosen = slice(self.row_ends[row - 1] if row else 0, self.row_ends[row])
@@ -172,6 +183,7 @@ def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
     rows = MemoryRows(
         np.arange(24), np.zeros(24, dtype=np.int64), lengths, np.arange(per_row, 25, per_row),
         counts if task == "causal_lm" else np.ones(24, dtype=np.int64),
+        (RowSource("memory", 0, 24 // per_row, 24 // per_row),),
     )  # fmt: skip
     return store, rows
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from equivalence_cases import Case, case_config, make_model, memory_store
 
 from engine.attention import register_packed_attention
+from engine.batches import MicroBatches
 from engine.distributed import RunFolder, StopSignal, leave, start_ranks
 from engine.ds_config import resolve_ds_config, shipped_ds_configs
 from engine.errors import NumericalStopError
@@ -96,7 +97,7 @@ def evaluations(out_dir: Path, ranks) -> dict[str, Any]:
         training = training_of(case, out_dir, ranks)
         for micro_rows in (1, 3, 100):
             figures = evaluate(
-                training.engine, case.task, training.store, training.rows, labels, ranks, micro_rows
+                training.engine, case.task, training.store, training.rows, labels, ranks, MicroBatches(micro_rows)
             )  # fmt: skip
             results[f"{family}-{micro_rows}"] = figures
         results[f"{family}-trains-again"] = training.engine.module.training

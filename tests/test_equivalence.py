@@ -23,7 +23,7 @@ WORKER = Path(__file__).parent / "equivalence_worker.py"
 @cache
 def reference(family: str, task: str):
     _, rows = memory_store(task)
-    used = stream_rows(0, GLOBAL_ROWS, rows.num_rows, seed=5)
+    used = stream_rows(0, GLOBAL_ROWS, rows.sources, seed=5)
     assert len(np.unique(used)) > 1
     return reference_gradients(family, used)
 
