@@ -81,14 +81,15 @@ def _plain_messages(turns: Any, role_field: str, content_field: str) -> list[Mes
     for turn in turns:
         if type(turn) is not dict or len(turn) != 2:
             return None
-        given, content = turn.get(role_field), turn.get(content_field)
-        if type(given) is not str or type(content) is not str or given not in _PLAIN_ROLES:
+        try:
+            role, content = _PLAIN_ROLES[turn[role_field]], turn[content_field]
+        except (KeyError, TypeError):
             return None
-        if (not content or content.isspace()) and _PLAIN_ROLES[given] in _WITH_WORDS:
+        if type(content) is not str or not (content.isascii() or is_sound(content)):
             return None
-        if not content.isascii() and not is_sound(content):
+        if (not content or content.isspace()) and role in _WITH_WORDS:
             return None
-        messages.append({"role": _PLAIN_ROLES[given], "content": content})
+        messages.append({"role": role, "content": content})
     return messages or None
 
 
@@ -138,7 +139,9 @@ def _message(turn: Any, what: str, where: str, role_field: str, content_field: s
         raise BadDataError(f"{where}: {what}.{role_field} is {shown(given)!r}; known are {', '.join(ROLES)}")
     own_fields = (role_field, content_field)
     rest = {name: value for name, value in turn.items() if value is not None and name not in own_fields}
-    mark = _train_mark(rest, what, where)
+    mark = _train_mark(rest, what, where) if rest else None
+    if rest:
+        checked_json(rest, what, where)
     reasoning, text, calls = _content(turn, rest, f"{what}.{content_field}", where, content_field)
     if given == "function_call":
         calls, text = _calls(text, f"{what}.{content_field}", where), ""
@@ -196,9 +199,7 @@ def _rest_texts(rest: dict[str, Any], what: str, where: str) -> str:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if name in rest:
             checked_text(rest[name], f"{what}.{name}", where)
-    reasoning: str = rest.pop("reasoning_content", "")
-    checked_json(rest, what, where)
-    return reasoning
+    return rest.pop("reasoning_content", "")  # type: ignore[no-any-return]
 
 
 def _parts(content: list[Any], what: str, where: str) -> tuple[str, str, list[Any]]:
@@ -227,7 +228,7 @@ def _parts(content: list[Any], what: str, where: str) -> tuple[str, str, list[An
             raise BadDataError(f"{where}: {place} lacks 'text' or 'value'")
         inner, place = part[names[0]], f"{place}.{names[0]}"
         if order == _PART_ORDER["tool_call"]:
-            calls += _calls(inner, place, where)
+            calls += _calls(checked_json(inner, place, where), place, where)
         else:
             texts[order].append(checked_text(inner, place, where))
     return "".join(texts[0]), "".join(texts[1]), calls
@@ -267,8 +268,7 @@ def _call(call: Any, what: str, where: str) -> dict[str, Any]:
         raise BadDataError(f"{where}: {inside}.arguments must be an object, not {kind(arguments)}")
     # The rest of a call (OpenAI's id, a position) is kept: some templates read it.
     rest = {name: value for name, value in call.items() if value is not None} if wrapped else {}
-    found = {**rest, "type": "function", "function": {"name": name, "arguments": arguments}}
-    return checked_json(found, what, where)  # type: ignore[no-any-return]
+    return {**rest, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _tools(value: Any, what: str, where: str) -> list[Any] | None:
@@ -276,6 +276,8 @@ def _tools(value: Any, what: str, where: str) -> list[Any] | None:
     if isinstance(value, str):
         checked_text(value, what, where)
         value = parsed_json(value, what, where) if value.strip() else []
+    else:
+        checked_json(value, what, where)
     if value is None:
         return None
     if not isinstance(value, list):
@@ -286,5 +288,4 @@ def _tools(value: Any, what: str, where: str) -> list[Any] | None:
             raise BadDataError(f"{where}: {what}[{index}] must be an object, not {kind(tool)}")
         bare = "name" in tool and "function" not in tool and "type" not in tool
         tools.append({"type": "function", "function": tool} if bare else tool)
-    checked_json(tools, what, where)
     return tools or None

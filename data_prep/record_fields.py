@@ -1,6 +1,7 @@
 """Looks into a record: fields by name, and checks that what they hold is what it should be."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -114,16 +115,24 @@ def checked_json(value: Any, what: str, where: str) -> Any:
 
 
 def parsed_json(text: str, what: str, where: str) -> Any:
-    """The value of a JSON text inside a record. Raises BadDataError."""
+    """The value of a JSON text inside a record, such that JSON and UTF-8 can hold it. Raises BadDataError."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise BadDataError(f"{where}: {what} is JSON nested too deeply") from None
     except json.JSONDecodeError as error:
         raise BadDataError(f"{where}: {what} is not valid JSON (character {error.pos}): {error.msg}") from None
     except ValueError as error:
         raise BadDataError(f"{where}: {what} is not valid JSON: {error}") from None
-    return checked_json(value, what, where)
+    # Only an escape can bring half a character into what is read from sound text.
+    return checked_json(value, what, where) if "\\u" in text or not is_sound(text) else value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{shown(text)} is too large a number")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,21 +1,17 @@
 """Shapes: what records are recognised as, what they mean, and that whatever is wrong is said with its place."""
 
-import csv
 import dataclasses
-import gzip
 import json
 import pickle
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from data_fixtures import SAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shape_fixtures import HI, example, recognised, record, records, refusal, turns
 
-from data_prep import chat_shapes
-from data_prep.chat_shapes import ROLES
+from data_prep.chat_shapes import ROLES, TURN_FIELDS
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, PreparationError
 from data_prep.examples import (
@@ -28,42 +24,9 @@ from data_prep.examples import (
     TaggedExample,
     TextExample,
 )
-from data_prep.records import Record
 from data_prep.shape_forms import TASK_SHAPES, known_fields
 from data_prep.shapes import Shape, recognise, to_example
 
-
-def record(value: dict[str, Any], line: int = 1) -> Record:
-    return Record(value, f"data.jsonl:{line}", line)
-
-
-def records(values: Sequence[dict[str, Any]]) -> list[Record]:
-    return [record(value, line) for line, value in enumerate(values, start=1)]
-
-
-def recognised(values: dict[str, Any] | list[dict[str, Any]], task: str = "causal_lm", **options: Any) -> Shape:
-    found = values if isinstance(values, list) else [values]
-    return recognise(records(found), SourceConfig(path="data.jsonl", **options), task)
-
-
-def example(value: dict[str, Any], task: str = "causal_lm", **options: Any) -> Example:
-    return to_example(recognised(value, task, **options), record(value))
-
-
-def refusal(values: dict[str, Any] | list[dict[str, Any]], task: str = "causal_lm", **options: Any) -> str:
-    """What is said about records that cannot be read; always one line that begins with a place."""
-    with pytest.raises(BadDataError) as caught:
-        recognised(values, task, **options)
-    message = str(caught.value)
-    assert "\n" not in message and re.match(r"data\.jsonl:\d+: ", message) and len(message) < 1000
-    return message
-
-
-def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in pairs]
-
-
-HI = turns(("user", "hi"), ("assistant", "hello"))
 SQUAD = {"question": "who?", "context": "it was me, me", "answers": [{"text": "me", "answer_start": 7}]}
 
 EXAMPLES: list[tuple[str, dict[str, Any], str, Example]] = [
@@ -77,6 +40,7 @@ EXAMPLES: list[tuple[str, dict[str, Any], str, Example]] = [
     ("causal_lm", {"instruction": "a", "output": "b"}, "alpaca", PromptExample("a", "b")),
     ("causal_lm", {"instruction": "a", "input": "c", "output": "b"}, "alpaca", PromptExample("a\n\nc", "b")),
     ("causal_lm", {"instruction": "a", "input": "", "output": "b"}, "alpaca", PromptExample("a", "b")),
+    ("causal_lm", {"instruction": "a", "input": " ", "output": "b"}, "alpaca", PromptExample("a", "b")),
     ("causal_lm", {"instruction": "a", "input": None, "output": "b"}, "alpaca", PromptExample("a", "b")),
     ("causal_lm", {"instruction": "a", "context": "c", "response": "b"}, "alpaca", PromptExample("a\n\nc", "b")),
     ("causal_lm", {"source": "a", "target": "b"}, "parallel", PromptExample("a", "b")),
@@ -201,6 +165,7 @@ def test_a_shape_travels_to_workers_and_its_key_leaves_out_what_changes_nothing(
         ("causal_lm", {"instruction": "a", "output": "b"}, {"shape": "prompt"}, PromptExample("a", "b")),
         ("causal_lm", {"chat": HI}, {"fields": {"messages": "chat"}}, ChatExample(HI)),
         ("causal_lm", {"messages": HI, "tools": ["search"]}, {"fields": {"tools": ""}}, ChatExample(HI)),
+        ("sequence_classification", {"text": "a", "x.y": 4}, {"fields": {"label": "x.y"}}, LabelledExample("a", ("4",))),
         ("sequence_classification", {"body": "a", "stars": 4}, {"fields": {"text": "body", "label": "stars"}}, LabelledExample("a", ("4",))),
         ("sequence_classification", {"class": "3", "title": "a", "description": "b"}, {"fields": {"text": "title", "pair": "description", "label": "class"}}, LabelledExample("a", ("3",), "b")),
         ("sequence_classification", {"body": "a", "sentence2": "b", "label": 1}, {"fields": {"text": "body"}}, LabelledExample("a", ("1",))),
@@ -256,6 +221,7 @@ def test_shape_and_fields_decide(task: str, value: dict[str, Any], options: Any,
         ("sequence_classification", {"text": "a", "labels": ["x", None]}, {}, "field 'labels'[1] must be text, not null"),
         ("sequence_classification", {"sentence1": "a", "sentence2": 3, "label": 1}, {}, "field 'sentence2' must be text"),
         ("sequence_classification", {"text": "a", "score": "3,5"}, {}, "field 'score' must be a finite number, not the text '3,5'"),
+        ("sequence_classification", {"text": "a", "score": "1e999"}, {}, "field 'score' must be a finite number"),
         ("sequence_classification", {"text": "a", "score": True}, {}, "field 'score' must be a finite number, not a boolean"),
         ("sequence_classification", {"text": "a", "score": 10**400}, {}, "field 'score' must be a finite number, not a number"),
         ("token_classification", {"tokens": ["a", "b"], "tags": ["X"]}, {}, "2 words in field 'tokens', but 1 tags in field 'tags'"),
@@ -366,141 +332,9 @@ def test_answers_are_taken_where_they_stand_nearest() -> None:
     assert "1 answers stand elsewhere than they say" in recognised(value, "question_answering").describe()
 
 
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-TOOL = {"name": "f", "parameters": {}}
-
-
-@pytest.mark.parametrize(
-    ("turn", "message"),
-    [
-        ({"role": "human", "content": "a"}, {"role": "user", "content": "a"}),
-        ({"role": "system", "content": ""}, {"role": "system", "content": ""}),
-        ({"role": "tool", "content": ""}, {"role": "tool", "content": ""}),
-        ({"role": "user", "content": "a", "name": None, "tool_calls": None}, {"role": "user", "content": "a"}),
-        ({"role": "user", "content": "a", "name": "bob"}, {"role": "user", "content": "a", "name": "bob"}),
-        ({"role": "function", "content": "a", "name": "f"}, {"role": "tool", "content": "a", "name": "f"}),
-        ({"role": "tool", "content": "a", "tool_call_id": "7"}, {"role": "tool", "content": "a", "tool_call_id": "7"}),
-        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}]}, {"role": "user", "content": "ab"}),
-        ({"role": "assistant", "content": "a", "reasoning_content": "r"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}),
-        ({"role": "assistant", "content": [{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"}]}, {"role": "assistant", "content": "a", "reasoning_content": "r"}),
-        ({"role": "assistant", "content": [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}]}, {"role": "assistant", "content": "a", "reasoning_content": "r"}),
-        ({"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
-        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
-        ({"role": "assistant", "tool_calls": [{**CALL, "id": "9", "function": {"name": "f", "arguments": '{"x": 1}'}}]}, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "9"}]}),
-        ({"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}, {"role": "assistant", "content": "a", "tool_calls": [CALL]}),
-        ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}),
-        ({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
-        ({"role": "assistant", "content": "a", "timestamp": 5}, {"role": "assistant", "content": "a", "timestamp": 5}),
-    ],
-)  # fmt: skip
-def test_turns_of_messages(turn: dict[str, Any], message: dict[str, Any]) -> None:
-    assert example({"messages": [turn]}) == ChatExample([message])
-
-
-def test_sharegpt_with_tools() -> None:
-    value = {
-        "conversations": [
-            {"from": "human", "value": "hi"},
-            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
-            {"from": "observation", "value": "{}"},
-            {"from": "function_call", "value": '[{"name": "f", "arguments": "{\\"x\\": 1}"}, {"name": "g"}]'},
-            {"from": "tool", "value": "3"},
-            {"from": "gpt", "value": "hello"},
-        ],
-        "system": "s",
-        "tools": json.dumps([TOOL, {"type": "function", "function": TOOL}]),
-    }
-    second = {"type": "function", "function": {"name": "g", "arguments": {}}}
-    messages = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "{}"},
-        {"role": "assistant", "content": "", "tool_calls": [CALL, second]},
-        {"role": "tool", "content": "3"},
-        {"role": "assistant", "content": "hello"},
-    ]
-    assert recognised(value).name == "sharegpt"
-    assert example(value) == ChatExample(messages, [{"type": "function", "function": TOOL}] * 2)
-    for none in (None, "", "[]", [], "null"):
-        assert example({**value, "tools": none, "system": ""}) == ChatExample(messages[1:])
-
-
-def test_turns_may_say_themselves_whether_they_are_trained() -> None:
-    def trained(*marks: dict[str, Any], **more: Any) -> tuple[bool | None, ...] | None:
-        value = {"messages": [{"role": "assistant", "content": "a", **mark} for mark in marks], **more}
-        found = example(value)
-        assert isinstance(found, ChatExample)
-        assert all(not {"loss_weight", "weight", "train"} & set(message) for message in found.messages)
-        return found.trained
-
-    assert trained({}, {}) is None
-    assert trained({"loss_weight": 0.0}, {"loss_weight": 1.0}, {}) == (False, True, None)
-    assert trained({"train": True}, {"weight": 0}, {"weight": None}) == (True, False, None)
-    assert trained({"train": False}, system="s") == (None, False)
-    for mark, words in (
-        ({"loss_weight": 0.5}, r"messages\[0\]\.loss_weight must be 0 or 1: fractions"),
-        ({"train": 1}, r"messages\[0\]\.train must be true or false"),
-        ({"weight": "1"}, r"messages\[0\]\.weight must be 0 or 1"),
-        ({"train": True, "weight": 0}, r"messages\[0\]: weight and train contradict each other"),
-    ):
-        with pytest.raises(BadDataError, match=words):
-            trained(mark)
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ({"messages": "hello"}, "field 'messages' must be a list of turns, not a text"),
-        ({"messages": []}, "field 'messages' must be a list of turns, not an empty list"),
-        ({"messages": ["hello"]}, "messages[0] must be an object, not a text"),
-        ({"messages": [*HI, {"content": "a"}]}, "messages[2] lacks 'role'"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content must be text, not null"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be text, not a number"),
-        ({"messages": [{"role": "user", "content": " \n"}]}, "messages[0].content is empty: a turn of 'user' must say"),
-        ({"messages": [{"role": "assistant", "content": []}]}, "messages[0].content is empty"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[0].content is empty"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role is 'bot'; known are system, developer, user"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role must be text, not a list"),
-        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "messages[0].content holds half of a surrogate pair"),
-        ({"messages": [{"role": "user", "content": "a", "x": "\ud83d"}]}, "messages[0] holds half of a surrogate pair"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type is 'image_url'; known are"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0] lacks 'text' or 'value'"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0] must be an object"),
-        ({"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "reasoning", "value": "r"}]}]}, "messages[0].content[1]: reasoning after text"),
-        ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages[0]: tool calls in a turn of 'user'"),
-        ({"messages": [{"role": "user", "content": "a", "reasoning_content": "r"}]}, "messages[0]: reasoning in a turn of 'user'"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]}, "messages[0].tool_calls[0].function.arguments is not valid JSON (character 1)"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]}, "messages[0].tool_calls[0].function.arguments must be an object, not a list"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].name must be text, not null"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{**CALL, "type": "custom"}]}]}, "messages[0].tool_calls[0].type must be 'function'"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": NaN}'}}]}]}, "arguments is not valid JSON: NaN is not a JSON number"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": ' + "[" * 10**6}}]}]}, "arguments is JSON nested too deeply"),
-        ({"messages": HI, "tools": {"a": 1}}, "tools must be a list of tools, not an object"),
-        ({"messages": HI, "tools": "[1]"}, "tools[0] must be an object, not a number"),
-        ({"messages": HI, "tools": "search"}, "tools is not valid JSON"),
-        ({"messages": HI, "tools": '[{"name": "\\ud83d"}]'}, "tools holds half of a surrogate pair"),
-        ({"messages": HI, "system": 3}, "field 'system' must be text, not a number"),
-        ({"messages": [{"role": "system", "content": "a"}, *HI], "system": "s"}, "field 'system' and the first turn are both a system prompt"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}, "conversations[1].value is empty: a turn of 'gpt'"),
-        ({"conversations": [{"from": "alice", "value": "a"}]}, "conversations[0].from is 'alice'; known are"),
-        ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, "conversations[0].from"),
-        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "conversations[0].value is not valid JSON (character 0)"),
-        ({"conversations": [{"from": "function_call", "value": '["f"]'}]}, "conversations[0].value[0] must be an object with a function's name, not a text"),
-    ],
-)  # fmt: skip
-def test_faulty_conversations(value: dict[str, Any], words: str) -> None:
-    if words == "conversations[0].from":  # content beside from and value: neither kind of turn
-        assert "conversations[0] lacks 'role'" in refusal(value)
-        assert "conversations[0] has 'content' beside the field that stands for it" in refusal(value, shape="sharegpt")
-    else:
-        assert words in refusal(value)
-
-
 # Values that get past the first checks often: known names, few texts, turns that are nearly right.
 NAMES = sorted({name for shapes in TASK_SHAPES.values() for shape in shapes for name in known_fields(shape)})
-TURN_NAMES = [*sorted(chat_shapes.TURN_FIELDS), "type", "text", "arguments", "function", "answer_start", "x"]
+TURN_NAMES = [*sorted(TURN_FIELDS), "type", "text", "arguments", "function", "answer_start", "x"]
 texts = st.sampled_from(["", " ", "a", "a b", "é", "\ud83d", "1", "2.5", "{}", '{"name": "f"}', '[{"name": "\\ud800"}]', "null", "[" * 3000, *ROLES, "text", "reasoning", "tool_call", "function"])  # fmt: skip
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**4000) | texts
 values = st.recursive(
@@ -532,196 +366,3 @@ def test_any_objects_are_read_or_refused_in_one_line(
         recognise(found, SourceConfig(path="data.jsonl"), task)
     except PreparationError as error:
         assert str(error).isprintable()
-
-
-near_turns = st.lists(st.fixed_dictionaries({"role": st.sampled_from(sorted(ROLES)), "content": st.sampled_from(["a", "é", "", " ", "\ud83d"])}), min_size=1, max_size=3)  # fmt: skip
-
-
-@settings(max_examples=300, deadline=None)
-@given(near_turns, st.booleans())
-def test_the_short_way_says_what_the_careful_one_would(found: list[dict[str, Any]], sharegpt: bool) -> None:
-    keys = {"role": "from", "content": "value"} if sharegpt else {"role": "role", "content": "content"}
-    given_turns = [{keys[name]: text for name, text in turn.items()} for turn in found]
-    fields = tuple(keys.values())
-    short = chat_shapes._plain_messages(given_turns, *fields)
-    try:
-        careful = chat_shapes._careful_messages(record({"turns": given_turns}), "turns", *fields)
-    except BadDataError:
-        assert short is None
-    else:
-        assert careful[1] is None and short in (None, careful[0])
-        assert short is not None or any(turn["role"] == "function_call" for turn in found)
-
-
-def test_ordinary_conversations_go_the_short_way() -> None:
-    plain = turns(("system", "s"), ("user", "漢字"), ("assistant", "b"), ("tool", ""))
-    assert chat_shapes._plain_messages(plain, "role", "content") == plain
-
-
-# Real files, read plainly here; the readers have their own tests.
-
-needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample data")
-
-
-def json_lines(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (SAMPLES / name).read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def json_array(name: str) -> list[dict[str, Any]]:
-    return list(json.loads((SAMPLES / name).read_text(encoding="utf-8")))
-
-
-def columns(name: str, names: Sequence[str], skip: int = 0) -> list[dict[str, Any]]:
-    lines = (SAMPLES / name).read_text(encoding="utf-8").split("\n")[skip:]
-    return [dict(zip(names, line.split("\t"), strict=True)) for line in lines if line]
-
-
-def squad(name: str) -> list[dict[str, Any]]:
-    data = json.loads((SAMPLES / name).read_text(encoding="utf-8"))["data"]
-    return [
-        {"context": paragraph["context"], **question}
-        for article in data
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
-    ]
-
-
-def all_examples(found: list[dict[str, Any]], task: str, description: str, **options: Any) -> list[Any]:
-    """The examples of a whole real file, whose first 100 records were recognised as described."""
-    read = records(found)
-    shape = recognise(read[:100], SourceConfig(path="data.jsonl", **options), task)
-    assert shape.describe().startswith(description)
-    return [to_example(shape, one) for one in read]
-
-
-@needs_samples
-def test_real_prompts_and_text() -> None:
-    found = json_lines("generation/gsm8k/train.jsonl")
-    read = all_examples(found, "causal_lm", "prompt: prompt = question, response = answer (100 records seen agree)")
-    assert read == [PromptExample(one["question"], one["answer"]) for one in found] and len(read) == 7473
-    found = json_lines("pretraining/c4_demo/c4_demo.jsonl")
-    assert all_examples(found, "causal_lm", "text: text = text (") == [TextExample(one["text"]) for one in found]
-    for language in ("en", "zh"):
-        found = json_array(f"generation/alpaca_demo/alpaca_{language}_demo.json")
-        for task in ("causal_lm", "seq2seq_lm"):
-            read = all_examples(found, task, "alpaca: prompt = instruction + input, response = output (")
-            assert [one.response for one in read] == [one["output"] for one in found]
-            for one, raw in zip(read, found, strict=True):
-                assert one.prompt == raw["instruction"] + ("\n\n" + raw["input"] if raw["input"] else "")
-    found = json_lines("generation/seed_tasks/seed_tasks.jsonl")
-    fields = {"input": "instances.0.input", "output": "instances.0.output"}
-    read = all_examples(found, "causal_lm", "alpaca: prompt = instruction + instances.0.input", fields=fields)
-    assert [one.response for one in read] == [one["instances"][0]["output"] for one in found]
-    assert all(len(one["instances"]) == 1 for one in found)
-
-
-@needs_samples
-def test_real_parallel_text() -> None:
-    for split in ("dev", "test"):
-        found = json_lines(f"generation/scitldr/{split}.jsonl")
-        read = all_examples(
-            found, "seq2seq_lm", "parallel: prompt = source, response = target (100 records seen agree; the sentences"
-        )
-        assert read == [PromptExample(" ".join(one["source"]), one["target"][0]) for one in found]
-    lines = [
-        gzip.decompress((SAMPLES / f"generation/multi30k/val.{language}.gz").read_bytes()).decode().split("\n")[:-1]
-        for language in ("en", "de")
-    ]
-    found = [{"en": one, "de": other} for one, other in zip(*lines, strict=True)]
-    read = all_examples(
-        found, "seq2seq_lm", "parallel: prompt = en, response = de", fields={"source": "en", "target": "de"}
-    )
-    assert read == [PromptExample(one["en"], one["de"]) for one in found] and len(read) == 1014
-    found = columns("generation/csl_ts/dev.tsv", ("task", "source", "target"))
-    read = all_examples(
-        found, "causal_lm", "parallel: prompt = source, response = target (100 records seen agree; not used: task)"
-    )
-    assert len(read) == 1000
-
-
-@needs_samples
-def test_real_conversations() -> None:
-    found = json_array("generation/chat/glaive_toolcall_en_demo.json")
-    read = all_examples(found, "causal_lm", "sharegpt: messages = conversations (from, value), tools = tools (")
-    calls = 0
-    for one, raw in zip(read, found, strict=True):
-        assert [tool["function"] for tool in one.tools or []] == json.loads(raw["tools"])
-        for message, turn in zip(one.messages, raw["conversations"], strict=True):
-            if turn["from"] == "function_call":
-                calls += 1
-                assert [call["function"] for call in message["tool_calls"]] == [json.loads(turn["value"])]
-            else:
-                assert message == {"role": ROLES[turn["from"]], "content": turn["value"]}
-    assert len(read) == 300 and calls == 211
-
-    found = json_lines("generation/chat/v1_sft_demo.jsonl")
-    read = all_examples(
-        found, "causal_lm", "messages: messages = messages (role, content) (100 records seen agree; some turns"
-    )
-    assert all(one.trained == (False, True) for one in read) and len(read) == 500
-    assert [one.messages[1]["content"] for one in read] == [one["messages"][1]["content"][0]["value"] for one in found]
-
-    found = json_lines("generation/chat/reason_tool_use_demo_50.jsonl")
-    read = all_examples(found, "causal_lm", "messages: messages = messages (role, content), tools = tools (50 records")
-    assistants = [message for one in read for message in one.messages if message["role"] == "assistant"]
-    assert all(message["reasoning_content"] for message in assistants)
-    assert sum(len(message.get("tool_calls", ())) for message in assistants) == 41 + 2 * 9 + 3 * 3
-    assert all(one.trained is None for one in read)
-
-
-@needs_samples
-def test_real_labels_and_scores() -> None:
-    task = "sequence_classification"
-    for split in ("train.3k", "dev"):
-        found = json_lines(f"understanding/ocnli/{split}.json")
-        read = all_examples(
-            found,
-            task,
-            "label: text = sentence1, pair = sentence2, label = label (100 records seen agree; not used: level",
-        )
-        assert len(read) == 3000 and {one.labels[0] for one in read} == {"entailment", "neutral", "contradiction", "-"}
-    found = columns("classification/sst2/train.tsv", ("text", "label"))
-    read = all_examples(found, task, "label: text = text, label = label (")
-    assert len(read) == 6920 and {one.labels for one in read} == {("0",), ("1",)}
-    found = columns("classification/chnsenticorp/dev.tsv", ("label", "text_a"), skip=1)
-    assert len(all_examples(found, task, "label: text = text_a, label = label (")) == 1200
-    intents = json.loads((SAMPLES / "classification/clinc150/data_small.json").read_text(encoding="utf-8"))["train"]
-    found = [{"text": text, "intent": intent} for text, intent in intents]
-    read = all_examples(found, task, "label: text = text, label = intent (", fields={"label": "intent"})
-    assert len({one.labels for one in read}) == 150
-    with (SAMPLES / "classification/ag_news/test.csv").open(encoding="utf-8", newline="") as file:
-        found = [dict(zip(("class", "title", "description"), row, strict=True)) for row in csv.reader(file)]
-    fields = {"label": "class", "text": "title", "pair": "description"}
-    read = all_examples(found, task, "label: text = title, label = class, pair = description (", fields=fields)
-    assert len(read) == 7600 and {one.labels[0] for one in read} == {"1", "2", "3", "4"}
-    with (SAMPLES / "understanding/stsb_en/stsb-en-train.csv").open(encoding="utf-8", newline="") as file:
-        found = [dict(zip(("sentence1", "sentence2", "score"), row, strict=True)) for row in csv.reader(file)]
-    read = all_examples(found, task, "score: text = sentence1, pair = sentence2, score = score (")
-    assert len(read) == 5749 and [one.score for one in read] == [float(one["score"]) for one in found]
-    parts = {"premise": "s1", "hypothesis": "s2", "label": "labels"}
-    lines = {ours: (SAMPLES / f"understanding/snli_dev_esnli/{part}.dev").read_text(encoding="utf-8").splitlines() for ours, part in parts.items()}  # fmt: skip
-    found = [dict(zip(parts, values, strict=True)) for values in zip(*lines.values(), strict=True)]
-    read = all_examples(found, task, "label: text = premise, pair = hypothesis, label = label (")
-    assert len(read) == 9842 and len({one.labels for one in read}) == 3
-
-
-@needs_samples
-def test_real_tags_and_questions() -> None:
-    found = columns("sequence_labelling/msra_ner/dev.tsv", ("text_a", "label"), skip=1)
-    read = all_examples(
-        found,
-        "token_classification",
-        "tags: words = text_a, tags = label (100 records seen agree; texts are split at blanks)",
-    )
-    assert len(read) == 2318 and {tag[0] for one in read for tag in one.tags} == {"O", "B", "I"}
-    cmrc = all_examples(
-        squad("understanding/cmrc2018/cmrc2018_trial.json"),
-        "question_answering",
-        "question: question = question, context = context, answers = answers (",
-    )
-    assert len(cmrc) == 1002 and sum(one.num_moved for one in cmrc) == 5
-    policy = all_examples(squad("understanding/policyqa/dev.json"), "question_answering", "question: ")
-    assert len(policy) == 3809 and sum(one.num_moved for one in policy) == 0
-    assert sum(len(one.answers) > 1 for one in policy) == 1583
-    for one in (*cmrc, *policy):
-        assert all(one.context.startswith(text, start) for start, text in one.answers)
