@@ -12,17 +12,9 @@ from typing import Any
 
 from data_prep.errors import BadDataError
 from data_prep.examples import ChatExample, Message
-from data_prep.record_fields import (
-    checked_json,
-    checked_text,
-    is_sound,
-    kind,
-    lookup,
-    parsed_json,
-    required_field,
-    shown,
-)
-from data_prep.records import Record
+from data_prep.record_fields import checked_json, is_sound, lookup, required_field, shown
+from data_prep.records import Record, checked_text, kind
+from data_prep.strict_json import parse_value
 
 #: What may stand as the role of a turn (`role` or `from`), and what it means.
 ROLES = {
@@ -240,7 +232,7 @@ def _calls(value: Any, what: str, where: str) -> list[Any]:
     A call is ``{"name", "arguments"}`` or ``{"type": "function", "function": {"name", "arguments"}}``.
     """
     if isinstance(value, str):
-        value = parsed_json(checked_text(value, what, where), what, where)
+        value = parse_value(checked_text(value, what, where), f"{where}: {what}")
     if not isinstance(value, list):
         return [_call(value, what, where)]
     return [_call(call, f"{what}[{index}]", where) for index, call in enumerate(value)]
@@ -261,7 +253,7 @@ def _call(call: Any, what: str, where: str) -> dict[str, Any]:
         raise BadDataError(f"{where}: {inside}.name is empty")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        arguments = parsed_json(arguments, f"{inside}.arguments", where) if arguments.strip() else {}
+        arguments = parse_value(arguments, f"{where}: {inside}.arguments") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -275,7 +267,7 @@ def _tools(value: Any, what: str, where: str) -> list[Any] | None:
     """The tools of a conversation, a list or JSON text of one; each in OpenAI's wrapping. None if there are none."""
     if isinstance(value, str):
         checked_text(value, what, where)
-        value = parsed_json(value, what, where) if value.strip() else []
+        value = parse_value(value, f"{where}: {what}") if value.strip() else []
     else:
         checked_json(value, what, where)
     if value is None:

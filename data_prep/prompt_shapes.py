@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from data_prep.errors import BadDataError
 from data_prep.examples import ChatExample, Message, PromptExample
-from data_prep.record_fields import checked_text, kind, lookup, required_field, shown, text_at
-from data_prep.records import Record
+from data_prep.record_fields import lookup, required_field, shown, text_at
+from data_prep.records import Record, checked_text, kind
 
 
 def prompt_pair(record: Record, fields: Mapping[str, str]) -> PromptExample:

@@ -1,20 +1,14 @@
 """Looks into a record: fields by name, and checks that what they hold is what it should be."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from data_prep.errors import BadDataError
+from data_prep.records import checked_text
 
 _SHOWN_NAMES = 10
 _SHOWN_CHARACTERS = 40
-
-
-def kind(value: Any) -> str:
-    """What a value is, in words, for messages."""
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
 
 
 def shown(name: str) -> str:
@@ -69,18 +63,6 @@ def is_sound(text: str) -> bool:
     return True
 
 
-def checked_text(value: Any, what: str, where: str) -> str:
-    """`value` if it is text without half a character, else BadDataError naming `where` and `what`."""
-    if not isinstance(value, str):
-        raise BadDataError(f"{where}: {what} must be text, not {kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadDataError(f"{where}: {what} holds half of a surrogate pair at character {error.start}") from None
-    return value
-
-
 def required_field(value: Mapping[str, Any], name: str, where: str) -> Any:
     """What stands in field `name`, which a record must have and must not leave null."""
     found = lookup(value, name)
@@ -112,28 +94,3 @@ def checked_json(value: Any, what: str, where: str) -> Any:
     except (TypeError, ValueError):
         raise BadDataError(f"{where}: {what} holds a value that JSON has no form for") from None
     return value
-
-
-def parsed_json(text: str, what: str, where: str) -> Any:
-    """The value of a JSON text inside a record, such that JSON and UTF-8 can hold it. Raises BadDataError."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-    except RecursionError:
-        raise BadDataError(f"{where}: {what} is JSON nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise BadDataError(f"{where}: {what} is not valid JSON (character {error.pos}): {error.msg}") from None
-    except ValueError as error:
-        raise BadDataError(f"{where}: {what} is not valid JSON: {error}") from None
-    # Only an escape can bring half a character into what is read from sound text.
-    return checked_json(value, what, where) if "\\u" in text or not is_sound(text) else value
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{shown(text)} is too large a number")
-    return number
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")

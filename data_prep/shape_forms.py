@@ -39,7 +39,7 @@ _TEXTS: tuple[Form, ...] = (
     ),
 )
 _WORDS = ("tokens", "words", "text", "sentence", "text_a")
-_TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "label", "upos", "xpos")
+_TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "label")
 _TURNS = ("messages", "conversations", "conversation")
 
 _FORMS: dict[ShapeName, tuple[Form, ...]] = {

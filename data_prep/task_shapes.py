@@ -8,8 +8,8 @@ from typing import Any
 
 from data_prep.errors import BadDataError
 from data_prep.examples import LabelledExample, QuestionExample, ScoredExample, TaggedExample
-from data_prep.record_fields import checked_text, kind, required_field, shown, text_at
-from data_prep.records import Record
+from data_prep.record_fields import required_field, shown, text_at
+from data_prep.records import Record, checked_text, kind
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _NUMBER_CHARACTERS = 64
