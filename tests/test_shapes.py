@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import pickle
 import re
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -142,8 +142,8 @@ def test_what_was_recognised_is_one_line() -> None:
 def test_a_shape_travels_to_workers_and_its_key_leaves_out_what_changes_nothing() -> None:
     values = [{"instruction": "a", "output": "b"}] * 3
     shape = recognised(values)
-    assert pickle.loads(pickle.dumps(shape)) == shape
-    assert pickle.loads(pickle.dumps(shape)).describe() == shape.describe()
+    arrived = ForkingPickler.loads(ForkingPickler.dumps(shape))
+    assert arrived == shape and arrived.describe() == shape.describe()
     assert recognised(values[:1]).key() == shape.key() == json.loads(json.dumps(shape.key()))
     assert recognised(values, fields={"output": "instruction"}).key() != shape.key()
     with pytest.raises(dataclasses.FrozenInstanceError):
