@@ -1,11 +1,11 @@
 """A token store as text for a terminal: what is trained, what is context, where it comes from, what became of it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from data_prep.inspect_facts import Facts, Histogram, count, gather
-from data_prep.inspect_rows import Selection, ShownDocument, ShownRow, ShownToken, select, show, source_name
+from data_prep.inspect_rows import Selection, ShownDocument, ShownRow, ShownToken, select, show
+from data_prep.ledger import ledger_table
 from data_prep.token_store import Rows, TokenStore, open_rows
 from data_prep.token_text import CLOSE, OPEN, TokenText, clean
 
@@ -134,7 +134,7 @@ def _summary(store: TokenStore, facts: Facts, color: bool) -> Iterator[str]:
     yield ""
     yield from table_lines(facts.sources)
     yield ""
-    yield from table_lines(ledger_rows(store.manifest))
+    yield from (f"  {clean(line)}" for line in ledger_table(store.manifest).splitlines())
     for histogram in facts.histograms:
         yield ""
         yield _heading(f"{histogram.title} ({histogram.unit})", color)
@@ -171,16 +171,3 @@ def table_lines(table: Sequence[Sequence[str]]) -> Iterator[str]:
             for column, cell in enumerate(line)
         ]
         yield ("  " + "  ".join(padded)).rstrip()
-
-
-def ledger_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
-    """The ledger as a table: a line for every account, a column for every source and the total."""
-    accounts = [*manifest["ledger"]["sources"], manifest["ledger"]["total"]]
-    names = [*(source_name(source) for source in manifest["sources"]), "total"]
-    keys = [key for key, value in accounts[-1].items() if isinstance(value, int) and key in accounts[0]]
-    table = [["ledger", *names]]
-    table += [[key.replace("_", " "), *(count(account.get(key, 0)) for account in accounts)] for key in keys]
-    for reason in accounts[-1]["dropped"]:
-        values = [count(account["dropped"].get(reason, 0)) for account in accounts]
-        table.append([f"dropped: {reason.replace('_', ' ')}", *values])
-    return table

@@ -1,19 +1,18 @@
 """The figures of a token store as a whole: sources, settings, tokenizer, distributions. Reads no tokens."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from data_prep.inspect_rows import _column, _has, source_name
 from data_prep.token_store import CURRENT_NAME, Rows, TokenStore
 from data_prep.token_text import TokenText
 
 _FILL_PERCENT = (0, 50, 80, 90, 95, 98, 99, 99.9, 100)
-_TAG_BLOCK = 1 << 22
+_BLOCK = 1 << 22
 _MOST_NAMES = 40
 
 
@@ -45,8 +44,8 @@ class Facts:
 def gather(store: TokenStore, rows: Rows, text: TokenText) -> Facts:
     """The figures of a store and its rows."""
     sizes = _row_sizes(rows)
-    packed = bool(store.ledger["total"].get("padding_tokens") is not None)
-    histograms = [_lengths("Documents by length", "documents", store.document_lengths)]
+    packed = store.ledger["total"]["padding_tokens"] is not None
+    histograms = [_document_lengths(store.ledger["total"]["lengths"])]
     if packed:
         histograms.append(_fill(sizes, rows.row_tokens))
     histograms += _outcomes(store)
@@ -70,7 +69,7 @@ def _row_sizes(rows: Rows) -> np.ndarray:
     """int64 [rows]: tokens in every row."""
     if rows.num_rows == 0:
         return np.zeros(0, dtype=np.int64)
-    first = np.concatenate(([0], rows.row_ends[:-1]))
+    first = np.concatenate(([0], rows.row_ends[:-1].astype(np.int64)))
     sizes: np.ndarray = np.add.reduceat(rows.lengths, first, dtype=np.int64)
     return sizes
 
@@ -108,14 +107,22 @@ def _shares(rows: Rows, in_rows: int, packed: bool) -> tuple[tuple[str, int], ..
 
 
 def _sources(store: TokenStore) -> tuple[tuple[str, ...], ...]:
-    table = [("", "source", "shape", "files", "documents", "tokens", "share")]
-    for index, source in enumerate(store.manifest["sources"]):
-        first, number = int(source["first_document"]), int(source["num_documents"])
-        tokens = int(store.document_lengths[first : first + number].sum())
-        share = f"{tokens / max(store.num_tokens, 1):.1%}"
-        files = count(len(source.get("files", [None])))
-        shape = str(source.get("shape") or "-")
-        table.append((str(index), source_name(source), shape, files, count(number), count(tokens), share))
+    table = [("", "source", "shape", "files", "documents", "tokens each", "share of tokens", "weight", "epochs")]
+    for index, (source, account) in enumerate(zip(store.manifest["sources"], store.ledger["sources"], strict=True)):
+        documents, tokens = account["documents"], account["tokens"]
+        table.append(
+            (
+                str(index),
+                str(source["name"]),
+                str(source["shape"]),
+                count(len(source["files"])),
+                count(documents),
+                f"{tokens / max(documents, 1):,.1f}",
+                f"{tokens / max(store.num_tokens, 1):.1%}",
+                "" if source["weight"] is None else f"{source['weight']:g}",
+                f"{account['epochs']:.3g}",
+            )
+        )
     return tuple(table)
 
 
@@ -157,14 +164,17 @@ def _tokenizer(store: TokenStore, text: TokenText) -> tuple[tuple[str, str], ...
     return (*facts, ("chat template", "yes" if template else "none"))
 
 
-def _lengths(title: str, unit: str, lengths: np.ndarray) -> Histogram:
-    """Lengths in powers of two."""
-    bins = np.frexp(np.maximum(lengths, 1))[1] - 1  # the exponent of the highest bit
-    counts = np.bincount(bins)
-    tokens = np.bincount(bins, weights=lengths).astype(np.int64)
-    first = int(np.flatnonzero(counts)[0]) if len(lengths) else 0
-    labels = tuple(count(1 << power) for power in range(first, len(counts)))
-    return Histogram(title, labels, unit, tuple(counts[first:].tolist()), "tokens", tuple(tokens[first:].tolist()))
+def _document_lengths(buckets: Sequence[Mapping[str, int]]) -> Histogram:
+    """The ledger's histogram of document lengths, with the empty bins between its own."""
+    found = {bucket["up_to"]: bucket for bucket in buckets}
+    bounds = [min(found, default=1)]
+    while bounds[-1] < max(found, default=1):
+        bounds.append(2 * bounds[-1])
+    documents, tokens = (
+        [found[up].get(key, 0) if up in found else 0 for up in bounds] for key in ("documents", "tokens")
+    )
+    labels = tuple(f"\u2264{count(bound)}" for bound in bounds)
+    return Histogram("Documents by length", labels, "documents", tuple(documents), "tokens", tuple(tokens))
 
 
 def _fill(sizes: np.ndarray, row_tokens: int) -> Histogram:
@@ -178,34 +188,39 @@ def _fill(sizes: np.ndarray, row_tokens: int) -> Histogram:
 def _outcomes(store: TokenStore) -> list[Histogram]:
     """How often each label or tag is used, and how long targets are."""
     found = []
-    for column, title, unit in (("labels", "Labels", "documents"), ("label_sets", "Labels", "documents")):
-        if _has(store, column):
-            found.append(_names(store, title, unit, np.bincount(_column(store, column))))
-    if _has(store, "tags"):
-        tags = _column(store, "tags")
-        counts = np.zeros(len(store.label_names), dtype=np.int64)
-        for begin in range(0, len(tags), _TAG_BLOCK):
-            block = tags[begin : begin + _TAG_BLOCK]
-            counts += np.bincount(block[block >= 0], minlength=len(counts))
-        found.append(_names(store, "Tags", "words", counts))
-    if _has(store, "scores"):
-        counts, borders = np.histogram(_column(store, "scores"), bins=10)
-        found.append(
-            Histogram("Scores", tuple(f"{low:.3g}" for low in borders[:-1]), "documents", tuple(counts.tolist()))
-        )
-    if _has(store, "target_ids"):
-        lengths = np.diff(_column(store, "target_ids_ends").astype(np.int64), prepend=0)
-        found.append(_lengths("Documents by length of target", "documents", lengths))
-    if _has(store, "answer_spans"):
-        spans = np.diff(_column(store, "answer_spans_ends").astype(np.int64), prepend=0) // 2
-        counts = np.bincount(np.minimum(spans, 2), minlength=3)
-        labels = ("no answer", "one answer", "several answers")
-        found.append(Histogram("Windows by answers in them", labels, "windows", tuple(counts.tolist())))
+    for column, title, unit in (
+        ("labels", "Labels", "documents"),
+        ("label_sets", "Labels", "documents"),
+        ("tags", "Tags", "words"),
+    ):
+        if column in store.columns:
+            found.append(_names(store, title, unit, _count_names(store.values(column), len(store.label_names))))
+    if "scores" in store.columns:
+        counts, borders = np.histogram(store.column("scores"), bins=10)
+        labels = tuple(f"{low:.3g}" for low in borders[:-1])
+        found.append(Histogram("Scores", labels, "documents", tuple(counts.tolist())))
+    if "target_ids" in store.columns:
+        lengths = store.ragged_lengths("target_ids")
+        bits = np.bincount(np.frexp(np.maximum(lengths - 1, 0).astype(np.float64))[1])
+        labels = tuple(f"\u2264{count(1 << power)}" for power in range(len(bits)))
+        found.append(Histogram("Documents by length of target", labels, "documents", tuple(bits.tolist())))
+    if "answer_spans" in store.columns:
+        counts = np.bincount(np.minimum(store.ragged_lengths("answer_spans") // 2, 2), minlength=3)
+        answers = ("no answer", "one answer", "several answers")
+        found.append(Histogram("Windows by answers in them", answers, "windows", tuple(counts.tolist())))
     return found
 
 
+def _count_names(indices: np.ndarray, number: int) -> np.ndarray:
+    counts = np.zeros(number, dtype=np.int64)
+    for begin in range(0, len(indices), _BLOCK):
+        block = indices[begin : begin + _BLOCK]
+        counts += np.bincount(block[block >= 0], minlength=number)[:number]
+    return counts
+
+
 def _names(store: TokenStore, title: str, unit: str, counts: np.ndarray) -> Histogram:
-    names = [store.label_names[index] if index < len(store.label_names) else str(index) for index in range(len(counts))]
+    names = store.label_names
     order = np.argsort(-counts, kind="stable")
     shown = order[:_MOST_NAMES]
     labels, values = [names[index] for index in shown], [int(counts[index]) for index in shown]

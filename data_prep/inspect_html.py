@@ -1,17 +1,19 @@
 """A token store as one page: figures, ledger, histograms, and rows token by token. Nothing on it is loaded or runs."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from data_prep.errors import CannotWriteError
-from data_prep.inspect import LEARNED, ledger_rows, open_store
+from data_prep.inspect import LEARNED, open_store
 from data_prep.inspect_facts import Facts, Histogram, count, gather
 from data_prep.inspect_rows import Selection, ShownDocument, ShownRow, ShownToken, select, show
+from data_prep.ledger import ledger_cells
 from data_prep.store_folder import write_text_atomically
 from data_prep.token_text import clean
 
@@ -46,7 +48,7 @@ def render_page(path: Path, selection: Selection) -> str:
         totals=_tiles(facts),
         shares=_share_bar(facts.shares),
         sources=_table(facts.sources),
-        ledger=_table(ledger_rows(store.manifest)),
+        ledger=_ledger(store.manifest),
         histograms="".join(map(_chart, facts.histograms)),
         rows_title="Documents" if selection.documents else "Rows",
         legend=_legend(store.task),
@@ -99,6 +101,12 @@ def _table(table: Sequence[Sequence[str]]) -> str:
             cells.append(f"<{kind}{style}>{_safe(cell)}</{kind}>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="card wide"><table>{"".join(lines)}</table></div>'
+
+
+def _ledger(manifest: Mapping[str, Any]) -> str:
+    table, reasons = ledger_cells(manifest)
+    lines = "".join(f"<li>{_safe(reason)}</li>" for reason in reasons)
+    return _table(table) + (f'<ul class="more">{lines}</ul>' if lines else "")
 
 
 def _chart(histogram: Histogram) -> str:

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -69,11 +68,6 @@ class ShownRow:
         return 0 if self.number is None else self.row_tokens - self.num_tokens
 
 
-def source_name(source: dict[str, Any]) -> str:
-    """What a source is called."""
-    return str(source.get("name") or source["path"])
-
-
 def select(store: TokenStore, rows: Rows, selection: Selection) -> list[int]:
     """Numbers of the rows, or of the documents, that `selection` means, in the order to show them.
 
@@ -100,7 +94,7 @@ def select(store: TokenStore, rows: Rows, selection: Selection) -> list[int]:
 def _documents_of(store: TokenStore, wanted: str) -> tuple[int, int]:
     """First document and stop of the source with this name, file or index."""
     sources = store.manifest["sources"]
-    names = [source_name(source) for source in sources]
+    names = [str(source["name"]) for source in sources]
     if wanted in names:
         index = names.index(wanted)
     elif wanted.isdecimal() and int(wanted) < len(sources):
@@ -119,7 +113,9 @@ def _rows_with(rows: Rows, first: int, stop: int, count: int) -> list[int]:
     for begin in range(0, len(rows.documents), block):
         documents = rows.documents[begin : begin + block]
         segments = np.flatnonzero((documents >= first) & (documents < stop)) + begin
-        for row in np.unique(np.searchsorted(rows.row_ends, segments, side="right")).tolist():
+        # Equal types, or numpy would copy the whole column to compare.
+        places = np.searchsorted(rows.row_ends, segments.astype(rows.row_ends.dtype), side="right")
+        for row in np.unique(places).tolist():
             if row not in found[-1:]:
                 found.append(row)
         if len(found) >= count:
@@ -161,16 +157,16 @@ def _document(
     tags: list[str | None] = [None] * size
     answer: tuple[ShownToken, ...] = ()
     if store.task == "token_classification":
-        indices = _token_column(store, "tags", document, start, visible_stop).tolist()
+        indices = store.token_column("tags", document, start, visible_stop).tolist()
         tags = [_name(store, index) if index >= 0 else None for index in indices]
     if store.task == "seq2seq_lm":
-        target_ids = _ragged(store, "target_ids", document).tolist()
+        target_ids = store.ragged("target_ids", document).tolist()
         answer = _tokens(text, target_ids, [True] * len(target_ids), [None] * len(target_ids), True)
     ids = store.tokens(document, start, visible_stop).tolist()
     return ShownDocument(
         number=document,
         where=store.locate(document),
-        source=source_name(store.manifest["sources"][_source_of(store, document)]),
+        source=str(store.manifest["sources"][store.source_of(document)]["name"]),
         start=start,
         stop=stop,
         length=len(store.tokens(document)),
@@ -191,11 +187,11 @@ def _targets(store: TokenStore, document: int, start: int, stop: int) -> tuple[n
         case "token_classification":
             trained = store.targets(document, start, stop)
         case "question_answering":
-            for first, last in _ragged(store, "answer_spans", document).reshape(-1, 2).tolist():
+            for first, last in store.ragged("answer_spans", document).reshape(-1, 2).tolist():
                 trained[max(first - start, 0) : max(last - start, 0)] = True
             return trained, 1
         case "seq2seq_lm":
-            return trained, len(_ragged(store, "target_ids", document))
+            return trained, len(store.ragged("target_ids", document))
         case _:
             return trained, 1
     return trained, int(trained.sum())
@@ -204,18 +200,18 @@ def _targets(store: TokenStore, document: int, start: int, stop: int) -> tuple[n
 def _facts(store: TokenStore, document: int) -> list[str]:
     """What a task's columns say about a document as a whole."""
     facts = []
-    if _has(store, "labels"):
+    if "labels" in store.columns:
         facts.append(f"label: {_name(store, int(store.column('labels')[document]))}")
-    if _has(store, "label_sets"):
-        names = [_name(store, index) for index in _ragged(store, "label_sets", document).tolist()]
+    if "label_sets" in store.columns:
+        names = [_name(store, index) for index in store.ragged("label_sets", document).tolist()]
         facts.append(f"labels: {', '.join(names) or 'none'}")
-    if _has(store, "scores"):
-        facts.append(f"score: {float(_column(store, 'scores')[document]):g}")
-    if _has(store, "questions"):
-        spans = len(_ragged(store, "answer_spans", document)) // 2
+    if "scores" in store.columns:
+        facts.append(f"score: {float(store.column('scores')[document]):g}")
+    if "questions" in store.columns:
+        spans = len(store.ragged("answer_spans", document)) // 2
         answers = f"{spans} answers" if spans > 1 else "one answer" if spans else "no answer in this window"
-        facts.append(f"question {int(_column(store, 'questions')[document])}: {answers}")
-    if _has(store, "pair_starts") and (first := int(_column(store, "pair_starts")[document])):
+        facts.append(f"question {int(store.column('questions')[document])}: {answers}")
+    if "pair_starts" in store.columns and (first := int(store.column("pair_starts")[document])):
         facts.append(f"second text from token {first}")
     return facts
 
@@ -230,29 +226,5 @@ def _tokens(
     )
 
 
-def _source_of(store: TokenStore, document: int) -> int:
-    first = [int(source["first_document"]) for source in store.manifest["sources"]]
-    return int(np.searchsorted(first, document, side="right")) - 1
-
-
 def _name(store: TokenStore, index: int) -> str:
     return store.label_names[index] if 0 <= index < len(store.label_names) else str(index)
-
-
-def _has(store: TokenStore, name: str) -> bool:
-    return f"{name}.npy" in store.manifest["files"]
-
-
-def _column(store: TokenStore, name: str) -> np.ndarray:
-    array: np.ndarray = np.load(store.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    return array
-
-
-def _ragged(store: TokenStore, name: str, document: int) -> np.ndarray:
-    ends = _column(store, f"{name}_ends")
-    return _column(store, name)[int(ends[document - 1]) if document else 0 : int(ends[document])]
-
-
-def _token_column(store: TokenStore, name: str, document: int, start: int, stop: int) -> np.ndarray:
-    first = int(store._ends[document - 1]) if document else 0
-    return _column(store, name)[first + start : first + stop]

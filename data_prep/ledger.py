@@ -161,7 +161,15 @@ def _add_histograms(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, int]
 
 
 def ledger_table(manifest: Mapping[str, Any]) -> str:
-    """The ledger as a table for people: a line a source and the total, then the reasons of what is missing.
+    """The ledger for people: a line a source and the total, then the reasons of what is missing."""
+    table, reasons = ledger_cells(manifest)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
+    return "\n".join(text + reasons)
+
+
+def ledger_cells(manifest: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """What `ledger_table` shows: the table with its headings, and a line for every reason.
 
     Columns that hold nothing but zeros are left out.
     """
@@ -193,10 +201,8 @@ def ledger_table(manifest: Mapping[str, Any]) -> str:
         for title, values in columns
         if title in always or any(value != empty.get(title, "0") for value in values)
     ]
-    widths = [max(len(title), *map(len, values)) for title, values in shown]
     table = [[title for title, _ in shown], *([values[line] for _, values in shown] for line in range(len(lines)))]
-    text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
-    return "\n".join(text + _missing(total))
+    return table, _missing(total, entries)
 
 
 def _numbers(lines: Sequence[Mapping[str, Any]], key: str) -> list[str]:
@@ -209,10 +215,18 @@ def _filled(entry: Mapping[str, Any]) -> str:
     return f"{entry['tokens_in_rows'] / (entry['tokens_in_rows'] + entry['padding_tokens']):.2%}"
 
 
-def _missing(total: Mapping[str, Any]) -> list[str]:
-    lines = [f"unusable: {count:,} {reason}" for reason, count in total["dropped_at_encoding"].items() if count]
+def _missing(total: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    def by_source(key: str, reason: str) -> str:
+        counts = [(entry["name"], entry[key].get(reason, 0)) for entry in entries]
+        return "" if len(entries) < 2 else f": {', '.join(f'{name} {count:,}' for name, count in counts if count)}"
+
+    lines = [
+        f"unusable: {count:,} {reason}{by_source('dropped_at_encoding', reason)}"
+        for reason, count in total["dropped_at_encoding"].items()
+        if count
+    ]
     lines += [
-        f"dropped: {count:,} {reason} ({total['tokens_dropped'][reason]:,} tokens)"
+        f"dropped: {count:,} {reason} ({total['tokens_dropped'][reason]:,} tokens){by_source('dropped', reason)}"
         for reason, count in total["dropped"].items()
         if count
     ]

@@ -332,11 +332,23 @@ class TokenStore:
             raise StoreError(f"{self.path / name}_ends.npy: reaches outside the column: damaged; {ADVICE}")
         return values[first:last]
 
-    def _require_column(self, name: str, per: str) -> None:
+    def values(self, name: str) -> np.ndarray:
+        """All stored values of a column, whatever they belong to. A view of the file."""
+        self._require_column(name)
+        return self._load(name, None, VALUE_TYPES)
+
+    def ragged_lengths(self, name: str) -> np.ndarray:
+        """int64 [documents]: how many values of a ragged column each document has."""
+        self._require_column(name, "ragged")
+        ends = self._load(f"{name}_ends", self.num_documents, INDEX_TYPES)
+        lengths: np.ndarray = np.diff(ends.astype(np.int64), prepend=0)
+        return lengths
+
+    def _require_column(self, name: str, per: str | None = None) -> None:
         described = self.columns.get(name)
         if described is None or f"{name}.npy" not in self.manifest["files"]:
             raise StoreError(f"{self.path}: has no column {name!r}; it was prepared for task {self.task}")
-        if described.get("per") != per:
+        if per is not None and described.get("per") != per:
             raise StoreError(f"{self.path}: column {name!r} has values per {described.get('per')}, not per {per}")
 
     def source_of(self, document: int) -> int:

@@ -49,6 +49,7 @@ def write_store(
     columns: Mapping[str, tuple[str, np.ndarray]] | None = None,
     vocab_size: int = VOCABULARY,
     tokenizer: tokenizers.Tokenizer | None = None,
+    label_names: Sequence[str] = ("no", "yes"),
 ) -> TokenStore:
     """The content of a store in a folder with a temporary name: no rows yet, no manifest.
 
@@ -110,7 +111,7 @@ def write_store(
         counted = arrays["target_ids_ends"][-1]
     content = {
         "format": FORMAT_VERSION, "task": task, "content_key": "", "vocab_size": vocab_size, "pad_id": 0, "eos_id": 1,
-        "bos_id": None, "label_names": ["no", "yes"] if task.endswith("classification") else [],
+        "bos_id": None, "label_names": list(label_names) if task.endswith("classification") else [],
         "num_documents": len(documents), "num_tokens": len(ids), "num_targets": int(counted),
         "sources": entries, "columns": described, "files": files, "ledger": {},
     }  # fmt: skip

@@ -6,93 +6,34 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from data_fixtures import bert_vocabulary, byte_level_folder, sentencepiece_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from store_fixtures import SourceDocuments, make_store
 
+from data_prep.arrange import RowPlan
 from data_prep.errors import CannotWriteError, DataConfigError
 from data_prep.inspect import describe
 from data_prep.inspect_html import render_page, write_page
 from data_prep.inspect_rows import Selection, select
-from data_prep.store_writer import write_column
-from data_prep.token_store import (
-    CURRENT_NAME,
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    ROW_COLUMNS,
-    TokenStore,
-    content_digest,
-    hash_file,
-    open_rows,
-)
+from data_prep.token_store import CURRENT_NAME, MANIFEST_NAME, TokenStore, content_digest, open_rows
 from data_prep.token_text import TokenText, clean, visible
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from launcher import cli
+from launcher.run_config import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = (
     "\x1b[2J\x1b]0;title\x07<script>alert('x')</script>\" onload=\"y\u202eabc\u2066 \x9b31m &amp; \u27e6z\u27e7 \r end"
 )
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
-Segment = tuple[int, int, int]
-
-
-def write_store(
-    folder: Path,
-    tokenizer: Tokenizer,
-    documents: Sequence[tuple[list[int], list[bool]]],
-    rows: Sequence[Sequence[Segment]],
-    task: str = "causal_lm",
-    columns: Mapping[str, np.ndarray] | None = None,
-    sources: Sequence[tuple[str, int]] = (("records.jsonl", -1),),
-    label_names: Sequence[str] = (),
-    row_tokens: int = 64,
-) -> Path:
-    """A store of the given documents (ids, marks), with rows of (document, start, length)."""
-    tokenizer.save(folder / "tokenizer")
-    lengths = np.array([len(ids) for ids, _ in documents])
-    marks = np.array([mark for _, marks in documents for mark in marks], dtype=bool)
-    segments = np.array([segment for row in rows for segment in row], dtype=np.int64).reshape(-1, 3)
-    arrays = {
-        "input_ids": np.array([token for ids, _ in documents for token in ids], dtype=np.uint16),
-        "document_ends": np.cumsum(lengths).astype(np.uint32),
-        "document_lines": np.arange(1, len(documents) + 1, dtype=np.uint32),
-        **(columns or {}),
-    }
-    if task in ("causal_lm", "token_classification"):
-        arrays["targets"] = np.packbits(marks)
-    plan = (*segments.T, np.cumsum([len(row) for row in rows]), np.ones(len(rows)))
-    arrays |= {f"rows_{name}": values.astype(np.int64) for name, values in zip(ROW_COLUMNS, plan, strict=True)}
-    files = {f"{name}.npy": write_column(folder / f"{name}.npy", a.dtype, len(a), [a]) for name, a in arrays.items()}
-    for path in sorted((folder / "tokenizer").iterdir()):
-        files[f"tokenizer/{path.name}"] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
-    described, first = [], 0
-    for path, number in sources:
-        number = len(documents) if number < 0 else number
-        described.append({"path": path, "first_document": first, "num_documents": number})
-        first += number
-    account = {"records_read": len(documents), "records": len(documents), "kept": len(documents), "tokens": len(marks)}
-    padded = len(rows) * row_tokens - int(segments[:, 2].sum()) if task == "causal_lm" else None
-    manifest = {
-        "format": FORMAT_VERSION, "task": task, "vocab_size": tokenizer.vocab_size, "label_names": list(label_names),
-        "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id,
-        "num_documents": len(documents), "num_tokens": len(marks), "num_targets": int(marks.sum()), "sources": described,
-        "row_tokens": row_tokens, "num_rows": len(rows), "num_segments": len(segments), "overlong": "drop", "files": files,
-        "ledger": {
-            "sources": [{**account, "dropped": {"overlong": 3}} for _ in described],
-            "total": {**account, "padding_tokens": padded, "dropped": {"overlong": 3}},
-        },
-    }  # fmt: skip
-    manifest["digest"] = content_digest(manifest)
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +49,17 @@ def answered(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int],
 
 
 def chat_store(folder: Path, tokenizer: Tokenizer) -> Path:
-    """Two rows of three documents from two files; the last one's tail lies in the second row."""
-    documents = [
-        answered(tokenizer, "the river", " 漢字 runs"),
-        answered(tokenizer, HOSTILE, HOSTILE),
-        answered(tokenizer, "under\n\n  the\t", "bridge"),
-    ]
-    sizes = [len(ids) for ids, _ in documents]
-    rows = [[(0, 0, sizes[0]), (1, 0, sizes[1])], [(2, 1, sizes[2] - 1)]]
-    sources = (("one.jsonl", 2), ("two\x1b[1m.jsonl", 1))
-    return write_store(folder, tokenizer, documents, rows, sources=sources, row_tokens=sum(sizes))
+    """Two rows of three documents from two sources, one with a name that would colour a terminal."""
+    first = [answered(tokenizer, "the river", " 漢字 runs"), answered(tokenizer, HOSTILE, HOSTILE)]
+    second = [answered(tokenizer, "under\n\n  the\t", "bridge")]
+    sources = [SourceDocuments("one", first, dropped={"no answer": 3}), SourceDocuments("two\x1b[1m", second)]
+    plan = RowPlan(sum(len(ids) for ids, _ in first), "best_fit", "error")
+    make_store(folder, sources, plan, tokenizer=backend(tokenizer), vocab_size=tokenizer.vocab_size)
+    return folder
+
+
+def backend(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(tokenizer.files(None)["tokenizer.json"])
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "bpe", "unigram", "bert"])
@@ -193,14 +135,13 @@ def test_brackets_hold_what_is_trained_and_nothing_else(tmp_path: Path, byte_lev
     assert "the river⟦ 漢字 runs<|end|>⟧" in text
     shown = clean(HOSTILE).replace("⟦", "<U+27E6>").replace("⟧", "<U+27E7>").replace(" ␍ ", "·␍·")
     assert f"\n{shown}⟦{shown}<|end|>⟧\n" in text, "user text cannot close the brackets"
-    assert "nder↵\n↵\n··the⇥⟦bridge<|end|>⟧" in text or "↵\n↵\n··the⇥⟦bridge<|end|>⟧" in text
-    assert "-- document 0, one.jsonl:1: " in text
-    assert "-- document 2, two␛[1m.jsonl:3: " in text
+    assert "under↵\n↵\n··the⇥⟦bridge<|end|>⟧" in text
+    assert "-- document 0, one.jsonl:1, source one: " in text
+    assert "-- document 2, two␛[1m.jsonl:3, source two␛[1m: " in text
     store = TokenStore.open(tmp_path / "store")
-    rows = open_rows(store, store.manifest["row_tokens"])
     size = len(store.tokens(2))
-    assert f"{size - 1} tokens (1 to {size} of {size}), " in text
-    assert f"... {rows.row_tokens - size + 1} tokens of padding" in lines
+    assert f": {size} tokens, 2 targets\n" in text
+    assert f"... {store.manifest['row_tokens'] - size} tokens of padding" in lines
     assert not [char for char in text if not char.isprintable() and char != "\n"]
 
 
@@ -218,12 +159,15 @@ def test_colors_say_the_same_and_only_colors_reach_the_terminal(tmp_path: Path, 
 
 def test_the_first_token_of_a_segment_is_not_trained(tmp_path: Path, byte_level: Tokenizer) -> None:
     ids = byte_level.encode_batch(["the river runs under"])[0]
-    document = (ids, [True] * len(ids))
-    path = write_store(tmp_path / "s", byte_level, [document], [[(0, 0, 2)], [(0, 2, len(ids) - 2)]])
-    text = "\n".join(describe(path, Selection(number=0, count=2), color=False))
-    assert "the⟦ river⟧" in text
-    assert " runs⟦" in text.replace("·", " ")
-    assert f"{len(ids) - 3} targets" in text
+    assert len(ids) == 4, "the words of the fixture are tokens"
+    source = SourceDocuments("text", [(ids, [True] * 4)])
+    make_store(tmp_path / "s", [source], RowPlan(2, "best_fit", "split"), tokenizer=backend(byte_level))
+    text = "\n".join(describe(tmp_path / "s", Selection(number=0, count=2), color=False))
+    assert "the⟦ river⟧" in text and "\n·runs⟦ under⟧" in text
+    assert text.count(" 1 targets ==") == 2
+    assert "2 tokens (2 to 4 of 4), 1 targets" in text
+    whole = "\n".join(describe(tmp_path / "s", Selection(number=0, documents=True), color=False))
+    assert "the⟦ river runs under⟧" in whole and "4 tokens, 3 targets" in whole
 
 
 def test_summary_has_figures_ledger_and_a_row(tmp_path: Path, byte_level: Tokenizer) -> None:
@@ -231,44 +175,45 @@ def test_summary_has_figures_ledger_and_a_row(tmp_path: Path, byte_level: Tokeni
     store = TokenStore.open(path)
     text = "\n".join(describe(path, None, color=False))
     assert re.search(rf"documents +3\n +tokens +{store.num_tokens} ", text)
-    assert re.search(r"dropped: overlong +3 +3 +3", text)
-    assert re.search(r"0  one\.jsonl .* 2 ", text) and re.search(r"1  two␛\[1m\.jsonl .* 1 ", text)
+    assert "unusable: 3 no answer: one 3\n" in text
+    assert re.search(r"0  one +text +1 +2 ", text) and re.search(r"1  two␛\[1m +text +1 +1 ", text)
     assert "Documents by length" in text and "█" in text
     assert "byte-level" in text and "<|end|>" in text
     assert "== row " in text
 
 
-def labelled(tmp_path: Path, tokenizer: Tokenizer, task: str, columns: dict[str, np.ndarray]) -> str:
+def labelled(folder: Path, tokenizer: Tokenizer, task: str, columns: dict[str, tuple[str, np.ndarray]]) -> str:
+    """Everything that is said about a store of two equal documents with the given columns."""
     ids = tokenizer.encode_batch(["the river runs"])[0]
-    documents = [(ids, [True, False, True] + [False] * (len(ids) - 3))] * 2
-    rows = [[(0, 0, len(ids))], [(1, 0, len(ids))]]
+    assert len(ids) == 3, "the words of the fixture are tokens"
+    source = SourceDocuments("labelled", [(ids, [True, False, True])] * 2)
     names = ("no", "yes\x1b[1m")
-    path = write_store(tmp_path / task, tokenizer, documents, rows, task, columns, label_names=names)
-    page = render_page(path, Selection(count=2))
-    assert "\x1b" not in page
-    summary = "\n".join(describe(path, None, color=False))
-    rows_text = "\n".join(describe(path, Selection(number=0, count=2), color=False))
+    backend_ = backend(tokenizer)
+    make_store(folder, [source], RowPlan(4), task=task, columns=columns, tokenizer=backend_, label_names=names)
+    page = render_page(folder, Selection(count=2))
+    assert "\x1b" not in page and not Page(page).open
+    summary = "\n".join(describe(folder, None, color=False))
+    rows_text = "\n".join(describe(folder, Selection(number=0, count=2), color=False))
     assert "\x1b" not in summary + rows_text
     return summary + rows_text
 
 
+def per(kind: str, values: list[Any], dtype: Any) -> tuple[str, np.ndarray]:
+    return kind, np.array(values, dtype=dtype)
+
+
 def test_labels_scores_and_tags_have_their_names(tmp_path: Path, byte_level: Tokenizer) -> None:
-    size = len(byte_level.encode_batch(["the river runs"])[0])
-    assert size == 3, "the words of the fixture are tokens"
-    pairs = {"pair_starts": np.array([0, 2], dtype=np.uint32)}
-    text = labelled(
-        tmp_path / "a", byte_level, "sequence_classification", {"labels": np.array([1, 0], dtype=np.int32), **pairs}
-    )
+    labels = {"labels": per("document", [1, 0], np.int32), "pair_starts": per("document", [0, 2], np.uint32)}
+    text = labelled(tmp_path / "a", byte_level, "sequence_classification", labels)
     assert "label: yes␛[1m" in text and "label: no, second text from token 2" in text
     assert re.search(r"yes␛\[1m +1 +█", text)
-    sets = {"label_sets": np.array([0, 1], dtype=np.int32), "label_sets_ends": np.array([2, 2], dtype=np.uint32)}
+    sets = {"label_sets": per("ragged", [0, 1], np.int32), "label_sets_ends": per("ends", [2, 2], np.uint32)}
     text = labelled(tmp_path / "b", byte_level, "sequence_classification", sets)
     assert "labels: no, yes␛[1m" in text and "labels: none" in text
-    text = labelled(
-        tmp_path / "c", byte_level, "sequence_classification", {"scores": np.array([0.5, 4], dtype=np.float32)}
-    )
+    scores = {"scores": per("document", [0.5, 4], np.float32)}
+    text = labelled(tmp_path / "c", byte_level, "sequence_classification", scores)
     assert "score: 0.5" in text and "score: 4" in text
-    tags = {"tags": np.array([1, -1, 0] * 2, dtype=np.int16)}
+    tags = {"tags": per("token", [1, -1, 0] * 2, np.int16)}
     text = labelled(tmp_path / "d", byte_level, "token_classification", tags)
     assert "⟦the/yes␛[1m⟧ river⟦ runs/no⟧" in text
     assert re.search(r"Tags .*\n +no +2 +█", text)
@@ -276,19 +221,20 @@ def test_labels_scores_and_tags_have_their_names(tmp_path: Path, byte_level: Tok
 
 def test_answers_and_target_texts(tmp_path: Path, byte_level: Tokenizer) -> None:
     columns = {
-        "answer_spans": np.array([1, 3], dtype=np.int32),
-        "answer_spans_ends": np.array([2, 2], dtype=np.uint32),
-        "pair_starts": np.array([1, 1], dtype=np.uint32),
-        "questions": np.array([4, 4], dtype=np.uint32),
+        "answer_spans": per("ragged", [1, 3], np.int32),
+        "answer_spans_ends": per("ends", [2, 2], np.uint32),
+        "pair_starts": per("document", [1, 1], np.uint32),
+        "questions": per("document", [4, 4], np.uint32),
     }
-    text = labelled(tmp_path, byte_level, "question_answering", columns)
+    text = labelled(tmp_path / "a", byte_level, "question_answering", columns)
     assert "the⟦ river runs⟧" in text
     assert "question 4: one answer" in text and "question 4: no answer in this window" in text
     target = byte_level.encode_batch(["old stone"])[0]
-    ends = np.array([len(target), len(target)], dtype=np.uint32)
-    text = labelled(
-        tmp_path, byte_level, "seq2seq_lm", {"target_ids": np.array(target, dtype=np.uint16), "target_ids_ends": ends}
-    )
+    columns = {
+        "target_ids": per("ragged", target, np.uint16),
+        "target_ids_ends": per("ends", [len(target), len(target)], np.uint32),
+    }
+    text = labelled(tmp_path / "b", byte_level, "seq2seq_lm", columns)
     assert f"-- target, {len(target)} tokens\n⟦old stone⟧" in text
 
 
@@ -299,7 +245,7 @@ def test_selection(tmp_path: Path, byte_level: Tokenizer) -> None:
     def chosen(**which: Any) -> list[int]:
         return select(store, rows, Selection(**which))
 
-    assert chosen(source="one.jsonl", count=5) == [0]
+    assert chosen(source="one", count=5) == [0]
     assert chosen(source="1", count=5) == [1]
     assert chosen(source="0", count=5, documents=True) == [0, 1]
     assert chosen(number=1, count=5) == [1]
@@ -308,8 +254,8 @@ def test_selection(tmp_path: Path, byte_level: Tokenizer) -> None:
     assert len({tuple(chosen(count=2, seed=seed, documents=True)) for seed in range(20)}) == 3
     with pytest.raises(DataConfigError, match="rows 0 to 1"):
         chosen(number=2)
-    with pytest.raises(DataConfigError, match=r"0 one\.jsonl, 1 two"):
-        chosen(source="three.jsonl")
+    with pytest.raises(DataConfigError, match=r"0 one, 1 two"):
+        chosen(source="three")
 
 
 class Page(HTMLParser):
@@ -357,7 +303,7 @@ def test_page_stands_alone_and_user_text_stays_text(tmp_path: Path, byte_level: 
     assert page.trained.count("<script>") == 1 and " 漢字 runs<|end|>" in page.trained
     assert {"svg", "table", "details"} <= set(page.elements)
     assert "two␛[1m.jsonl:3" in page.text
-    assert re.search(r"dropped: overlong\s*3\s*3\s*3", page.text)
+    assert "unusable: 3 no answer: one 3" in page.text
     assert [entry.name for entry in tmp_path.iterdir() if "page" in entry.name] == ["page.html"]
 
 
@@ -391,8 +337,6 @@ def project(tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPat
     (tmp_path / "records.jsonl").touch()
     (tmp_path / "tokenizer").mkdir()
     chat_store(tmp_path / "stores" / "train-1", byte_level)
-    from launcher.run_config import load_run
-
     data = load_run(Path("run.yaml"), []).values["data"]
     current = {"task": "causal_lm", "data": data, "splits": {"train": "train-1"}}
     (tmp_path / "stores" / CURRENT_NAME).write_text(json.dumps(current, default=str))
@@ -413,7 +357,7 @@ def project(tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPat
         (["nowhere.yaml"], 66, "nowhere.yaml"),
         (["tokenizer"], 66, "neither a token store"),
         (["run.yaml", "--row", "2"], 78, "0 to 1"),
-        (["run.yaml", "--source", "x"], 78, "one.jsonl"),
+        (["run.yaml", "--source", "x"], 78, "0 one"),
         (["run.yaml", "--random", "2", "--rows", "2"], 78, "--rows"),
         (["stores", "data.row_tokens=32"], 78, "only a run file"),
         (["run.yaml", "--html", "nowhere/page.html"], 73, "nowhere"),
@@ -459,30 +403,28 @@ def test_colors_on_a_terminal_unless_unwanted(project: Path) -> None:
 
 
 def test_looking_at_one_row_does_not_read_the_store(tmp_path: Path, byte_level: Tokenizer) -> None:
-    documents, length = 200_000, 5_000
-    ids = byte_level.encode_batch(["the"])[0]
-    path = write_store(tmp_path / "s", byte_level, [(ids, [True])], [[(0, 0, 1)]])
+    path, documents, length = tmp_path / "s", 200_000, 5_000
+    make_store(path, [SourceDocuments("text", [([0] * 2, [True] * 2)])], RowPlan(length), tokenizer=backend(byte_level))
     manifest = json.loads((path / MANIFEST_NAME).read_text())
     columns = {
         "document_ends": np.arange(1, documents + 1, dtype=np.uint32) * length,
         "document_lines": np.ones(documents, dtype=np.uint32),
-        "rows_documents": np.arange(documents),
-        "rows_starts": np.zeros(documents, dtype=np.int64),
-        "rows_lengths": np.full(documents, length),
-        "rows_ends": np.arange(1, documents + 1),
-        "rows_targets": np.ones(documents, dtype=np.int64),
+        "rows_documents": np.arange(documents, dtype=np.uint32),
+        "rows_starts": np.zeros(documents, dtype=np.uint32),
+        "rows_lengths": np.full(documents, length, dtype=np.uint32),
+        "rows_ends": np.arange(1, documents + 1, dtype=np.uint32),
+        "rows_targets": np.ones(documents, dtype=np.uint32),
     }
     for name, values in columns.items():
-        manifest["files"][f"{name}.npy"] = write_column(path / f"{name}.npy", values.dtype, documents, [values])
-    for name, kind, number in (
-        ("input_ids", np.uint16, documents * length),
-        ("targets", np.uint8, documents * length // 8),
-    ):
-        np.lib.format.open_memmap(path / f"{name}.npy", "w+", kind, (number,))  # a file of holes
+        np.save(path / f"{name}.npy", values)
+    for name, kind, number in (("input_ids", np.uint16, 1), ("targets", np.uint8, 8)):
+        np.lib.format.open_memmap(path / f"{name}.npy", "w+", kind, (documents * length // number,))  # a file of holes
+    for name in (*columns, "input_ids", "targets"):
         manifest["files"][f"{name}.npy"]["bytes"] = (path / f"{name}.npy").stat().st_size
     manifest |= {"num_documents": documents, "num_tokens": documents * length, "num_rows": documents}
     manifest |= {"num_segments": documents, "row_tokens": length}
     manifest["sources"][0]["num_documents"] = documents
+    manifest["row_sources"][0] |= {"num_rows": documents, "rows_per_epoch": documents}
     manifest["digest"] = content_digest(manifest)
     (path / MANIFEST_NAME).write_text(json.dumps(manifest))
     code = (
