@@ -270,7 +270,7 @@ def test_the_table_shows_what_there_is(tmp_path: Path) -> None:
     assert [line.split()[0] for line in table[1:4]] == ["plain", "more", "total"]
     assert len({len(line) for line in table[:4]}) == 1
     assert "1,203" in table[2]
-    assert "unusable: 2 no_answer" in table and "dropped: 1 overlong (80 tokens)" in table
+    assert "unusable: 2 no_answer: more 2" in table and "dropped: 1 overlong (80 tokens): more 1" in table
 
 
 def test_tasks_without_packing_have_one_document_a_row(tmp_path: Path) -> None:
