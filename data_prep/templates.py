@@ -1,27 +1,26 @@
-"""Chat to tokens and targets: render with a Jinja template, tokenise once, mark what the assistant says.
+"""Chat to text and targets: one render of a Jinja template, and the characters in it that are trained.
 
-The assistant's part of a rendered conversation is what its turn adds to the text that inference would
-send: the conversation so far with the generation prompt. Both are rendered and must be prefixes of the
-whole; a template for which they are not is refused, because its targets cannot be known.
+What is trained, and how that is known, says template_spans.py; how a template is tested before,
+template_proof.py; what a template may do, template_sandbox.py.
 """
 
-import json
-import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from data_prep.errors import BadDataError, DataConfigError
+from data_prep.examples import ChatExample, Message
+from data_prep.template_marks import BREAK, TURN, Turn, find_blocks, find_turns, without_marks
+from data_prep.template_messages import ControlText, prepare_messages
+from data_prep.template_proof import Plan, prove
+from data_prep.template_render import ChatTemplate
+from data_prep.template_sandbox import limits, limits_active
+from data_prep.template_spans import block_spans, find_fault, last_words, turn_span
 
-from data_prep.errors import BadDataError, DataConfigError, RefusedError
-from data_prep.records import Message
-from data_prep.tokenizer import Tokenizer
+if TYPE_CHECKING:  # it brings pydantic, which the process that proves templates does without
+    from data_prep.config import ChatConfig
+    from data_prep.tokenizer import Tokenizer
 
 #: Used, and saved with the tokenizer, when neither the tokenizer nor the run file brings a template.
 #: Plain text that needs no new tokens; the end of an assistant's turn is the tokenizer's eos token.
@@ -36,116 +35,225 @@ PLAIN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
-
-class _Generation(jinja2.ext.Extension):
-    """Accepts the ``{% generation %}`` block that some templates put around the assistant's words."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_CHECKED_EVERY = 256
+_LOST = "the chat template writes a turn twice, or cuts its output up, so what the assistant says cannot be told apart"
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def plain_template(tokenizer: Tokenizer) -> str:
+def plain_template(tokenizer: "Tokenizer") -> str:
     """The built-in template as text that stands alone, for a tokenizer without one. It needs an eos token."""
     if tokenizer.eos_id is None:
-        raise DataConfigError("the tokenizer has no end-of-sequence token to end a turn; give data.chat_template")
+        raise DataConfigError("the tokenizer has no end-of-sequence token to end a turn; give data.chat.template")
     bos_first = tokenizer.bos_id is not None and tokenizer.bos_id in tokenizer.prefix_ids
     return PLAIN_TEMPLATE.replace(
         "{%- if bos_first %}{{ bos_token }}{% endif %}\n", "{{- bos_token }}\n" if bos_first else ""
     )
 
 
-class ChatFormat:
-    """A compiled chat template together with the tokenizer that reads what it writes."""
+class Rendered(NamedTuple):
+    """One conversation as text.
 
-    def __init__(self, source: str, tokenizer: Tokenizer, now: datetime):
-        """Compile `source` in a sandbox. `now` is what the template's clock shows, so that all workers agree.
-
-        Raises DataConfigError if it is not a valid template.
-        """
-        self.tokenizer = tokenizer
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        clock: Callable[[str], str] = now.strftime
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=clock)
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise DataConfigError(f"chat template: line {getattr(error, 'lineno', '?')}: {error}") from error
-        # What a template writes as a control token, a user must not: special tokens, and others it names.
-        control = set(tokenizer.control_strings) | {text for text in tokenizer.added_strings if text in source}
-        longest_first = sorted(control, key=lambda text: (-len(text), text))
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> str:
-        """The text of a conversation.
-
-        Raises, naming `where`: BadDataError if the template refuses it, RefusedError if it leaves the sandbox.
-        """
-        plain = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self._template.render(
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens,
-            )
-        except jinja2.exceptions.SecurityError as error:
-            raise RefusedError(f"{where}: the chat template tries what its sandbox forbids: {error}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise BadDataError(f"{where}: the chat template refuses this conversation: {error}") from error
-
-    def render_with_spans(self, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation and the character spans [start, stop) in it that the assistant says.
-
-        A span ends after the end-of-turn token; line breaks that a template writes behind it are context.
-        """
-        for index, message in enumerate(messages):
-            if found := self._control.search(message.content):
-                raise BadDataError(f"{where}: messages[{index}] holds the control token {found.group()!r} as text")
-        whole = self.render(messages, False, where)
-        spans = []
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = self.render(messages[:index], True, where)
-            after = self.render(messages[: index + 1], False, where)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise BadDataError(
-                    f"{where}: the chat template writes earlier turns differently once messages[{index}] is there,"
-                    " so what the assistant says cannot be told apart; use another data.chat_template"
-                )
-            stop = len(after)
-            trimmed = after.rstrip()
-            if trimmed.endswith(self.tokenizer.control_strings or ("\0",)):
-                stop = len(trimmed)
-            spans.append((len(before), stop))
-        return whole, spans
-
-
-def mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens hold a character of one of the ascending `spans`; `offsets` ascend too.
-
-    A token that begins before a span and reaches into it counts: where a template ends its header with a
-    blank, the answer's first word is one token with that blank, and it must not go untrained.
+    spans: characters [start, stop) that are trained, ascending. num_answers: trained turns; num_stops: those
+    whose span ends with a control string. literal_spans: characters that spell a control string but came from
+    the conversation's content; they must be encoded as text, apart from what is around them.
     """
-    marks = [False] * len(offsets)
-    for start, stop in spans:
-        first = bisect_right(offsets, start, key=lambda offset: offset[1])
-        last = bisect_left(offsets, stop, key=lambda offset: offset[0])
-        marks[first:last] = [True] * (last - first)
-    return marks
+
+    text: str
+    spans: list[tuple[int, int]]
+    num_answers: int
+    num_stops: int
+    literal_spans: list[tuple[int, int]]
+
+
+class ChatFormat:
+    """A chat template ready to render conversations. Holds compiled code: every process makes its own."""
+
+    def __init__(
+        self,
+        template: str,
+        special_tokens: Mapping[str, str],
+        control_strings: Sequence[str],
+        now: datetime,
+        chat: "ChatConfig",
+        plan: Plan | None = None,
+        added_strings: Sequence[str] = (),
+    ):
+        """Compile `template`. `now` is what its clock shows, so that all workers agree.
+
+        control_strings: the tokenizer's special tokens, which no content may become. added_strings: its other
+        single tokens; those that the template writes around ordinary turns count as control strings too.
+        plan: what `prove_apart` found for the same arguments; without it the template is proven here.
+        Raises DataConfigError for a template that is not valid or whose targets cannot be known, and
+        RefusedError for a hostile one.
+        """
+        self.plan = plan or prove(template, special_tokens, control_strings, added_strings, now)
+        if self.plan.unproven and not chat.train_on_prompt:
+            raise DataConfigError(f"chat template: what it trains cannot be known: {self.plan.unproven}")
+        self._marked = ChatTemplate(template, special_tokens, now, marked=True)
+        self._unmarked: ChatTemplate | None = None
+        self._arguments = (template, special_tokens, now)
+        self._chat = chat
+        self._headers = self.plan.make_headers()
+        self._forms = self.plan.forms
+        self._control = ControlText(self.plan.control, self.plan.understood)
+        self._all_proven = {"reasoning", "parts"} <= set(self.plan.kinds) and any(
+            kind.startswith("tool calls") for kind in self.plan.kinds
+        )
+        self._num_rendered = 0
+
+    def render(self, example: ChatExample, where: str) -> Rendered:
+        """The text of a conversation and what is trained in it.
+
+        Put `template_sandbox.limits()` around many calls; alone, a call brings its own. Raises, naming
+        `where`: BadDataError if the template refuses the conversation or does not show what is in it,
+        RefusedError if it leaves the sandbox or its limits.
+        """
+        if not limits_active():
+            with limits():
+                return self.render(example, where)
+        messages, tools, broken, plain = prepare_messages(
+            example.messages, example.tools, self._forms, self._control, where
+        )
+        raw = self._marked.render(messages, tools, False, where)
+        trained = self._trained(example, messages)
+        self._num_rendered += 1
+        check = self._num_rendered % _CHECKED_EVERY == 0 or (not plain and not self._all_proven)
+        spans: list[tuple[int, int]] = []
+        num_stops = 0
+        if self.plan.unproven:
+            text = without_marks(raw)
+        elif self.plan.blocks and all(messages[index]["role"] == "assistant" for index in trained):
+            text, spans, num_stops = self._block_spans(raw, messages, trained, where)
+            if check:
+                self._check_text(text, messages, tools, where)
+        else:
+            text, spans, num_stops = self._turn_spans(raw, messages, tools, trained, check, where)
+        if self._chat.train_on_prompt:
+            spans = [(0, len(text))] if text else []
+        if broken:
+            return self._with_literals(text, spans, len(trained), num_stops)
+        return Rendered(text, spans, len(trained), num_stops, [])
+
+    def prompt_text(
+        self, messages: Sequence[Message], add_generation_prompt: bool, where: str, tools: Sequence[Any] | None = None
+    ) -> str:
+        """The text of a conversation as inference sends it. Raises as `render`, also for control strings in it."""
+        messages, tools, broken, _ = prepare_messages(messages, tools, self._forms, self._control, where)
+        if broken:
+            raise BadDataError(f"{where}: the conversation holds the string of a control token")
+        with limits():
+            return without_marks(self._marked.render(messages, tools, add_generation_prompt, where))
+
+    def _trained(self, example: ChatExample, messages: Sequence[Message]) -> list[int]:
+        """The trained turns: what the record says of each, else the settings."""
+        roles = self._chat.train_roles
+        chosen = [index for index, message in enumerate(messages) if message["role"] in roles]
+        if self._chat.train_turns == "last":
+            chosen = chosen[-1:]
+        if example.trained is None:
+            return chosen
+        said = [*example.trained, *[None] * (len(messages) - len(example.trained))]
+        return [index for index, trained in enumerate(said) if (index in chosen if trained is None else trained)]
+
+    def _turn_spans(
+        self,
+        raw: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        trained: Sequence[int],
+        check: bool,
+        where: str,
+    ) -> tuple[str, list[tuple[int, int]], int]:
+        turns = find_turns(raw, self._marked.noted, messages)
+        if turns is None:
+            raise BadDataError(f"{where}: {_LOST}")
+        text = raw.replace(TURN, "")
+        spans: list[tuple[int, int]] = []
+        answers: list[tuple[Turn, int, int]] = []
+        num_stops = 0
+        for index in trained:
+            message = messages[index]
+            role = message["role"]
+            turn = turns.get(index)
+            found = None if turn is None else turn_span(turn, role, self._headers)
+            if turn is None or found is None:
+                raise BadDataError(
+                    f"{where}: the chat template does not write messages[{index}] ({role}) as it writes other turns"
+                )
+            start, stop, stopped = found
+            content = message.get("content")
+            if not (type(content) is str and content and text.find(content, start, stop) >= 0):
+                check |= self._check_words(message, text[start:stop], index, where)
+            num_stops += stopped
+            if stop > start:
+                spans.append((start, stop))
+            if role == "assistant":
+                answers.append((turn, start, stop))
+        if check:
+            self._check_text(text, messages, tools, where)
+            fault = find_fault(self._prefix_render(tools, where), messages, text, answers, self._headers)
+            if fault:
+                raise BadDataError(f"{where}: what the chat template trains here cannot be known: {fault}")
+        return text, spans, num_stops
+
+    def _block_spans(
+        self, raw: str, messages: Sequence[Message], trained: Sequence[int], where: str
+    ) -> tuple[str, list[tuple[int, int]], int]:
+        blocks = find_blocks(raw, self._marked.noted, messages)
+        if blocks is None:
+            raise BadDataError(f"{where}: {_LOST}")
+        text = without_marks(raw)
+        found = block_spans(blocks, messages)
+        spans: list[tuple[int, int]] = []
+        num_stops = 0
+        for index in trained:
+            if index not in found:
+                raise BadDataError(f"{where}: no generation block of the chat template writes messages[{index}]")
+            start, stop = found[index]
+            self._check_words(messages[index], text[start:stop], index, where)
+            body = text[start:stop].rstrip()
+            num_stops += self._headers.stop_of(body)
+            if stop > start:
+                spans.append((start, stop))
+        return text, spans, num_stops
+
+    def _check_words(self, message: Message, span: str, index: int, where: str) -> bool:
+        """Whether a span shows the message only in part; BadDataError if not even its last words."""
+        content = message.get("content")
+        if isinstance(content, str) and content.strip() in span:
+            return False
+        if last_words(message, self.plan.understood) not in span:
+            raise BadDataError(f"{where}: the chat template does not write what messages[{index}] says")
+        return True
+
+    def _check_text(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> None:
+        if self._plain_render(messages, tools, False, where) != text:
+            raise BadDataError(f"{where}: marks change what the chat template writes; write {{% generation %}} into it")
+
+    def _plain_render(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool, where: str) -> str:
+        if self._unmarked is None:
+            self._unmarked = ChatTemplate(*self._arguments, marked=False)
+        return self._unmarked.render(messages, tools, prompt, where)
+
+    def _prefix_render(
+        self, tools: Sequence[Any] | None, where: str
+    ) -> Callable[[Sequence[Message], bool], str | None]:
+        def render(messages: Sequence[Message], prompt: bool) -> str | None:
+            try:
+                return self._plain_render(messages, tools, prompt, where)
+            except BadDataError:
+                return None
+
+        return render
+
+    def _with_literals(self, text: str, spans: list[tuple[int, int]], num_answers: int, num_stops: int) -> Rendered:
+        """Take the marks inside of control strings out again, and say where these strings stand."""
+        places = [place for place, character in enumerate(text) if character == BREAK]
+        clean = text.replace(BREAK, "")
+        moved = [(start - bisect_left(places, start), stop - bisect_left(places, stop)) for start, stop in spans]
+        literal = []
+        for number, place in enumerate(places):
+            start = place - number - 1
+            stop = self._control.at(clean, start) if start >= 0 else None
+            if stop is not None:
+                literal.append((start, stop))
+        return Rendered(clean, moved, num_answers, num_stops, literal)

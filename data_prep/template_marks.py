@@ -1,0 +1,187 @@
+"""Marks in a rendered conversation: where each turn, and each ``{% generation %}`` block, begins and ends.
+
+The marks are Unicode noncharacters, which no text may hold. They are put into the template's syntax tree:
+one at the start of every round of a loop at the template's top level, one after such a loop, and one at
+either end of a generation block. There, output goes straight to the result and nothing in the template can
+see it, so that the text without the marks is the text of the template as it stands. What each mark of a loop
+stands for is noted as it is written: the item of that round, or None behind the loop.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.parser
+from jinja2 import nodes
+
+TURN = "\ufdd0"
+START = "\ufdd1"
+STOP = "\ufdd2"
+BREAK = "\ufdd3"  # put into contents, to break up the string of a control token
+
+MARKS = TURN + START + STOP + BREAK
+
+_ANY_MARK = re.compile(f"[{TURN}{START}{STOP}]")
+#: Filter names that no template can write.
+_TURN_FILTER, _AFTER_FILTER = "mark a turn", "mark the end"
+
+
+class Generation(jinja2.ext.Extension):
+    """Puts marks around ``{% generation %}`` blocks. Names set inside stay inside, as in transformers."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [_constant(START, line), nodes.Scope(body, lineno=line), _constant(STOP, line)]
+
+
+class PlainGeneration(jinja2.ext.Extension):
+    """Accepts generation blocks and writes what is in them."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja declares it as an instance attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        return [nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)]
+
+
+def _constant(text: str, line: int) -> nodes.Output:
+    return nodes.Output([nodes.TemplateData(text, lineno=line)], lineno=line)
+
+
+def has_blocks(tree: nodes.Template) -> bool:
+    """Whether the template, parsed with `Generation`, has generation blocks."""
+    return any(node.data == START for node in tree.find_all(nodes.TemplateData))
+
+
+def mark_turns(tree: nodes.Template, environment: jinja2.Environment) -> list[Any]:
+    """Put turn marks into `tree`, parsed in `environment`. Returns the list that rendering notes the items in.
+
+    Clear the list before each render.
+    """
+    noted: list[Any] = []
+
+    def turn(item: Any) -> str:
+        noted.append(item)
+        return TURN
+
+    @jinja2.pass_context
+    def after(_context: Any, _value: Any) -> str:
+        noted.append(None)
+        return TURN
+
+    environment.filters.update({_TURN_FILTER: turn, _AFTER_FILTER: after})
+    _mark_loops(tree.body)
+    tree.set_environment(environment)
+    return noted
+
+
+def _mark_loops(body: list[nodes.Node]) -> None:
+    """Mark the outermost loops of a list of statements whose output goes straight to the result."""
+    for place in range(len(body) - 1, -1, -1):
+        node = body[place]
+        if isinstance(node, nodes.If):
+            for branch in (node.body, *(part.body for part in node.elif_), node.else_):
+                _mark_loops(branch)
+        elif isinstance(node, nodes.With | nodes.Scope):
+            _mark_loops(node.body)
+        elif isinstance(node, nodes.For) and isinstance(node.target, nodes.Name) and _writes(node):
+            line = node.lineno
+            item = nodes.Name(node.target.name, "load", lineno=line)
+            node.body.insert(0, _filtered(item, _TURN_FILTER, line))
+            body.insert(place + 1, _filtered(nodes.Const(None, lineno=line), _AFTER_FILTER, line))
+
+
+def _writes(loop: nodes.For) -> bool:
+    return not loop.recursive and loop.find(nodes.Output) is not None
+
+
+def _filtered(value: nodes.Expr, name: str, line: int) -> nodes.Output:
+    return nodes.Output([nodes.Filter(value, name, [], [], None, None, lineno=line)], lineno=line)
+
+
+class Turn(NamedTuple):
+    """What one round of a loop wrote of one message: characters [start, start + len(text)) of the result."""
+
+    message_index: int
+    start: int
+    text: str
+
+
+class Block(NamedTuple):
+    """One generation block: characters [start, stop) of the result; the message is that whose round wrote it."""
+
+    message_index: int | None
+    start: int
+    stop: int
+
+
+def find_turns(raw: str, noted: Sequence[Any], messages: Sequence[Any]) -> dict[int, Turn] | None:
+    """The turns by message. None if the marks are not those that were written, or a message is written twice.
+
+    Starts count the characters of `raw` without turn marks.
+    """
+    parts = raw.split(TURN)
+    if len(parts) != len(noted) + 1:
+        return None
+    turns: dict[int, Turn] = {}
+    start = len(parts[0])
+    usual = len(noted) == len(messages) + 1 and noted[-1] is None and noted[:-1] == messages  # one loop over all
+    indices: Iterable[int | None] = range(len(messages)) if usual else _indices(noted, messages)
+    for index, text in zip(indices, parts[1:], strict=False):
+        if index is not None and text:
+            if index in turns and not turns[index].text.isspace():
+                if not text.isspace():
+                    return None
+            else:
+                turns[index] = Turn(index, start, text)
+        start += len(text)
+    return turns
+
+
+def _indices(noted: Sequence[Any], messages: Sequence[Any]) -> Iterator[int | None]:
+    """Which message each noted item is, by identity; every loop runs through them in their order."""
+    next_index = 0
+    for item in noted:
+        if item is None:
+            next_index = 0
+            yield None
+            continue
+        found = next((index for index in range(next_index, len(messages)) if messages[index] is item), None)
+        if found is not None:
+            next_index = found + 1
+        yield found
+
+
+def find_blocks(raw: str, noted: Sequence[Any], messages: Sequence[Any]) -> list[Block] | None:
+    """The generation blocks in their order; None if the marks in `raw` are not those that were written."""
+    if raw.count(TURN) != len(noted):
+        return None
+    indices = _indices(noted, messages)
+    blocks: list[Block] = []
+    current: int | None = None
+    opened: int | None = None
+    position = previous = 0
+    for found in _ANY_MARK.finditer(raw):
+        position += found.start() - previous
+        previous = found.end()
+        mark = found.group()
+        if mark == TURN:
+            current = next(indices)
+        elif mark == START and opened is None:
+            opened = position
+        elif mark == STOP and opened is not None:
+            blocks.append(Block(current, opened, position))
+            opened = None
+        else:
+            return None
+    return None if opened is not None else blocks
+
+
+def without_marks(raw: str) -> str:
+    """The text without turn and block marks."""
+    return _ANY_MARK.sub("", raw)
