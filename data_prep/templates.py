@@ -121,7 +121,7 @@ class ChatFormat:
         num_stops = 0
         if self.plan.unproven:
             text = without_marks(raw)
-        elif self.plan.blocks and all(messages[index]["role"] == "assistant" for index in trained):
+        elif self.plan.blocks:
             text, spans, num_stops = self._block_spans(raw, messages, trained, where)
             if check:
                 self._check_text(text, messages, tools, where)
@@ -207,7 +207,10 @@ class ChatFormat:
         num_stops = 0
         for index in trained:
             if index not in found:
-                raise BadDataError(f"{where}: no generation block of the chat template writes messages[{index}]")
+                role = messages[index]["role"]
+                raise BadDataError(
+                    f"{where}: no generation block of the chat template writes messages[{index}] ({role})"
+                )
             start, stop = found[index]
             self._check_words(messages[index], text[start:stop], index, where)
             body = text[start:stop].rstrip()

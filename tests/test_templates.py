@@ -1,248 +1,339 @@
-"""Chat templates: ids equal transformers' own, and exactly what the assistant says is trained."""
+"""Chat templates: one render gives the text of transformers and exactly what the assistant says."""
 
-from datetime import datetime
-from pathlib import Path
+import random
 from typing import Any
 
+import jinja2
 import pytest
-from data_fixtures import byte_level_folder, sentencepiece_folder, sentences
-from transformers import AutoTokenizer
+from chat_templates import CHATML, COLLECTED, LLAMA2, LLAMA3, MISTRAL, chat_format, control_strings, talk, trl_templates
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_prep.encode import encode_causal_lm
-from data_prep.errors import BadDataError, DataConfigError, RefusedError
-from data_prep.records import Message, Record
-from data_prep.templates import ChatFormat, mark_spans, plain_template
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.errors import BadDataError, DataConfigError
+from data_prep.examples import ChatExample
+from data_prep.template_sandbox import limits
+from data_prep.templates import PLAIN_TEMPLATE, ChatFormat, Rendered
 
-NOW = datetime(2026, 3, 4, 5, 6)
-
-CHATML = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-LLAMA3 = """\
-{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-MISTRAL = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('roles must alternate user and assistant') }}
-    {%- endif %}
-    {%- if message['role'] == 'user' %}
-        {{- '[INST] ' + message['content'] + ' [/INST]' }}
-    {%- else %}
-        {%- generation %}{{- ' ' + message['content'] + eos_token }}{%- endgeneration %}
-    {%- endif %}
-{%- endfor %}
-"""
+PLAIN = PLAIN_TEMPLATE.replace("{%- if bos_first %}{{ bos_token }}{% endif %}\n", "")
+OWN = {"chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2, "mistral": MISTRAL, "collected": COLLECTED, "plain": PLAIN}
+TRIMS = {"llama3", "llama2", "collected"}
+STOP = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": " </s>", "mistral": "</s>", "collected": "<|im_end|>",
+        "plain": "</s>"}  # fmt: skip
+GAP = {"llama2": " ", "mistral": " ", "plain": " "}
 
 
-def chatml(folder: Path) -> Tokenizer:
-    extra = ("<|im_start|>", "<|im_end|>")
-    return open_tokenizer(str(byte_level_folder(folder, CHATML, extra=extra)))
+def trained(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:stop] for start, stop in rendered.spans]
 
 
-def llama3(folder: Path) -> Tokenizer:
-    extra = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    return open_tokenizer(str(byte_level_folder(folder, LLAMA3, add_bos=True, extra=extra)))
+def theirs(template: str, example: ChatExample, masks: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    texts, spans = render_jinja_template(
+        [example.messages], tools=example.tools, chat_template=template, return_assistant_tokens_mask=masks,
+        bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    return texts[0], spans[0] if masks else []
 
 
-def mistral(folder: Path) -> Tokenizer:
-    folder = sentencepiece_folder(folder)
-    (folder / "chat_template.jinja").write_text(MISTRAL)
-    return open_tokenizer(str(folder))
-
-
-def mistral_unigram(folder: Path) -> Tokenizer:
-    folder = sentencepiece_folder(folder, "unigram")
-    (folder / "chat_template.jinja").write_text(MISTRAL)
-    return open_tokenizer(str(folder))
-
-
-def plain_byte_level(folder: Path) -> Tokenizer:
-    return open_tokenizer(str(byte_level_folder(folder)))
-
-
-def plain_with_bos(folder: Path) -> Tokenizer:
-    return open_tokenizer(str(sentencepiece_folder(folder)))
-
-
-END_OF_TURN = {chatml: "<|im_end|>", llama3: "<|eot_id|>", mistral: "</s>", mistral_unigram: "</s>",
-               plain_byte_level: "<|end|>", plain_with_bos: "</s>"}  # fmt: skip
-MAKERS = list(END_OF_TURN)
-
-
-def chat_of(tokenizer: Tokenizer) -> tuple[ChatFormat, str]:
-    template = tokenizer.chat_template or plain_template(tokenizer)
-    return ChatFormat(template, tokenizer, NOW), template
-
-
-def conversations(systems: bool) -> list[list[dict[str, str]]]:
-    texts = sentences(60, seed=4, longest_words=12)
-    awkward = ["a", "  leading blanks", "two\n\nlines\n", "C", "0", "é漢\U0001f600", "User: 'quoted' {{ 7 * 7 }}"]
-    texts = [text for pair in zip(texts, awkward * 9, strict=False) for text in pair]
+def conversations(number: int = 24, systems: bool = True) -> list[ChatExample]:
+    chooser = random.Random(5)
+    awkward = [
+        "a",
+        "C",
+        "C",
+        "0",
+        "  blanks around \n",
+        "two\n\nlines\n",
+        "é漢\U0001f600",
+        "{{ 7 * 7 }}",
+        "User: 'x'",
+        "<p>",
+    ]
     chats = []
-    for number in range(20):
-        turns = [
-            {"role": "user" if turn % 2 == 0 else "assistant", "content": texts[(number * 6 + turn) % len(texts)]}
-            for turn in range(2 + 2 * (number % 3))
-        ]
-        if systems and number % 2:
-            turns.insert(0, {"role": "system", "content": texts[number]})
-        chats.append(turns)
+    for index in range(number):
+        roles = ("s" if systems and index % 3 == 0 else "") + "ua" * (1 + index % 4)
+        chats.append(talk(roles, *(chooser.choice(awkward) + chooser.choice(["", " river", "\nstone"]) for _ in roles)))
     return chats
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_ids_equal_transformers_and_targets_are_the_answers(tmp_path: Path, make: Any) -> None:
-    tokenizer = make(tmp_path / "own")
-    chat, template = chat_of(tokenizer)
-    tokenizer.save(tmp_path / "saved", template)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    chats = conversations(systems="mistral" not in make.__name__)
-    records = [Record({"messages": turns}, f"a.jsonl:{line}", line) for line, turns in enumerate(chats, 1)]
-    documents = encode_causal_lm(records, tokenizer, chat)
-    for turns, document in zip(chats, documents, strict=True):
-        assert document.input_ids == theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
-        trained = [index for index, mark in zip(document.input_ids, document.targets, strict=True) if mark]
-        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-        answers = [answer.strip() if make is llama3 else answer for answer in answers]
-        gap = "" if make in (chatml, llama3) else " "
-        assert theirs.decode(trained) == "".join(gap + answer + END_OF_TURN[make] for answer in answers)
+@pytest.mark.parametrize("name", OWN)
+def test_text_is_transformers_own_and_targets_are_the_answers(name: str) -> None:
+    chat = chat_format(OWN[name])
+    for example in conversations(systems=name != "mistral"):
+        rendered = chat.render(example, "a.jsonl:1")
+        assert rendered.text == theirs(OWN[name], example)[0]
+        answers = [turn["content"] for turn in example.messages if turn["role"] == "assistant"]
+        answers = [answer.strip() if name in TRIMS else answer for answer in answers]
+        assert trained(rendered) == [GAP.get(name, "") + answer + STOP[name] for answer in answers]
+        assert rendered[2:] == (len(answers), len(answers), [])
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_the_context_of_every_answer_is_what_inference_sends(tmp_path: Path, make: Any) -> None:
-    """The untrained tokens before an answer are the ids of the conversation so far with the generation prompt."""
-    tokenizer = make(tmp_path / "own")
-    chat, template = chat_of(tokenizer)
-    tokenizer.save(tmp_path / "saved", template)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    for turns in conversations(systems=False):
-        document = encode_causal_lm([Record({"messages": turns}, "a.jsonl:1", 1)], tokenizer, chat)[0]
-        begins = [place for place, mark in enumerate(document.targets) if mark and not document.targets[place - 1]]
-        assert len(begins) == len(turns) // 2
-        for answer, begin in enumerate(begins):
-            prompt = theirs.apply_chat_template(
-                turns[: 2 * answer + 1], tokenize=True, add_generation_prompt=True, return_dict=False
-            )
-            assert document.input_ids[:begin] == prompt
+@pytest.mark.parametrize("name", OWN)
+def test_the_text_before_an_answer_is_what_inference_sends(name: str) -> None:
+    chat = chat_format(OWN[name])
+    for example in conversations(systems=False):
+        rendered = chat.render(example, "a.jsonl:1")
+        for number, (start, _) in enumerate(rendered.spans):
+            prompt = chat.prompt_text(example.messages[: 2 * number + 1], True, "a.jsonl:1")
+            assert rendered.text[:start] == prompt
 
 
-def test_the_plain_template_is_the_documented_one(tmp_path: Path) -> None:
-    chat, _ = chat_of(plain_with_bos(tmp_path))
-    turns = [Message("system", "Be kind."), Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "?")]
-    assert chat.render(turns, True, "a:1") == "<s>Be kind.\n\nUser: Hi\nAssistant: Hello</s>\nUser: ?\nAssistant:"
-    with pytest.raises(BadDataError, match="roles are system, user and assistant, not tool"):
-        chat.render([Message("tool", "x")], False, "a:1")
+@pytest.mark.skipif(not trl_templates(), reason="needs TRL's chat templates")
+@pytest.mark.parametrize("path", trl_templates(), ids=lambda path: path.stem)
+def test_the_templates_of_real_models(path: Any) -> None:
+    """Text, and the masks of templates with generation blocks, as transformers has them; answers trained in others."""
+    template = path.read_text(encoding="utf-8")
+    chat = chat_format(template, control_strings(template))
+    marked = "{% generation" in template or "{%- generation" in template
+    num_rendered = 0
+    with limits():
+        for example in conversations(12):
+            if "text" not in chat.plan.contents:
+                parts = ChatExample(
+                    [dict(m, content=[{"type": "text", "text": m["content"]}]) for m in example.messages]
+                )
+                text, spans = theirs(template, parts, masks=marked)
+            else:
+                try:
+                    text, spans = theirs(template, example, masks=marked)
+                except jinja2.TemplateError:
+                    continue  # a template without system turns
+            rendered = chat.render(example, "a.jsonl:1")
+            num_rendered += 1
+            assert rendered.text == text
+            answers = [turn["content"] for turn in example.messages if turn["role"] == "assistant"]
+            assert rendered.num_answers == len(answers)
+            if marked:
+                covered = {place for start, stop in spans for place in range(start, stop)}
+                assert {place for start, stop in rendered.spans for place in range(start, stop)} == covered
+                continue
+            assert rendered.num_stops == (0 if path.stem == "glm4moe" else len(answers))
+            for answer, said in zip(answers, trained(rendered), strict=True):
+                assert answer.strip() in said
+    assert num_rendered >= 8
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_content_with_control_tokens_is_refused(tmp_path: Path, make: Any) -> None:
-    tokenizer = make(tmp_path)
-    chat, _ = chat_of(tokenizer)
-    for role in ("user", "assistant"):
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        next(turn for turn in turns if turn["role"] == role)["content"] = f"x{END_OF_TURN[make]}y"
-        with pytest.raises(BadDataError, match=r"a\.jsonl:3: messages\[[01]\] holds the control token") as caught:
-            encode_causal_lm([Record({"messages": turns}, "a.jsonl:3", 3)], tokenizer, chat)
-        assert repr(END_OF_TURN[make]) in str(caught.value)
+def test_a_history_that_loses_its_reasoning_is_trained_as_it_is_shown() -> None:
+    path = {path.stem: path for path in trl_templates()}.get("qwen3")
+    if path is None:
+        pytest.skip("needs TRL's chat templates")
+    template = path.read_text(encoding="utf-8")
+    chat = chat_format(template, control_strings(template))
+    example = talk("uaua", "q", "<think>\nearly\n</think>\n\none", "q", "<think>\nlate\n</think>\n\ntwo")
+    rendered = chat.render(example, "a:1")
+    assert trained(rendered) == ["one<|im_end|>", "<think>\nlate\n</think>\n\ntwo<|im_end|>"]
+    keyed = ChatExample([dict(m) for m in talk("ua", "q", "two").messages])
+    keyed.messages[1]["reasoning"] = "late"  # any of the names for it, as transformers takes them
+    assert chat.render(keyed, "a:1").text == theirs(template, keyed)[0]
+    assert trained(chat.render(keyed, "a:1")) == ["<think>\nlate\n</think>\n\ntwo<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.content if loop.last else 'forgotten ' }}{{ eos_token }}{% endfor %}"
-    chat = ChatFormat(template, chatml(tmp_path), NOW)
-    with pytest.raises(BadDataError, match=r"a\.jsonl:1: the chat template writes earlier turns differently"):
-        chat.render_with_spans(
-            [Message(role, role) for role in ("user", "assistant", "user", "assistant")], "a.jsonl:1"
-        )
+CALL = {"name": "find", "arguments": {"place": "Rome"}}
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("stem", "said"),
     [
-        ("{{ messages.__class__.__mro__ }}", "unsafe"),
-        ("{{ ''.__class__.__base__.__subclasses__() }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{% include '/etc/passwd' %}", "no loader"),
-        ("{% for i in range(1000000000) %}{% endfor %}", "too big"),
-        ("{{ messages[0].content + 3 }}", "chat template refuses"),
+        ("qwen2_5", '<tool_call>\n{"name": "find", "arguments": {"place": "Rome"}}\n</tool_call><|im_end|>'),
+        ("llama3_1", '{"name": "find", "parameters": {"place": "Rome"}}<|eot_id|>'),
+        ("gptoss", ' to=functions.find<|channel|>commentary json<|message|>{"place": "Rome"}<|call|>'),
     ],
 )
-def test_hostile_templates_do_nothing(tmp_path: Path, template: str, words: str) -> None:
-    chat = ChatFormat(template, chatml(tmp_path), NOW)
-    with pytest.raises((BadDataError, RefusedError), match=words) as caught:
-        chat.render([Message("user", "a")], False, "a.jsonl:1")
-    assert caught.value.exit_code == (77 if words == "unsafe" else 65)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tool_calls_are_trained_in_the_form_the_template_takes(stem: str, said: str, as_text: bool) -> None:
+    path = {path.stem: path for path in trl_templates()}.get(stem)
+    if path is None:
+        pytest.skip("needs TRL's chat templates")
+    template = path.read_text(encoding="utf-8")
+    chat = chat_format(template, control_strings(template))
+    call = {"type": "function", "function": {**CALL, "arguments": '{"place": "Rome"}'} if as_text else CALL}
+    tools = [{"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {
+        "type": "object", "properties": {"place": {"type": "string", "description": "it"}}}}}]  # fmt: skip
+    messages = [
+        *talk("u", "Where?").messages,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "find", "content": "here"},
+        *talk("a", "There.").messages,
+    ]
+    rendered = chat.render(ChatExample(messages, tools), "a:1")
+    assert trained(rendered)[0].strip() == said.strip()
+    assert "There." in trained(rendered)[1]
+    if not as_text:
+        assert rendered.text == theirs(template, ChatExample(messages, tools))[0]
 
 
-def test_an_invalid_template_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(DataConfigError, match="chat template: line 2"):
-        ChatFormat("a\n{% for %}", chatml(tmp_path), NOW)
+def test_what_the_template_would_drop_is_refused() -> None:
+    chat = chat_format(CHATML)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+    with pytest.raises(BadDataError, match=r"a:7: messages\[1\]: the chat template does not write tool calls"):
+        chat.render(ChatExample([*talk("u", "x").messages, call]), "a:7")
+    with pytest.raises(BadDataError, match="a:7: the chat template does not write the tools"):
+        chat.render(ChatExample(talk("ua", "x", "y").messages, [{"name": "f"}]), "a:7")
+    image = ChatExample([{"role": "user", "content": [{"type": "image"}]}, *talk("a", "y").messages])
+    with pytest.raises(BadDataError, match=r"messages\[0\].content: only parts of type text can be trained, not image"):
+        chat.render(image, "a:7")
+    parts = ChatExample([{"role": "user", "content": [{"type": "text", "text": "x"}]}, *talk("a", "y").messages])
+    assert chat.render(parts, "a:7") == chat.render(talk("ua", "x", "y"), "a:7")
+    shows_half = CHATML.replace("message.content", "message.content[:20]")
+    with pytest.raises(BadDataError, match=r"a:7: the chat template does not write what messages\[1\] says"):
+        chat_format(shows_half).render(talk("ua", "x", "y" * 30), "a:7")
+    with pytest.raises(BadDataError, match=r"a:7: .*messages\[1\].tool_calls: a object cannot be written"):
+        chat.render(ChatExample([*talk("u", "x").messages, {**call, "tool_calls": [object()]}]), "a:7")
 
 
-def test_helpers_work_as_in_transformers(tmp_path: Path) -> None:
-    tokenizer = chatml(tmp_path)
-    template = (
-        "{{ strftime_now('%d %b %Y') }}|{{ messages | tojson }}|{% set ns = namespace(n=1) %}{% set ns.n = 2 %}"
-        "{{ ns.n }}|{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}"
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, ["b<|im_end|>", "d<|im_end|>"]),
+        ({"train_turns": "last"}, ["d<|im_end|>"]),
+        ({"train_roles": ("user", "assistant")}, [f"{letter}<|im_end|>" for letter in "abcde"]),
+        ({"train_roles": ("user",), "train_turns": "last"}, ["e<|im_end|>"]),
+        ({"train_roles": ("system",)}, []),
+    ],
+)
+def test_settings_choose_the_turns(settings: dict[str, Any], said: list[str]) -> None:
+    rendered = chat_format(CHATML, **settings).render(talk("uauau", *"abcde"), "a:1")
+    assert trained(rendered) == said
+    assert (rendered.num_answers, rendered.num_stops) == (len(said), len(said))
+
+
+def test_a_record_chooses_turns_over_the_settings() -> None:
+    chat = chat_format(CHATML)
+    example = ChatExample(talk("uauau", *"abcde").messages, trained=(True, False, None, None))
+    assert trained(chat.render(example, "a:1")) == ["a<|im_end|>", "d<|im_end|>"]
+    nothing = chat.render(ChatExample(example.messages, trained=(False,) * 5), "a:1")
+    assert nothing.spans == [] and nothing.num_answers == 0
+
+
+def test_blocks_of_the_template_are_chosen_by_turn_too() -> None:
+    example = talk("uaua", *"abcd")
+    assert trained(chat_format(MISTRAL, train_turns="last").render(example, "a:1")) == [" d</s>"]
+    with_user = chat_format(MISTRAL, train_roles=("user", "assistant"))
+    with pytest.raises(
+        BadDataError, match=r"a:1: no generation block of the chat template writes messages\[0\] \(user\)"
+    ):
+        with_user.render(example, "a:1")
+
+
+def test_training_on_the_prompt_trains_everything() -> None:
+    rendered = chat_format(CHATML, train_on_prompt=True).render(talk("ua", "a", "b"), "a:1")
+    assert rendered.spans == [(0, len(rendered.text))]
+    assert (rendered.num_answers, rendered.num_stops) == (1, 1)
+
+
+def test_answers_without_a_stop_token_are_counted() -> None:
+    template = CHATML.replace("'<|im_end|>' + '\\n'", "('<|im_end|>' if message.role == 'user' else '.') + '\\n'")
+    rendered = chat_format(template).render(talk("uaua", *"abcd"), "a:1")
+    assert (rendered.num_answers, rendered.num_stops) == (2, 0)
+    assert trained(rendered) == ["b.\n", "d.\n"]
+    added = chat_format(CHATML, control=("</s>",), added=("<|im_end|>", "<|unused|>")).render(
+        talk("ua", "a", "b"), "a:1"
     )
-    rendered = ChatFormat(template, tokenizer, NOW).render([Message("user", "<é'>"), Message("a", "b")], False, "a:1")
-    turns = [{"role": "user", "content": "<é'>"}, {"role": "a", "content": "b"}]
-    tokenizer.save(tmp_path / "saved", template)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved").apply_chat_template(turns, tokenize=False)
-    assert rendered.startswith("04 Mar 2026|")
-    assert rendered.partition("|")[2] == theirs.partition("|")[2]
+    assert added.num_stops == 1
 
 
-def test_marks_go_to_tokens_that_hold_a_character_of_a_span() -> None:
-    offsets = [(0, 0), (0, 4), (4, 9), (9, 10), (10, 12), (12, 12), (12, 20)]
-    assert mark_spans(offsets, [(4, 9), (10, 12)]) == [False, False, True, False, True, False, False]
-    assert mark_spans(offsets, [(6, 11)]) == [False, False, True, True, True, False, False]
-    assert mark_spans(offsets, []) == [False] * 7
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content if loop.last else 'forgotten ' }}{{ eos_token }}{% endfor %}", "no conversation"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}bot: {% endif %}",
+         "generation prompt is not"),
+        ("{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t + m.role + m.content %}{% endfor %}{{ ns.t }}",
+         "no turn of the assistant"),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "more than the answers"),
+        ("{{ messages | length }}", "no conversation"),
+    ],
+)  # fmt: skip
+def test_a_template_without_proof_is_refused_in_one_line(template: str, reason: str) -> None:
+    with pytest.raises(DataConfigError, match=reason) as caught:
+        chat_format(template)
+    assert str(caught.value).startswith("chat template: what it trains cannot be known: ")
+    assert "data.chat.template" in str(caught.value) and "\n" not in str(caught.value)
+    whole = chat_format(template, train_on_prompt=True).render(talk("ua", "a", "b"), "a:1")
+    assert whole.spans == [(0, len(whole.text))] and whole.num_stops == 0
 
 
-def test_a_header_that_ends_with_a_blank_does_not_swallow_the_answer(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+def test_a_turn_unlike_the_proven_ones_is_refused() -> None:
+    special = CHATML.replace("{{- '<|im_start|>'", "{{- ('<|im_start|>' if message.content != 'odd' else '!')")
+    chat = chat_format(special)
+    with pytest.raises(
+        BadDataError, match=r"a:3: the chat template does not write messages\[1\] \(assistant\) as it writes"
+    ):
+        chat.render(talk("ua", "a", "odd"), "a:3")
+
+
+def test_every_256th_record_is_rendered_with_and_without_its_answers() -> None:
+    """The prompt of this template shows more of the header than the conversation does, but only after "odd"."""
+    odd = CHATML + "{% if add_generation_prompt and messages[-1].content == 'odd' %}{{ 'even' }}{% endif %}"
+    chat = chat_format(odd)
+    with limits():
+        for number in range(1, 256):
+            chat.render(talk("ua", "odd", "even so"), f"a:{number}")
+        with pytest.raises(BadDataError, match=r"a:256: .* cannot be known: messages\[1\]: the prompt has"):
+            chat.render(talk("ua", "odd", "even so"), "a:256")
+
+
+def test_the_plain_template_is_the_documented_one() -> None:
+    chat = chat_format(PLAIN)
+    turns = talk("suau", "Be kind.", "Hi", "Hello", "?").messages
+    assert chat.prompt_text(turns, True, "a:1") == "Be kind.\n\nUser: Hi\nAssistant: Hello</s>\nUser: ?\nAssistant:"
+    with pytest.raises(BadDataError, match="roles are system, user and assistant, not tool"):
+        chat.render(talk("ut", "x", "y"), "a:1")
+
+
+def literals(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:stop] for start, stop in rendered.literal_spans]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_control_strings_in_content_stay_text_and_change_nothing_else(name: str) -> None:
+    chat = chat_format(OWN[name])
+    plain = chat.render(talk("uaua", "say STOP now", "STOP", "éSTOPSTOP", " xSTOP"), "a:1")
+    rendered = chat.render(talk("uaua", "say </s> now", "</s>", "é</s></s>", " x</s>"), "a:1")
+    assert rendered.text == plain.text.replace("STOP", "</s>")
+    assert literals(rendered) == ["</s>"] * 5
+    assert [said.replace("STOP", "</s>") for said in trained(plain)] == trained(rendered)
+    assert rendered[2:4] == plain[2:4]
+
+
+def test_control_strings_are_found_wherever_they_hide() -> None:
+    chat = chat_format(CHATML, control=("<|im_start|>", "<|im_end|>", "aba"))
+    assert literals(chat.render(talk("ua", "ababa", "x"), "a:1")) == ["aba", "aba"]
+    spread = ChatExample(
+        [{"role": "user", "content": [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]}]
     )
-    tokenizer = plain_byte_level(tmp_path)
-    chat = ChatFormat(template, tokenizer, NOW)
-    turns = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "river"}]
-    document = encode_causal_lm([Record({"messages": turns}, "a.jsonl:1", 1)], tokenizer, chat)[0]
-    trained = [index for index, mark in zip(document.input_ids, document.targets, strict=True) if mark]
-    assert tokenizer.decode(trained) == " river<|end|>"
+    with pytest.raises(BadDataError, match=r"messages\[0\].content: the string of a control token is spread"):
+        chat.render(spread, "a:1")
+    with pytest.raises(BadDataError, match="holds the string of a control token"):
+        chat.prompt_text(talk("u", "<|im_end|>").messages, True, "a:1")
 
 
-def test_blanks_at_the_end_of_an_answer_are_trained_though_the_tokenizer_trims_its_offsets(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    )
-    tokenizer = plain_byte_level(tmp_path)
-    chat = ChatFormat(template, tokenizer, NOW)
-    turns = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "river  "}]
-    document = encode_causal_lm([Record({"messages": turns}, "a.jsonl:1", 1)], tokenizer, chat)[0]
-    trained = [index for index, mark in zip(document.input_ids, document.targets, strict=True) if mark]
-    assert tokenizer.decode(trained) == "river  "
+def test_control_strings_of_answers_that_the_template_reads_keep_their_meaning() -> None:
+    reads = CHATML.replace("message.content", "message.content.split('</think>')[-1]")
+    chat = chat_format(reads, control=("<|im_start|>", "<|im_end|>", "</think>"))
+    assert trained(chat.render(talk("ua", "a", "why</think>so"), "a:1")) == ["so<|im_end|>"]
+    assert literals(chat.render(talk("ua", "why</think>so", "b"), "a:1")) == ["</think>"]
+
+
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"])
+@pytest.mark.parametrize("template", [CHATML, MISTRAL])
+def test_noncharacters_are_refused(mark: str, template: str) -> None:
+    chat = chat_format(template)
+    for example in (talk("ua", f"x{mark}y", "b"), talk("ua", "a", f"{mark}</s>")):
+        with pytest.raises(BadDataError, match=f"a:9: .*noncharacter U\\+{ord(mark):04X}"):
+            chat.render(example, "a:9")
+
+
+def test_a_plan_saves_the_proof() -> None:
+    first = chat_format(LLAMA3)
+    again = ChatFormat(LLAMA3, *first._arguments[1:2], first.plan.control, first._arguments[2], first._chat, first.plan)
+    example = conversations(1)[0]
+    assert again.render(example, "a:1") == first.render(example, "a:1")
+
+
+def test_long_conversations_stay_linear() -> None:
+    """Also where a record is rendered again for the check: only some of its turns are."""
+    chat = chat_format(CHATML)
+    example = talk("ua" * 2000, *(["a", "b"] * 2000))
+    with limits():
+        for number in range(256):
+            chat.render(example if number == 255 else talk("ua", "a", "b"), "a:1")
+        assert chat.render(example, "a:1").num_answers == 2000
