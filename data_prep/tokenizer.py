@@ -15,10 +15,13 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from data_prep.errors import BadDataError, MissingInputError, StorageError
+from data_prep.bpe_files import find_bpe_files, is_rank_file, open_bpe_files, open_rank_file
+from data_prep.errors import BadDataError, MissingInputError, PreparationError, StorageError
 from data_prep.sentencepiece_model import convert_sentencepiece, protect_pieces
 from data_prep.train_tokenizer import train_sentencepiece as train_sentencepiece
 
+#: How new tokens are spelled in older ones: written by `extend_tokenizer`, read by the engine.
+EXTENSION_NAME = "extension.json"
 #: Named special tokens, in the order in which Hugging Face gives them ids.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BERT_SPECIALS = {name: f"[{name.removesuffix('_token').upper()}]" for name in SPECIAL_NAMES[2:]}
@@ -29,6 +32,8 @@ _HUB_FILES = [
     "added_tokens.json",
     "*.model",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
 ]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -39,9 +44,16 @@ class Tokenizer:
     prefix_ids and suffix_ids are what the tokenizer itself puts around a single text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None,
+        extension: str | None = None,
+    ):
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
+        self.extension = extension
         self._backend = backend
         # User text never becomes control tokens: their strings are ordinary text here.
         backend.encode_special_tokens = True
@@ -109,6 +121,8 @@ class Tokenizer:
         }
         if chat_template is not None:
             files["chat_template.jinja"] = chat_template
+        if self.extension is not None:
+            files[EXTENSION_NAME] = self.extension
         return files
 
     def save(self, folder: Path, chat_template: str | None = None) -> None:
@@ -119,24 +133,26 @@ class Tokenizer:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Open a folder or file (tokenizer.json, sentencepiece ``.model``, BERT ``vocab.txt``) or a Hub name.
+    """Open a folder or file (tokenizer.json, sentencepiece or tiktoken ``.model``, BERT ``vocab.txt``, GPT-2's
+    ``vocab.json`` and ``merges.txt``) or a Hub name.
 
     Raises MissingInputError when there is none, BadDataError when it cannot be read.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
-        path = _download(name)
-    folder = path if path.is_dir() else path.parent
-    file = _main_file(path) if path.is_dir() else path
-    config = _read_json(folder / "tokenizer_config.json")
+    file = locate_tokenizer(name)
+    folder = file.parent
+    config = read_tokenizer_config(folder)
     try:
-        if file.suffix == ".json":
-            backend, specials = _open_json(file, config)
+        if (pair := find_bpe_files(file)) is not None:
+            backend, specials = _with_named_tokens(*open_bpe_files(*pair, config), folder, config)
+        elif file.suffix == ".json":
+            backend, specials = _with_named_tokens(tokenizers.Tokenizer.from_file(str(file)), {}, folder, config)
+        elif is_rank_file(content := file.read_bytes()):
+            backend, specials = _with_named_tokens(*open_rank_file(file, content, config), folder, config)
         elif file.suffix == ".model":
-            backend, specials = convert_sentencepiece(file.read_bytes(), config)
+            backend, specials = convert_sentencepiece(content, config)
         else:
             backend, specials = _open_wordpiece(file, config)
-    except (BadDataError, MissingInputError):
+    except PreparationError:
         raise
     except OSError as error:
         raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
@@ -144,18 +160,36 @@ def open_tokenizer(name: str) -> Tokenizer:
         raise BadDataError(f"{file}: not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(backend, specials, _read_chat_template(folder, config))
+    extension = folder / EXTENSION_NAME
+    spelling = extension.read_text(encoding="utf-8") if extension.is_file() else None
+    return Tokenizer(backend, specials, _read_chat_template(folder, config), spelling)
+
+
+def locate_tokenizer(name: str) -> Path:
+    """The file that `open_tokenizer` reads the vocabulary from; downloads a Hub name."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = _download(name)
+    return _main_file(path) if path.is_dir() else path
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The values of a folder's tokenizer_config.json; none where there is no such file."""
+    return _read_json(folder / "tokenizer_config.json")
 
 
 def _main_file(folder: Path) -> Path:
     for candidate in ("tokenizer.json", "tokenizer.model", "vocab.txt"):
         if (folder / candidate).is_file():
             return folder / candidate
+    if (pair := find_bpe_files(folder)) is not None:
+        return pair[0]
     found = sorted([*folder.glob("*.model"), *folder.glob("*vocab.txt")])
     if len(found) != 1:
         what = "several" if found else "no"
         raise MissingInputError(
-            f"{folder}: holds {what} tokenizer files (tokenizer.json, *.model or vocab.txt) (data.tokenizer)"
+            f"{folder}: holds {what} tokenizer files (tokenizer.json, *.model, vocab.txt, vocab.json and merges.txt)"
+            " (data.tokenizer)"
         )
     return found[0]
 
@@ -207,10 +241,11 @@ def _added_token(value: Any) -> AddedToken:
     return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
 
 
-def _open_json(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """The file with the tokens that only its neighbours name; its own post-processor says what goes around a text."""
-    backend = tokenizers.Tokenizer.from_file(str(file))
-    named = {**_read_json(file.parent / "special_tokens_map.json"), **config}
+def _with_named_tokens(
+    backend: tokenizers.Tokenizer, specials: dict[str, str], folder: Path, config: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Add the tokens that only the files beside the vocabulary name; these files' names go before `specials`."""
+    named = {**_read_json(folder / "special_tokens_map.json"), **config}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     declared = [value for _, value in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda p: int(p[0]))]
     extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
@@ -220,7 +255,7 @@ def _open_json(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer
         if text is not None and text not in known:
             backend.add_tokens([_added_token(value)])
             known.add(text)
-    specials = {name: text for name in SPECIAL_NAMES if (text := _content_of(named.get(name))) is not None}
+    specials = specials | {name: text for name in SPECIAL_NAMES if (text := _content_of(named.get(name))) is not None}
     if type(backend.model).__name__ == "Unigram":
         protect_pieces(backend)
     return backend, specials

@@ -1,16 +1,72 @@
-"""Trains a sentencepiece tokenizer on texts or on files of records."""
+"""Trains a tokenizer on texts or on files of records: sentencepiece BPE or unigram, or byte-level BPE."""
 
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from data_prep.errors import BadDataError, CannotWriteError, DataConfigError, MissingInputError
-from data_prep.records import read_records
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-_CHUNK_CHARACTERS = 2000
+from data_prep.errors import CannotWriteError, DataConfigError
+from data_prep.tokenizer_texts import CHUNK_CHARACTERS, LearningTexts
+
+if TYPE_CHECKING:
+    from data_prep.tokenizer import Tokenizer
+
+Kind = Literal["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"]
+
+#: How Qwen2 cuts text into words: runs of letters with what precedes them, single digits, punctuation, blanks.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Density:
+    """Tokens that a sample of text takes."""
+
+    num_tokens: int
+    num_characters: int
+    num_unknown: int  # tokens that stand for text the vocabulary cannot spell
+    held_out: bool  # False: the sample was learned from, for there was too little text
+
+    @property
+    def tokens_per_character(self) -> float:
+        return self.num_tokens / max(self.num_characters, 1)
+
+
+def measure(tokenizer: "Tokenizer", sample: tuple[list[str], bool]) -> Density:
+    """How many tokens `tokenizer` makes of a sample as `LearningTexts.sample` gives it."""
+    texts, held_out = sample
+    encoded = tokenizer.encode_batch(texts)
+    num_unknown = sum(ids.count(tokenizer.unk_id) for ids in encoded) if tokenizer.unk_id is not None else 0
+    return Density(sum(map(len, encoded)), sum(map(len, texts)), num_unknown, held_out)
+
+
+def train_tokenizer(
+    inputs: Iterable[str | Path], out_dir: Path, vocab_size: int, kind: Kind, num_threads: int = 1
+) -> Density:
+    """Train a tokenizer with `vocab_size` ids and write it to `out_dir`; returns how densely it encodes held-out text.
+
+    Every text can be encoded and decoded exactly, and the same inputs give the same tokenizer.
+    Raises as `train_sentencepiece` does.
+    """
+    from data_prep.tokenizer import open_tokenizer
+
+    texts = LearningTexts(inputs, progress=True)
+    match kind:
+        case "byte-bpe":
+            files = _train_byte_bpe(texts, vocab_size)
+        case "sentencepiece-bpe":
+            files = _train_sentencepiece(texts, vocab_size, "bpe", num_threads)
+        case "sentencepiece-unigram":
+            files = _train_sentencepiece(texts, vocab_size, "unigram", num_threads)
+    write_folder(out_dir, files)
+    return measure(open_tokenizer(str(out_dir)), texts.sample())
 
 
 def train_sentencepiece(
@@ -27,12 +83,18 @@ def train_sentencepiece(
     for what is unknown. Pieces: unk 0, bos 1, eos 2, pad 3. The same inputs give the same model.
     Raises BadDataError, MissingInputError, or DataConfigError for a vocabulary these texts cannot fill.
     """
+    write_folder(out_dir, _train_sentencepiece(LearningTexts(inputs), vocab_size, kind, num_threads))
+
+
+def _train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, kind: Literal["unigram", "bpe"], num_threads: int
+) -> dict[str, bytes]:
     import sentencepiece
 
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(chunk for text in _texts(inputs) for chunk in _chunks(text)),
+            sentence_iterator=iter(texts),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=kind,
@@ -43,7 +105,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             character_coverage=0.9995,
-            max_sentence_length=4 * _CHUNK_CHARACTERS,  # in bytes
+            max_sentence_length=4 * CHUNK_CHARACTERS,  # in bytes
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -55,11 +117,47 @@ def train_sentencepiece(
         reason = str(error).rpartition("] ")[2].strip()
         raise DataConfigError(f"sentencepiece cannot train {vocab_size} pieces from these texts: {reason}") from error
     config = {"add_bos_token": True, "add_eos_token": False}
-    files = {"tokenizer_config.json": json.dumps(config).encode() + b"\n", "tokenizer.model": model.getvalue()}
-    _write_folder(out_dir, files)
+    return {"tokenizer_config.json": json.dumps(config).encode() + b"\n", "tokenizer.model": model.getvalue()}
 
 
-def _write_folder(out_dir: Path, files: dict[str, bytes]) -> None:
+def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
+    """Special tokens bos 0, eos 1, pad 2, then the 256 bytes, then what is merged from them."""
+    bos, eos, pad = specials = ("<s>", "</s>", "<pad>")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in specials],
+        show_progress=False,
+    )
+    backend.train_from_iterator(iter(texts), trainer)
+    if (found := backend.get_vocab_size()) != vocab_size:
+        fault = "at least 259 are needed" if vocab_size < found else f"they fill only {found}"
+        raise DataConfigError(f"cannot train {vocab_size} byte-level pieces from these texts: {fault}")
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, 0)]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+    }
+    return {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode() + b"\n",
+    }
+
+
+def write_folder(out_dir: Path, files: dict[str, bytes]) -> None:
     """A new folder appears whole; into one that exists every file is moved when it is complete."""
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -75,47 +173,3 @@ def _write_folder(out_dir: Path, files: dict[str, bytes]) -> None:
                 (staged / name).replace(out_dir / name)
     except OSError as error:
         raise CannotWriteError(f"{error.filename or out_dir}: {error.strerror}") from error
-
-
-def _texts(inputs: Iterable[str | Path]) -> Iterator[str]:
-    for entry in inputs:
-        if isinstance(entry, str):
-            yield entry
-        elif not entry.is_file():
-            raise MissingInputError(f"{entry}: no such file")
-        elif entry.suffix == ".jsonl":
-            for record in read_records(str(entry)):
-                yield from _strings(record.value)
-        else:
-            try:
-                yield entry.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise BadDataError(f"{entry}: not UTF-8: {error.reason}") from error
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys and roles left out."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key not in ("role", "label"):
-                yield from _strings(item)
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """Pieces of a text that the trainer takes whole: it skips what is longer than its limit."""
-    chunk = ""
-    for line in text.splitlines(keepends=True):
-        if len(chunk) + len(line) > _CHUNK_CHARACTERS and chunk:
-            yield chunk
-            chunk = ""
-        if len(line) > _CHUNK_CHARACTERS:
-            yield from (line[at : at + _CHUNK_CHARACTERS] for at in range(0, len(line), _CHUNK_CHARACTERS))
-        else:
-            chunk += line
-    if chunk:
-        yield chunk

@@ -15,17 +15,19 @@ from engine.batches import Batch
 from engine.config import ModelSection, TaskName
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from engine.tasks import auto_class, causal_logits
+from engine.vocabulary import MADE_ROWS, Extension, extend_vocabulary, read_extension
 
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What a model must agree on with the token store it is trained on."""
+    """What a model must agree on with the token store it is trained on; its tokenizer may have gained tokens."""
 
     vocab_size: int
     pad_id: int
     bos_id: int | None
     eos_id: int | None
     label_names: tuple[str, ...]
+    tokenizer_dir: Path | None = None
 
 
 def model_folder(section: ModelSection) -> Path | None:
@@ -62,7 +64,8 @@ def build_model(section: ModelSection, task: TaskName, facts: StoreFacts, seed: 
     fp32 from `seed`. Raises DataError when model and store do not fit together.
     """
     folder = model_folder(section)
-    model_config = _model_config(section, folder, facts)
+    extension = _extension(facts)
+    model_config = _model_config(section, folder, facts, extension)
     if task == "causal_lm":
         register_packed_attention()
     options = {"attn_implementation": PACKED_ATTENTION} if task == "causal_lm" else {}
@@ -75,6 +78,8 @@ def build_model(section: ModelSection, task: TaskName, facts: StoreFacts, seed: 
     except (ValueError, OSError, SafetensorError) as error:
         # An attention that cannot be replaced, a model type without this task, a damaged file.
         raise DataError(f"model: {section.path or model_config.model_type}: {' '.join(str(error).split())}") from error
+    if extension is not None and section.init == "pretrained":
+        extend_vocabulary(model, extension)
     if task == "causal_lm":
         _check_isolation(model)
     if section.activation_checkpointing:
@@ -87,7 +92,17 @@ def build_model(section: ModelSection, task: TaskName, facts: StoreFacts, seed: 
     return model
 
 
-def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts) -> Any:
+def _extension(facts: StoreFacts) -> Extension | None:
+    extension = read_extension(facts.tokenizer_dir)
+    if extension is not None and extension.vocab_size != facts.vocab_size:
+        raise DataError(
+            f"{facts.tokenizer_dir}: extension.json spells tokens up to {extension.vocab_size - 1}, the tokenizer has "
+            f"{facts.vocab_size}: add tokens before `fulltune tokenizer extend`, or to the model, and remove the file"
+        )
+    return extension
+
+
+def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts, extension: Extension | None) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -115,7 +130,11 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts)
                 raise RefusedForSecurityError(f"model.path: {folder} brings its own code, which is never run") from None
             raise DataError(f"model.path: {folder}: {str(error).splitlines()[0]}") from error
     vocab_size = config.get_text_config().vocab_size
-    if vocab_size < facts.vocab_size:
+    if extension is not None and section.init == "random":
+        # Fresh rows are as good as any; what is trained from them must never be made anew.
+        config.get_text_config().vocab_size = vocab_size = max(vocab_size, facts.vocab_size)
+        setattr(config, MADE_ROWS, facts.vocab_size)
+    if vocab_size < (facts.vocab_size if extension is None else extension.base_vocab_size):
         raise DataError(
             f"vocabulary mismatch: the store's tokenizer has {facts.vocab_size} tokens, the model {vocab_size} "
             "embeddings; prepare the data with the model's own tokenizer"

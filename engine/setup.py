@@ -44,7 +44,9 @@ class Stores:
     def facts(self) -> StoreFacts:
         """What the model must fit."""
         store = self.training[0]
-        return StoreFacts(store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names)
+        return StoreFacts(
+            store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir
+        )
 
 
 def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:

@@ -103,18 +103,29 @@ def build_parser() -> _Parser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, with --temperature")
 
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer", description="Train a tokenizer.")
-    actions = tokenizer.add_subparsers(metavar="ACTION", required=True)
-    train_tokenizer = _add(actions, "train", _train_tokenizer, "train a sentencepiece tokenizer on text or JSONL files")
-    train_tokenizer.add_argument("files", type=Path, nargs="+", metavar="FILES")
-    train_tokenizer.add_argument("out_dir", type=Path, metavar="OUT")
-    train_tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    _add_tokenizer(commands)
 
     demo = _add(commands, "demo", _demo, "train a small model from nothing on this machine, start to finish")
     demo.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes (default: ./demo)")
 
     _add(commands, "schema", _schema, "print the JSON schema of a run file, for editors")
     return parser
+
+
+def _add_tokenizer(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    summary = "train a tokenizer, or add pieces to one"
+    tokenizer = commands.add_parser("tokenizer", help=summary, description=f"{summary.capitalize()}.")
+    actions = tokenizer.add_subparsers(metavar="ACTION", required=True)
+    train = _add(actions, "train", _train_tokenizer, "train a tokenizer on text or record files")
+    extend = _add(actions, "extend", _extend_tokenizer, "add pieces learned from new text; old pieces keep their ids")
+    extend.add_argument("base", metavar="BASE", help="folder or file of the tokenizer, or its name on the Hub")
+    for action in (train, extend):
+        action.add_argument("files", type=Path, nargs="+", metavar="FILES")
+        action.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write")
+    train.add_argument("--vocab-size", type=_count, required=True, metavar="N", help="number of ids")
+    kinds = ["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"]
+    train.add_argument("--kind", choices=kinds, default=kinds[0], help=f"default: {kinds[0]}")
+    extend.add_argument("--add", type=_count, required=True, metavar="N", help="number of new pieces")
 
 
 def _add(
@@ -134,6 +145,12 @@ def _add_run_file(parser: _Parser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="for example optimizer.learning_rate=2e-5"
     )
+
+
+def _count(text: str) -> int:
+    if not text.replace("_", "").isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"write a positive number, not {text}")
+    return int(text)
 
 
 def _byte_count(text: str) -> int:
@@ -203,10 +220,16 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> int:
-    from data_prep.tokenizer import train_sentencepiece
+    from launcher.tokenizer_commands import train
 
-    train_sentencepiece(arguments.files, arguments.out_dir, arguments.vocab_size)
-    print(f"tokenizer written to {arguments.out_dir}")
+    train(arguments.files, arguments.out_dir, arguments.vocab_size, arguments.kind)
+    return 0
+
+
+def _extend_tokenizer(arguments: argparse.Namespace) -> int:
+    from launcher.tokenizer_commands import extend
+
+    extend(arguments.base, arguments.files, arguments.out_dir, arguments.add)
     return 0
 
 
