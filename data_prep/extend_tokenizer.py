@@ -167,9 +167,7 @@ def _check(base: Tokenizer, extended: Tokenizer, num_new: int, sample: list[str]
         raise PreparationError(f"the extended tokenizer failed its check, nothing was written: {'; '.join(faults[:3])}")
 
 
-def _report(
-    base: Tokenizer, extended: Tokenizer, pieces: NewPieces, sample: tuple[list[str], bool]
-) -> ExtensionReport:
+def _report(base: Tokenizer, extended: Tokenizer, pieces: NewPieces, sample: tuple[list[str], bool]) -> ExtensionReport:
     uses = Counter(index for ids in extended.encode_batch(sample[0]) for index in ids if index >= base.vocab_size)
     most = tuple((extended.decode([index]), count) for index, count in uses.most_common(10))
     return ExtensionReport(

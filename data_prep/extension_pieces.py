@@ -196,9 +196,7 @@ def _sequences(base: BaseModel, words: Sequence[str], characters: Mapping[str, i
     """Words as ids; -1 for what cannot be part of a piece; new single characters with their new ids."""
     closed = base.closed
     if not characters:
-        return [
-            [-1 if index in closed else index for index in ids] for ids in _encode(base.encoder(base.model), words)
-        ]
+        return [[-1 if index in closed else index for index in ids] for ids in _encode(base.encoder(base.model), words)]
     cut = re.compile("([" + "".join(map(re.escape, characters)) + "])")
     runs = [[run for run in cut.split(word) if run] for word in words]
     plain = sorted({run for word in runs for run in word if run not in characters})

@@ -11,7 +11,8 @@ from data_prep.decompress import Compression, all_blocks, find_compression
 from data_prep.errors import DataConfigError, MissingInputError
 from data_prep.lines import BOM
 
-_FORMATS: dict[str, Format] = {
+#: Format by the end of a file's name, compression aside.
+FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -63,7 +64,7 @@ def _suffix(path: Path) -> str:
 
 
 def _fits(path: Path, wanted: Format | None) -> bool:
-    by_name = _FORMATS.get(_suffix(path))
+    by_name = FORMATS.get(_suffix(path))
     if path.name.startswith(".") or by_name is None:
         return False
     family = _JSON_FAMILY if wanted in _JSON_FAMILY else ("conll", "text") if wanted == "conll" else (wanted,)
@@ -75,9 +76,9 @@ def find_formats(paths: list[str], config: SourceConfig, dotted_key: str) -> lis
     found: list[tuple[str, Format, Compression]] = []
     for path in paths:
         compression = find_compression(path)
-        by_name = config.format or _FORMATS.get(_suffix(Path(path)))
+        by_name = config.format or FORMATS.get(_suffix(Path(path)))
         if by_name is None:
-            known = ", ".join(dict.fromkeys(_FORMATS.values()))
+            known = ", ".join(dict.fromkeys(FORMATS.values()))
             raise DataConfigError(
                 f"{path}: its name does not tell its format; set {dotted_key}.format ({known}, squad)"
             )

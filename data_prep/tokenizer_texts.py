@@ -1,13 +1,17 @@
 """The texts that tokenizers learn from: read one after the other, some held out to measure on."""
 
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import BadDataError, MissingInputError
-from data_prep.records import read_records
+from data_prep.config import SourceConfig
+from data_prep.decompress import all_blocks
+from data_prep.lines import text_lines
+from data_prep.source_files import FORMATS
+from data_prep.sources import find_sources, read_records
 
 CHUNK_CHARACTERS = 2000
 _HOLD_OUT_EVERY = 50
@@ -60,28 +64,32 @@ def _texts(inputs: Iterable[str | Path]) -> Iterator[str]:
     for entry in inputs:
         if isinstance(entry, str):
             yield entry
-        elif not entry.is_file():
-            raise MissingInputError(f"{entry}: no such file")
-        elif entry.suffix == ".jsonl":
-            for record in read_records(str(entry)):
-                yield from _strings(record.value)
-        else:
-            try:
-                yield entry.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise BadDataError(f"{entry}: not UTF-8: {error.reason}") from error
+            continue
+        known = any(suffix.lower() in FORMATS for suffix in entry.suffixes)
+        plain = not known and (entry.is_file() or (entry.suffixes and not entry.is_dir()))  # sources, notes, books
+        config = SourceConfig(path=str(entry), format="text" if plain else None)
+        for file in itertools.chain.from_iterable(find_sources((config,), "FILES", Path())):
+            if file.format == "text":  # with its line breaks: a tokenizer has pieces for these, too
+                lines = text_lines(all_blocks(file.path, file.compression), file.label, 1)
+                yield from ("\n".join([*some, ""]) for some, _ in lines)
+            else:
+                for record in read_records(file):
+                    yield from _strings(record.value)
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys and roles left out."""
+    """Every text in a JSON value, keys and roles left out; words of a list as one text."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+        if value and all(isinstance(item, str) and " " not in item for item in value):
+            yield " ".join(value)
+        else:
+            for item in value:
+                yield from _strings(item)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in ("role", "label"):
+            if key not in ("role", "from", "label", "tags"):
                 yield from _strings(item)
 
 

@@ -78,9 +78,10 @@ def train_sentencepiece(
 ) -> None:
     """Train a sentencepiece model and write it to `out_dir` as a tokenizer folder (tokenizer.model and its config).
 
-    An input is a text (str) or a file (Path): of a .jsonl file every text in every record, of any other
-    the file itself. Every text can be encoded and decoded exactly: no normalisation, blanks kept, bytes
-    for what is unknown. Pieces: unk 0, bos 1, eos 2, pad 3. The same inputs give the same model.
+    An input is a text (str) or a file, folder or glob (Path) of anything that data is prepared from: every text
+    in every record counts, and of plain text the whole file. Every text can be encoded and decoded exactly: no
+    normalisation, blanks kept, bytes for what is unknown. Pieces: unk 0, bos 1, eos 2, pad 3. The same inputs
+    give the same model.
     Raises BadDataError, MissingInputError, or DataConfigError for a vocabulary these texts cannot fill.
     """
     write_folder(out_dir, _train_sentencepiece(LearningTexts(inputs), vocab_size, kind, num_threads))

