@@ -259,7 +259,8 @@ def _call(call: Any, what: str, where: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise BadDataError(f"{where}: {inside}.arguments must be an object, not {kind(arguments)}")
     # The rest of a call (OpenAI's id, a position) is kept: some templates read it.
-    rest = {name: value for name, value in call.items() if value is not None} if wrapped else {}
+    understood = ("type", "function") if wrapped else ("type", "name", "arguments")
+    rest = {key: value for key, value in call.items() if value is not None and key not in understood}
     return {**rest, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 

@@ -61,7 +61,9 @@ class SourceConfig(_Section):
     split: str | None = Field(None, description="hub: train unless given; json: the key that holds the records")
     revision: str | None = Field(None, description="hub: a commit, so that the data cannot change")
     shape: ShapeName | None = Field(None, description="what the records are; null: recognised and printed")
-    fields: dict[str, str] = Field({}, description="our field name -> the name in the records, dotted where nested")
+    fields: dict[str, str] = Field(
+        {}, description="our field name -> the name in the records, dotted where nested; empty: not used"
+    )
     weight: float | None = Field(None, gt=0, description="share of an epoch's tokens, relative to the other weights")
     epochs: float | None = Field(None, gt=0, description="how often an epoch of the mixture uses this source")
 

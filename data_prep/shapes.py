@@ -201,7 +201,7 @@ def _summary(shape: Shape, records: Sequence[Record], examples: Sequence[Example
     if any(isinstance(example, ChatExample) and example.trained for example in examples):
         notes.append("some turns say themselves whether they are trained")
     if moved := sum(example.num_moved for example in examples if isinstance(example, QuestionExample)):
-        notes.append(f"{moved} answers stand elsewhere than they say")
+        notes.append(f"answers that stand elsewhere than they say: {moved}")
     present = dict.fromkeys(name for record in records for name in record.value)
     heads = {name if name in present else name.split(".")[0] for name in fields.values()}
     if others := [name for name in present if name not in heads]:
@@ -265,7 +265,7 @@ def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: st
         raise BadDataError(f"{where}: {len(found)} readings fit, {_said(found)}; say which with {how}")
     if config.shape is not None or config.fields:
         shape = shapes[0]
-        example = ", ".join(f"{name}: ..." for name in known_fields(shape) if name not in OPTIONAL.get(shape, {}))
+        example = ", ".join(f"{name}: ..." for name in known_fields(shape) if name not in FIELDS_TO_LEAVE_OUT)
         what = f"shape {shape} with these names" if config.fields else f"shape {shape}"
         raise BadDataError(f"{where}: {what} does not fit (fields: {names}); name them with `fields: {{{example}}}`")
     others = {

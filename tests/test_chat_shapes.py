@@ -33,7 +33,7 @@ TOOL = {"name": "f", "parameters": {}}
         ({"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
         ({"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
         ({"role": "assistant", "tool_calls": [{**CALL, "id": "9", "function": {"name": "f", "arguments": '{"x": 1}'}}]}, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "9"}]}),
-        ({"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}, {"role": "assistant", "content": "a", "tool_calls": [CALL]}),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {"x": 1}, "id": "9"}]}, {"role": "assistant", "content": "a", "tool_calls": [{**CALL, "id": "9"}]}),
         ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}),
         ({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
         ({"role": "assistant", "content": "a", "timestamp": 5}, {"role": "assistant", "content": "a", "timestamp": 5}),

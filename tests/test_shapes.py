@@ -199,6 +199,7 @@ def test_shape_and_fields_decide(task: str, value: dict[str, Any], options: Any,
         ("causal_lm", {}, {}, "(fields: none)"),
         ("causal_lm", {"text": None}, {}, "(fields: text)"),
         ("causal_lm", {"a": "b"}, {"shape": "prompt"}, "shape prompt does not fit (fields: a); name them with `fields: {prompt: ..., response: ...}`"),
+        ("sequence_classification", {"a": "b"}, {"shape": "label"}, "name them with `fields: {text: ..., label: ...}`"),
         ("causal_lm", {"body": "a"}, {"fields": {"text": "bdoy"}}, "shape text with these names does not fit (fields: body)"),
         ("causal_lm", {"messages": HI}, {"fields": {"tools": "functions"}, "shape": "messages"}, "no record seen has field 'functions', which `fields:` gives for tools (fields: messages)"),
         ("causal_lm", [{"text": "a"}, {"text": "a"}, {"messages": HI}], {}, "data.jsonl:3: the records of a source must agree: this one fits messages (messages = messages), data.jsonl:1 is text (text = text); split"),
@@ -329,7 +330,7 @@ def test_answers_are_taken_where_they_stand_nearest() -> None:
             places = [at for at in range(6) if "aaabaa".startswith(text, at)]
             assert answer("aaabaa", text, start)[0] == min(places, key=lambda at: (abs(at - start), at))
     value = {"question": "?", "context": "x y", "answers": [{"text": "y", "answer_start": 1}]}
-    assert "1 answers stand elsewhere than they say" in recognised(value, "question_answering").describe()
+    assert "answers that stand elsewhere than they say: 1" in recognised(value, "question_answering").describe()
 
 
 # Values that get past the first checks often: known names, few texts, turns that are nearly right.
