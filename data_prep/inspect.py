@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_prep.inspect_facts import Facts, Histogram, count, gather
-from data_prep.inspect_rows import Selection, ShownDocument, ShownRow, ShownToken, select, show
+from data_prep.inspect_rows import Selection, ShownDocument, ShownRow, ShownToken, plural, select, show
 from data_prep.ledger import ledger_table
 from data_prep.token_store import Rows, TokenStore, open_rows
 from data_prep.token_text import CLOSE, OPEN, TokenText, clean
 
+#: Tags that are not written at their tokens: none, and the one of words outside everything that is looked for.
+UNWRITTEN = (None, "O")
 _PREVIEW_TOKENS = 600
 _BAR_WIDTH = 40
 _RESET = "\x1b[0m"
@@ -57,6 +59,8 @@ def _legend(task: str, color: bool) -> str:
     else:
         marks = [f"{OPEN}{learned}{CLOSE}"] if learned else []
         marks.append("context")
+    if task == "token_classification":
+        marks.append("(tag O is not written)")
     return "  ".join(marks)
 
 
@@ -66,34 +70,41 @@ def _heading(text: str, color: bool) -> str:
 
 def _row_lines(row: ShownRow, color: bool) -> Iterator[str]:
     if row.number is not None:
-        filled = (
-            f"{count(row.num_tokens)} of {count(row.row_tokens)} tokens ({row.num_tokens / row.row_tokens:.1%} filled)"
-        )
-        number = len(row.documents)
-        documents = f"{number} document{'s' if number > 1 else ''}"
         yield ""
-        yield _heading(f"== row {row.number}: {documents}, {filled}, {count(row.num_targets)} targets ==", color)
+        yield _heading(f"== row {row.number}: {row_amounts(row)} ==", color)
     for document in row.documents:
         yield ""
         yield _heading(_document_line(document), color)
         yield _token_text(document.tokens, color)
         if document.num_hidden:
-            yield f"... {count(document.num_hidden)} more tokens"
+            yield f"... {plural(document.num_hidden, 'more token')}"
         if document.answer:
-            yield _heading(f"-- target, {count(len(document.answer))} tokens", color)
+            yield _heading(f"-- target, {plural(document.num_targets, 'token')}", color)
             yield _token_text(document.answer, color)
     if row.num_padding:
         yield ""
-        yield f"... {count(row.num_padding)} tokens of padding"
+        yield f"... {plural(row.num_padding, 'token')} of padding"
+
+
+def row_amounts(row: ShownRow) -> str:
+    """What a row holds, in words."""
+    size = plural(row.num_tokens, "token")
+    if row.row_tokens is not None:
+        filled = f"{row.num_tokens / row.row_tokens:.1%} filled"
+        size = f"{count(row.num_tokens)} of {plural(row.row_tokens, 'token')} ({filled})"
+    return f"{plural(len(row.documents), 'document')}, {size}, {plural(row.num_targets, 'target')}"
+
+
+def document_amounts(document: ShownDocument) -> str:
+    """How much of a document is shown, in words."""
+    size = document.stop - document.start
+    part = "" if size == document.length else f" ({document.start} to {document.stop} of {count(document.length)})"
+    return f"{plural(size, 'token')}{part}, {plural(document.num_targets, 'target')}"
 
 
 def _document_line(document: ShownDocument) -> str:
-    size = document.stop - document.start
-    part = "" if size == document.length else f" ({document.start} to {document.stop} of {count(document.length)})"
-    source = "" if document.where.startswith(f"{document.source}:") else f", source {document.source}"
-    amount = f"{count(size)} tokens{part}, {count(document.num_targets)} targets"
-    facts = "".join(f", {fact}" for fact in document.facts)
-    return clean(f"-- document {document.number}, {document.where}{source}: {amount}{facts}")
+    place = f"document {document.number}, {document.where}, source {document.source}"
+    return clean(f"-- {place}: {', '.join((document_amounts(document), *document.facts))}")
 
 
 def _token_text(tokens: Sequence[ShownToken], color: bool) -> str:
@@ -109,8 +120,8 @@ def _colored(tokens: Sequence[ShownToken]) -> Iterator[str]:
             shown = text.replace("\n", f"{_RESET}\n{style}")
             yield f"{_SIGN}{shown}{_RESET}{style}" if is_sign else shown
         yield _RESET
-        if token.tag is not None:
-            yield f"{_TAG}/{clean(token.tag)}{_RESET}"
+        if token.tag not in UNWRITTEN:
+            yield f"{_TAG}/{clean(token.tag or '')}{_RESET}"
 
 
 def _bracketed(tokens: Sequence[ShownToken]) -> Iterator[str]:
@@ -120,8 +131,8 @@ def _bracketed(tokens: Sequence[ShownToken]) -> Iterator[str]:
             yield OPEN if token.trained else CLOSE
             inside = token.trained
         yield from (text for text, _ in token.runs)
-        if token.tag is not None:
-            yield f"/{clean(token.tag)}"
+        if token.tag not in UNWRITTEN:
+            yield f"/{clean(token.tag or '')}"
     if inside:
         yield CLOSE
 

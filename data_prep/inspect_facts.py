@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.inspect_rows import fills_rows
 from data_prep.token_store import CURRENT_NAME, Rows, TokenStore
 from data_prep.token_text import TokenText
 
@@ -44,7 +45,7 @@ class Facts:
 def gather(store: TokenStore, rows: Rows, text: TokenText) -> Facts:
     """The figures of a store and its rows."""
     sizes = _row_sizes(rows)
-    packed = store.ledger["total"]["padding_tokens"] is not None
+    packed = fills_rows(store)
     histograms = [_document_lengths(store.ledger["total"]["lengths"])]
     if packed:
         histograms.append(_fill(sizes, rows.row_tokens))
@@ -119,7 +120,7 @@ def _sources(store: TokenStore) -> tuple[tuple[str, ...], ...]:
                 count(documents),
                 f"{tokens / max(documents, 1):,.1f}",
                 f"{tokens / max(store.num_tokens, 1):.1%}",
-                "" if source["weight"] is None else f"{source['weight']:g}",
+                "-" if source["weight"] is None else f"{source['weight']:g}",
                 f"{account['epochs']:.3g}",
             )
         )

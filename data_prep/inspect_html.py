@@ -10,9 +10,9 @@ from string import Template
 from typing import Any
 
 from data_prep.errors import CannotWriteError
-from data_prep.inspect import LEARNED, open_store
+from data_prep.inspect import LEARNED, UNWRITTEN, document_amounts, open_store, row_amounts
 from data_prep.inspect_facts import Facts, Histogram, count, gather
-from data_prep.inspect_rows import Selection, ShownDocument, ShownRow, ShownToken, select, show
+from data_prep.inspect_rows import Selection, ShownDocument, ShownRow, ShownToken, plural, select, show
 from data_prep.ledger import ledger_cells
 from data_prep.store_folder import write_text_atomically
 from data_prep.token_text import clean
@@ -184,26 +184,19 @@ def _row(row: ShownRow) -> str:
     documents = "".join(map(_document, row.documents))
     if row.number is None:
         return f"<details open><summary>document {row.documents[0].number}</summary>{documents}</details>"
-    amount = f"{len(row.documents)} documents, {count(row.num_tokens)} of {count(row.row_tokens)} tokens"
-    more = f"{amount} ({row.num_tokens / row.row_tokens:.1%}), {count(row.num_targets)} targets"
-    padding = f'<p class="more document">{count(row.num_padding)} tokens of padding</p><div class="padding"></div>'
+    padding = f'<p class="more document">{plural(row.num_padding, "token")} of padding</p><div class="padding"></div>'
     return (
-        f"<details open><summary>row {row.number}<small>{more}</small></summary>{documents}"
+        f"<details open><summary>row {row.number}<small>{row_amounts(row)}</small></summary>{documents}"
         f"{padding if row.num_padding else ''}</details>"
     )
 
 
 def _document(document: ShownDocument) -> str:
-    size = document.stop - document.start
-    part = "" if size == document.length else f" ({document.start} to {document.stop} of {count(document.length)})"
     facts = "".join(f" \u00b7 <b>{_safe(fact)}</b>" for fact in document.facts)
-    source = "" if document.where.startswith(f"{document.source}:") else f" \u00b7 {_safe(document.source)}"
-    hidden = f'<p class="more">{count(document.num_hidden)} more tokens</p>' if document.num_hidden else ""
+    hidden = f'<p class="more">{plural(document.num_hidden, "more token")}</p>' if document.num_hidden else ""
     answer = f'<p class="more">to generate:</p>{_tokens(document.answer)}' if document.answer else ""
-    amount = (
-        f"document {document.number} \u00b7 {count(size)} tokens{part} \u00b7 {count(document.num_targets)} targets"
-    )
-    header = f"<header><b>{_safe(document.where)}</b>{source} \u00b7 {amount}{facts}</header>"
+    place = f"<b>{_safe(document.where)}</b> \u00b7 {_safe(document.source)} \u00b7 document {document.number}"
+    header = f"<header>{place} \u00b7 {document_amounts(document)}{facts}</header>"
     return f'<section class="document">{header}{_tokens(document.tokens)}{hidden}{answer}</section>'
 
 
@@ -211,7 +204,7 @@ def _tokens(tokens: Sequence[ShownToken]) -> str:
     parts = []
     for token in tokens:
         shown = "".join(f"<u>{escape(text)}</u>" if is_sign else escape(text) for text, is_sign in token.runs)
-        tag = f"<sub>{_safe(token.tag)}</sub>" if token.tag is not None else ""
+        tag = f"<sub>{_safe(token.tag or '')}</sub>" if token.tag not in UNWRITTEN else ""
         element = "mark" if token.trained else "span"
         style = ' class="k"' if token.control else ""
         parts.append(f'<{element}{style} title="{" ".join(map(str, token.ids))}">{shown}{tag}</{element}>')

@@ -57,7 +57,7 @@ class ShownRow:
     """One row, or one document alone (`number` is None)."""
 
     number: int | None
-    row_tokens: int
+    row_tokens: int | None  # None where a row is one document, padded only to its neighbours in a batch
     num_tokens: int
     num_targets: int
     documents: tuple[ShownDocument, ...]
@@ -65,7 +65,17 @@ class ShownRow:
     @property
     def num_padding(self) -> int:
         """Empty places at the end of the row."""
-        return 0 if self.number is None else self.row_tokens - self.num_tokens
+        return 0 if self.row_tokens is None else self.row_tokens - self.num_tokens
+
+
+def fills_rows(store: TokenStore) -> bool:
+    """Whether rows are filled up to their length, so that the rest of one is padding."""
+    return store.ledger["total"]["padding_tokens"] is not None
+
+
+def plural(number: int, noun: str) -> str:
+    """1 token, 2,000 tokens."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def select(store: TokenStore, rows: Rows, selection: Selection) -> list[int]:
@@ -127,6 +137,7 @@ def show(
     store: TokenStore, rows: Rows, text: TokenText, numbers: Sequence[int], documents: bool, max_tokens: int | None
 ) -> Iterator[ShownRow]:
     """Rows, or documents, with about `max_tokens` tokens of each decoded."""
+    packed = fills_rows(store)
     for number in numbers:
         if documents:
             stop = len(store.tokens(number))
@@ -142,7 +153,7 @@ def show(
         ]
         yield ShownRow(
             None if documents else number,
-            rows.row_tokens,
+            rows.row_tokens if packed and not documents else None,
             sum(document.stop - document.start for document in shown),
             sum(document.num_targets for document in shown),
             tuple(shown),

@@ -13,6 +13,7 @@ from data_prep.errors import BadDataError
 
 #: What encloses trained text where there is no colour; in shown text they are escaped.
 OPEN, CLOSE = "\u27e6", "\u27e7"
+_FIRST_IDEOGRAPH = "\u2e80"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SIGNS = {"\n": "\u21b5\n", "\t": "\u21e5", "\u007f": "\u2421"} | {
     chr(code): chr(0x2400 + code) for code in range(32) if code not in (9, 10)
@@ -83,7 +84,10 @@ class TokenText:
         if self.byte_fallback and (match := _BYTE_PIECE.fullmatch(token)):
             return bytes([int(match[1], 16)])
         before, both = self._decode([self._anchor]), self._decode([self._anchor, index])
-        return (both[len(before) :] if both.startswith(before) else self._decode([index])).encode()
+        added = both[len(before) :] if both.startswith(before) else self._decode([index])
+        # WordPiece knows no blanks: its decoder puts one before every word, and before every ideograph too.
+        ideograph = self.model == "WordPiece" and token[0] >= _FIRST_IDEOGRAPH
+        return (added.lstrip(" ") if ideograph else added).encode()
 
     def pieces(self, ids: Sequence[int], kinds: Sequence[object], from_start: bool = True) -> list[Piece]:
         """The text of `ids` in order; a piece never joins tokens of different kind.

@@ -83,6 +83,16 @@ def test_pieces_are_the_decoded_text(tmp_path: Path, kind: str) -> None:
         assert smiley.stop - smiley.start >= 4 and smiley.text == "😀", "bytes of one character are one piece"
 
 
+def test_ideographs_of_wordpiece_stand_together(tmp_path: Path) -> None:
+    file = bert_vocabulary(tmp_path / "vocab.txt")
+    file.write_bytes(file.read_bytes() + "漢\n字\n".encode())
+    tokenizer = open_tokenizer(str(file))
+    tokenizer.save(tmp_path / "out")
+    ids = tokenizer.encode_batch(["the 漢字 river"])[0]
+    pieces = TokenText(tmp_path / "out").pieces(ids, [None] * len(ids))
+    assert [piece.text for piece in pieces] == ["the", "漢", "字", " river"]
+
+
 _READ: list[tuple[Tokenizer, TokenText]] = []
 
 
@@ -164,8 +174,8 @@ def test_the_first_token_of_a_segment_is_not_trained(tmp_path: Path, byte_level:
     make_store(tmp_path / "s", [source], RowPlan(2, "best_fit", "split"), tokenizer=backend(byte_level))
     text = "\n".join(describe(tmp_path / "s", Selection(number=0, count=2), color=False))
     assert "the⟦ river⟧" in text and "\n·runs⟦ under⟧" in text
-    assert text.count(" 1 targets ==") == 2
-    assert "2 tokens (2 to 4 of 4), 1 targets" in text
+    assert text.count(" 1 target ==") == 2
+    assert "2 tokens (2 to 4 of 4), 1 target" in text
     whole = "\n".join(describe(tmp_path / "s", Selection(number=0, documents=True), color=False))
     assert "the⟦ river runs under⟧" in whole and "4 tokens, 3 targets" in whole
 
@@ -182,12 +192,17 @@ def test_summary_has_figures_ledger_and_a_row(tmp_path: Path, byte_level: Tokeni
     assert "== row " in text
 
 
-def labelled(folder: Path, tokenizer: Tokenizer, task: str, columns: dict[str, tuple[str, np.ndarray]]) -> str:
+def labelled(
+    folder: Path,
+    tokenizer: Tokenizer,
+    task: str,
+    columns: dict[str, tuple[str, np.ndarray]],
+    names: tuple[str, str] = ("no", "yes\x1b[1m"),
+) -> str:
     """Everything that is said about a store of two equal documents with the given columns."""
     ids = tokenizer.encode_batch(["the river runs"])[0]
     assert len(ids) == 3, "the words of the fixture are tokens"
     source = SourceDocuments("labelled", [(ids, [True, False, True])] * 2)
-    names = ("no", "yes\x1b[1m")
     backend_ = backend(tokenizer)
     make_store(folder, [source], RowPlan(4), task=task, columns=columns, tokenizer=backend_, label_names=names)
     page = render_page(folder, Selection(count=2))
@@ -196,6 +211,12 @@ def labelled(folder: Path, tokenizer: Tokenizer, task: str, columns: dict[str, t
     rows_text = "\n".join(describe(folder, Selection(number=0, count=2), color=False))
     assert "\x1b" not in summary + rows_text
     return summary + rows_text
+
+
+def test_tags_of_words_outside_are_not_written(tmp_path: Path, byte_level: Tokenizer) -> None:
+    tags = {"tags": per("token", [1, -1, 0] * 2, np.int16)}
+    text = labelled(tmp_path / "o", byte_level, "token_classification", tags, ("O", "B"))
+    assert "⟦the/B⟧ river⟦ runs⟧" in text
 
 
 def per(kind: str, values: list[Any], dtype: Any) -> tuple[str, np.ndarray]:
