@@ -1,22 +1,34 @@
-"""Makes the store of one split, or finds it made: encode all spans, join their columns, arrange rows, publish."""
+"""Makes the store of one split, or finds it made: encode all spans, join their parts, arrange rows, publish."""
 
+import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from data_prep.arrange import RowPlan, write_rows
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, SourceConfig
+from data_prep.deduplicate import keep_first
 from data_prep.errors import BadDataError
-from data_prep.parallel import Progress, encode_spans
-from data_prep.records import Source
+from data_prep.parallel import encode_spans
+from data_prep.parts import PartAccount, read_account
+from data_prep.progress import Progress
+from data_prep.records import SourceFile
+from data_prep.shapes import Shape
+from data_prep.sources import check_unchanged
 from data_prep.store_folder import link_content, publish
 from data_prep.store_writer import describe_files, write_content
+from data_prep.template_proof import prove_apart
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 from data_prep.tokenizer import Tokenizer
-from data_prep.worker import HashRange, Job, SpanResult, Task, id_type
+from data_prep.worker import HashRange, Job, SplitJob, Task, Work, id_type
+
+Say = Callable[[str], None]
+_ABANDONED_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -26,63 +38,123 @@ class Encoding:
     task: Task
     tokenizer: Tokenizer
     chat_template: str | None
-    label_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One source of the run file: its files, cut into spans, and what its records are."""
+
+    config: SourceConfig
+    name: str
+    files: tuple[SourceFile, ...]
+    shape: Shape
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split to make: its input and how to encode it."""
+    """One split to make: its name, which records of the input it takes, and the identity of content and rows."""
 
     name: str
-    sources: tuple[Source, ...]
     chosen: HashRange | None
     content_key: str
     store_key: str
 
 
-def truncates_at_encoding(config: DataConfig, task: Task) -> bool:
-    """Whether over-long texts are cut between their special tokens instead of at the end of a row."""
-    return task == "sequence_classification" and config.overlong == "truncate"
+@dataclass(frozen=True)
+class Group:
+    """Splits that are made of the same input, in one pass over it. `key` names the work folder."""
+
+    splits: tuple[Split, ...]
+    inputs: tuple[Input, ...]
+    key: str
+
+    @property
+    def work(self) -> list[Work]:
+        """Every span of the input, in order."""
+        spans = [(one, file, span) for one in self.inputs for file in one.files for span in file.spans]
+        return [Work(index, file, span, one.shape) for index, (one, file, span) in enumerate(spans)]
 
 
-def find_or_build(
-    config: DataConfig, split: Split, encoding: Encoding, say: Callable[[str], None], progress: bool
-) -> Path:
-    """The folder of the store of `split`, made if it is missing or damaged. Only with the lock held.
+def work_dir(config: DataConfig, group: Group) -> Path:
+    """Where the parts of a group are made and kept until its stores are published."""
+    return config.store_dir / f".{group.key[:16]}.work"
 
-    `say` gets the lines for the user. Raises PreparationError; then no folder is left behind.
+
+def store_path(config: DataConfig, split: Split) -> Path:
+    """The folder of the finished store of `split`."""
+    return config.store_dir / f"{split.name}-{split.store_key[:16]}"
+
+
+def encode_parts(
+    config: DataConfig, group: Group, splits: Sequence[Split], encoding: Encoding, part: tuple[int, int],
+    progress: bool,
+) -> int:  # fmt: skip
+    """Make the missing parts of share ``part`` = (i, n) of the spans, i from 0. Returns how many were made.
+
+    Any number of machines may do this at once with different shares, or with the same one.
     """
-    final = config.store_dir / f"{split.name}-{split.store_key[:16]}"
-    if final.exists():
+    job = _open_job(config, group, splits, encoding)
+    todo = [
+        work
+        for work in group.work[part[0] :: part[1]]
+        if any(read_account(split.parts_dir, work.index) is None for split in job.splits)
+    ]
+    total = sum(_num_bytes(work) for work in todo)
+    label = " and ".join(split.name for split in splits)
+    with Progress(f"tokenising {label}", total, progress) as bar:
+        for work, _ in zip(todo, encode_spans(job, todo, config.workers), strict=True):
+            bar.advance(_num_bytes(work))
+    return len(todo)
+
+
+def _num_bytes(work: Work) -> int:
+    """A span's share of its file, for the progress display: the units of spans are those of their format."""
+    whole = sum(span.stop - span.start for span in work.source.spans)
+    return work.source.size_bytes * (work.span.stop - work.span.start) // max(1, whole)
+
+
+def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encoding: Encoding) -> Job:
+    """The job of a work folder, which the first to come sets up: tokenizer files and the clock of templates."""
+    folder = work_dir(config, group)
+    tokenizer_dir = folder / "tokenizer"
+    if not tokenizer_dir.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / f".tokenizer.{os.getpid()}.partial"
+        encoding.tokenizer.save(staged, encoding.chat_template)
+        (staged / "now.txt").write_text(datetime.now().isoformat(), encoding="ascii")
         try:
-            TokenStore.open(final).verify()
-            say(f"reusing {split.name} store {final}")
-            return final
-        except StoreError as error:
-            say(f"{error}; building it again")
-            shutil.rmtree(final)
-    folder = config.store_dir / f".{final.name}.partial"
-    folder.mkdir()
+            staged.rename(tokenizer_dir)
+        except OSError:  # another preparation was first
+            shutil.rmtree(staged)
+    jobs = tuple(SplitJob(split.name, split.chosen, folder / split.name) for split in splits)
+    for job in jobs:
+        job.parts_dir.mkdir(exist_ok=True)
+    now = datetime.fromisoformat((tokenizer_dir / "now.txt").read_text(encoding="ascii"))
+    plan = None
+    if encoding.chat_template is not None and any(one.shape.gives_chats for one in group.inputs):
+        tokenizer = encoding.tokenizer
+        plan = prove_apart(
+            encoding.chat_template, tokenizer.special_tokens, tokenizer.control_strings, tokenizer.plain_added_strings, now
+        )
+    return Job(encoding.task, config, tokenizer_dir, encoding.chat_template, now, plan, jobs)
+
+
+def find_store(config: DataConfig, split: Split, say: Say) -> TokenStore | None:
+    """The finished store of `split` if it is there and sound; a damaged one is removed. Only with the lock held."""
+    final = store_path(config, split)
+    if not final.exists():
+        return None
     try:
-        donor = _find_donor(config.store_dir, split)
-        if donor is not None:
-            say(f"reusing the tokens of {donor.path} for rows of {config.row_tokens}")
-            content = link_content(donor, folder)
-        else:
-            content = _build_content(config, split, encoding, folder, progress)
-        plan = RowPlan(config.row_tokens, config.packing, config.overlong, config.min_targets)
-        rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), plan)
-        if rows["num_rows"] == 0:
-            raise BadDataError(f"{split.sources[0].path}: no {split.name} record is left to train on")
-        files = {**content["files"], **rows.pop("files")}
-        publish(folder, final, {**content, "split": split.name, "store_key": split.store_key, **rows, "files": files})
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    say(_summary(split.name, TokenStore.open(final)))
-    return final
+        store = TokenStore.open(final)
+        store.verify()
+    except StoreError as error:
+        say(f"{error}; building it again")
+        shutil.rmtree(final)
+        return None
+    return store
 
 
-def _find_donor(store_dir: Path, split: Split) -> TokenStore | None:
+def find_donor(store_dir: Path, split: Split) -> TokenStore | None:
     """A sound store of the same documents in rows of another length."""
     for manifest_path in sorted(store_dir.glob(f"*/{MANIFEST_NAME}")):
         try:
@@ -95,38 +167,59 @@ def _find_donor(store_dir: Path, split: Split) -> TokenStore | None:
     return None
 
 
-def _build_content(
-    config: DataConfig, split: Split, encoding: Encoding, folder: Path, progress: bool
-) -> dict[str, Any]:
-    """Encode every record of `split` into the columns of `folder`; returns the manifest without rows."""
-    tokenizer, template, labels = encoding.tokenizer, encoding.chat_template, encoding.label_names
-    tokenizer.save(folder / "tokenizer", template)
-    parts_dir = folder / "parts"
-    parts_dir.mkdir()
-    job = Job(
-        task=encoding.task,
-        tokenizer_dir=folder / "tokenizer",
-        chat_template=template,
-        now=datetime.now(),
-        label_names=labels,
-        chosen=split.chosen,
-        refuse_above_tokens=config.row_tokens if config.overlong == "error" else None,
-        truncate_to_tokens=config.row_tokens if truncates_at_encoding(config, encoding.task) else None,
-        parts_dir=parts_dir,
-    )
-    work = [(source, span) for source in split.sources for span in source.spans]
-    numbered = [(index, source.path, span) for index, (source, span) in enumerate(work)]
-    results: list[SpanResult] = []
-    with Progress(f"tokenising {split.name}", sum(source.size_bytes for source in split.sources), progress) as bar:
-        for (_, span), result in zip(work, encode_spans(job, numbered, config.workers), strict=True):
-            results.append(result)
-            bar.advance(span.stop - span.start)
-    sources = _account_sources(split, results)
+def build(
+    config: DataConfig, group: Group, split: Split, encoding: Encoding, label_names: Sequence[str] | None,
+    donor: TokenStore | None, progress: bool,
+) -> TokenStore:  # fmt: skip
+    """Join the parts of `split`, or take over the documents of `donor`, arrange rows and publish the store.
+
+    `label_names`: labels in their order; None: those that the parts hold, sorted. Raises PreparationError;
+    then no folder is left behind.
+    """
+    final = store_path(config, split)
+    folder = config.store_dir / f".{final.name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        if donor is not None:
+            content = link_content(donor, folder)
+        else:
+            content = _join_content(config, group, split, encoding, label_names, folder)
+        plan = RowPlan(config.row_tokens, config.packing, config.overlong, config.min_targets or 1)
+        mixture = [one.config for one in group.inputs] if split.name == "train" else None
+        total = content["num_documents"]
+        with Progress(f"arranging {split.name}", total, progress, unit=" documents") as bar:
+            rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), plan, mixture, bar.advance)
+        if rows["num_rows"] == 0:
+            where = group.inputs[0].files[0].label
+            raise BadDataError(f"{where}: no {split.name} record is left to train on")
+        files = {**content["files"], **rows.pop("files")}
+        publish(folder, final, {**content, "split": split.name, "store_key": split.store_key, **rows, "files": files})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return TokenStore.open(final)
+
+
+def _join_content(
+    config: DataConfig, group: Group, split: Split, encoding: Encoding, label_names: Sequence[str] | None,
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """The columns of all parts of `split` in `folder`; returns the manifest without rows."""
+    tokenizer, parts_dir = encoding.tokenizer, work_dir(config, group) / split.name
+    accounts = []
+    for work in group.work:
+        account = read_account(parts_dir, work.index)
+        if account is None:
+            raise BadDataError(f"{parts_dir}: part {work.index} is missing: another process removed it; prepare again")
+        accounts.append(account)
+    names = _final_names(accounts, label_names, encoding.task)
+    kept = keep_first(parts_dir, accounts) if config.deduplicate else None
+    number_of = {name: number for number, name in enumerate(names)}
     stored = id_type(tokenizer.vocab_size)
-    files = write_content(folder, parts_dir, results, stored, has_labels=bool(labels))
-    shutil.rmtree(parts_dir)
-    names = sorted(tokenizer.files(template))
-    files |= describe_files(folder, [f"tokenizer/{name}" for name in names])
+    files, columns, remaining = write_content(folder, parts_dir, accounts, stored, number_of, kept)
+    sources = _account_sources(group, accounts, remaining)
+    tokenizer.save(folder / "tokenizer", encoding.chat_template)
+    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(encoding.chat_template))])
     content = {
         "format": FORMAT_VERSION,
         "task": encoding.task,
@@ -135,52 +228,90 @@ def _build_content(
         "pad_id": tokenizer.pad_id,
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,
-        "label_names": list(labels),
-        "num_documents": sum(result.num_documents for result in results),
-        "num_tokens": sum(result.num_tokens for result in results),
-        "num_targets": sum(result.num_targets for result in results),
+        "label_names": names,
+        "columns": columns,
+        "num_documents": sum(account.num_documents for account in remaining),
+        "num_tokens": sum(account.num_tokens for account in remaining),
+        "num_targets": sum(account.num_targets for account in remaining),
+        "num_answers": sum(account.num_answers for account in accounts),
+        "num_trained_stops": sum(account.num_stops for account in accounts),
         "sources": sources,
         "files": files,
     }
     return {**content, "digest": content_digest(content)}
 
 
-def _account_sources(split: Split, results: Sequence[SpanResult]) -> list[dict[str, Any]]:
-    """What every source came to, after checking that it held records and did not change meanwhile."""
-    accounts = []
-    remaining = iter(results)
+def _final_names(accounts: Sequence[PartAccount], given: Sequence[str] | None, task: Task) -> list[str]:
+    """Labels in the order of their numbers: those given, else those found, numbers by value, texts sorted."""
+    found = {name: where for one in accounts for name, where in zip(one.names, one.first_seen, strict=True)}
+    if given is not None:
+        unknown = next((name for name in found if name not in given), None)
+        if unknown is not None:
+            known = ", ".join(list(given)[:8])
+            raise BadDataError(
+                f"{found[unknown]}: label {unknown!r} is not one of {known} (data.label_names, or those of train)"
+            )
+        return list(given)
+    scored = task == "sequence_classification" and not found
+    if task in ("sequence_classification", "token_classification") and len(found) < 2 and not scored:
+        where = next(iter(found.values()), "data.train")
+        raise BadDataError(f"{where}: only {len(found)} different labels in train; classification needs two")
+    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
+    return sorted(found, key=int) if numeric else sorted(found)
+
+
+def _account_sources(
+    group: Group, accounts: Sequence[PartAccount], remaining: Sequence[PartAccount]
+) -> list[dict[str, Any]]:
+    """What every source and file came to, after checking that no file changed meanwhile."""
+    pairs = iter(zip(accounts, remaining, strict=True))
     first_document = 0
-    for source in split.sources:
-        own = [next(remaining) for _ in source.spans]
-        status = Path(source.path).stat()
-        if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
-            raise BadDataError(f"{source.path}: changed while it was read; prepare again")
-        if not any(result.num_read for result in own):
-            raise BadDataError(f"{source.path}: the file holds no records")
-        documents = sum(result.num_documents for result in own)
-        accounts.append(
+    result = []
+    for one in group.inputs:
+        first_of_source = first_document
+        files, own = [], []
+        for file in one.files:
+            spans = [next(pairs) for _ in file.spans]
+            check_unchanged(file)
+            if not any(account.num_read for account, _ in spans):
+                raise BadDataError(f"{file.label}: the file holds no records")
+            documents = sum(left.num_documents for _, left in spans)
+            files.append(
+                {
+                    "path": file.label, "sha256": file.sha256, "size_bytes": file.size_bytes,
+                    "first_document": first_document, "num_documents": documents,
+                }
+            )  # fmt: skip
+            first_document += documents
+            own += spans
+        dropped: dict[str, int] = {}
+        for account, _ in own:
+            for reason, count in account.dropped.items():
+                dropped[reason] = dropped.get(reason, 0) + count
+        result.append(
             {
-                "path": source.path,
-                "sha256": source.sha256,
-                "size_bytes": source.size_bytes,
-                "first_document": first_document,
-                "num_documents": documents,
-                "records_read": sum(result.num_read for result in own),
-                "records_of_other_split": sum(result.num_other_split for result in own),
-                "records_truncated": sum(result.num_truncated for result in own),
+                "name": one.name,
+                "shape": one.shape.name,
+                "weight": one.config.weight,
+                "epochs": one.config.epochs,
+                "first_document": first_of_source,
+                "num_documents": first_document - first_of_source,
+                "records_read": sum(account.num_read for account, _ in own),
+                "records_of_other_split": sum(account.num_other_split for account, _ in own),
+                "duplicates": sum(account.num_documents - left.num_documents for account, left in own),
+                "dropped": dropped,
+                "extra_documents": sum(account.num_extra for account, _ in own),
+                "records_truncated": sum(account.num_truncated for account, _ in own),
+                "files": files,
             }
         )
-        first_document += documents
-    return accounts
+    return result
 
 
-def _summary(name: str, store: TokenStore) -> str:
-    total, rows, row_tokens = store.ledger["total"], store.manifest["num_rows"], store.manifest["row_tokens"]
-    cut = [f"{total[key]} {key}" for key in ("split", "truncated") if total[key]]
-    cut += [f"{count} dropped ({reason})" for reason, count in total["dropped"].items() if count]
-    account = "".join(f", {text}" for text in cut)
-    line = f"{name}: {total['records']} records{account}, {total['tokens']} tokens, {total['targets']} targets"
-    if store.label_names:
-        return f"{line}, labels {', '.join(store.label_names[:8])}: {store.path}"
-    filled = total["tokens_in_rows"] / (rows * row_tokens)
-    return f"{line}, {rows} rows of {row_tokens} ({filled:.2%} filled): {store.path}"
+def discard_work(config: DataConfig, keys: Iterable[str]) -> None:
+    """Remove the work folders of other data that nobody has touched for an hour. Only with the lock held."""
+    wanted = {f".{key[:16]}.work" for key in keys}
+    for folder in config.store_dir.glob(".*.work"):
+        newest = max((path.stat().st_mtime for path in (folder, *folder.iterdir())), default=0.0)
+        if folder.name not in wanted and time.time() - newest > _ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -118,7 +118,11 @@ class DataConfig(_Section):
     overlong: Overlong = Field(
         "error", description="a record longer than a row is an error, dropped, split into pieces, or truncated"
     )
-    min_targets: int = Field(1, gt=0, description="a document with fewer targets is dropped and counted")
+    min_targets: int | None = Field(
+        None,
+        gt=0,
+        description="documents with fewer targets are dropped and counted; null: a record without any is an error",
+    )
     deduplicate: bool = Field(False, description="keep only the first of equal records of a split")
     label_names: Annotated[tuple[str, ...], BeforeValidator(_tuple_from_value)] | None = Field(
         None, description="labels or tags in the order of their indices; null: those found in train, sorted"

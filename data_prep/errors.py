@@ -13,6 +13,14 @@ class BadDataError(PreparationError):
     exit_code = 65
 
 
+class UntrainableError(BadDataError):
+    """Records of a batch that would train nothing; `indices` says which. The message is about the first."""
+
+    def __init__(self, message: str, indices: tuple[int, ...]):
+        super().__init__(message)
+        self.indices = indices
+
+
 class MissingInputError(PreparationError):
     """A file or folder that was named does not exist."""
 

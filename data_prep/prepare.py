@@ -1,56 +1,122 @@
-"""From raw records to token stores: hash the inputs, reuse what is there, else tokenise in parallel and publish."""
+"""From raw records to token stores: hash the inputs, reuse what is there, else tokenise in parallel and publish.
+
+The spans of the input are the unit of everything: workers, machines (``part``) and interrupted
+preparations each make the parts that are missing, and whoever finds them all joins them into stores.
+"""
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.build_store import Encoding, Split, find_or_build, truncates_at_encoding
-from data_prep.config import DataConfig
+from data_prep.build_store import (
+    Encoding,
+    Group,
+    Input,
+    Split,
+    build,
+    discard_work,
+    encode_parts,
+    find_donor,
+    find_store,
+    work_dir,
+)
+from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
-from data_prep.parallel import map_spans
-from data_prep.records import Source, find_files, scan_source
-from data_prep.store_folder import exclusive, remove_leftovers, storage_errors, write_text_atomically
-from data_prep.templates import ChatFormat, plain_template
+from data_prep.ledger import ledger_table
+from data_prep.records import SourceFile
+from data_prep.shapes import recognise
+from data_prep.sources import find_sources, read_records
+from data_prep.store_folder import exclusive, remove_leftovers, remove_work, storage_errors, write_text_atomically
+from data_prep.templates import plain_template
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
 from data_prep.tokenizer import Tokenizer, open_tokenizer
-from data_prep.worker import HashRange, Task, collect_labels
+from data_prep.worker import HashRange, Task
+
+_RECOGNISED_FROM_RECORDS = 100
+
+#: Keys of the data section that change the documents of a store; the others change their rows or nothing.
+_CONTENT_KEYS = ("chat", "overlong", "min_targets", "deduplicate", "label_names", "stride_tokens", "target_tokens")
 
 
 def prepare(
-    config: DataConfig, data_section: Mapping[str, Any], task: Task, progress: bool = True
+    config: DataConfig,
+    data_section: Mapping[str, Any],
+    task: Task,
+    progress: bool = True,
+    part: tuple[int, int] | None = None,
 ) -> Mapping[str, Path]:
     """Make the token stores that `config` describes, or find them made; returns the folder of each split.
 
     `data_section` is the run file's ``data`` mapping as it stands; ``store_dir/current.json`` records it.
-    Safe to run twice at once; killed, it leaves nothing that looks like a store. Raises PreparationError.
+    With ``part`` = (i, n), i from 1, only that share of the input is tokenised and {} returned; a
+    preparation without it then joins the parts. Safe to run twice at once; killed, it leaves nothing that
+    looks like a store, and the next one goes on from the parts that were finished. Raises PreparationError.
     """
     say: Callable[[str], None] = partial(print, flush=True) if progress else _say_nothing
     tokenizer = open_tokenizer(config.tokenizer)
-    template = _chat_template(config, tokenizer, task)
+    encoding = Encoding(task, tokenizer, _chat_template(config, tokenizer, task))
     _check_task(config, tokenizer, task)
-    inputs = _scan_inputs(config)
-    with storage_errors(config.store_dir), exclusive(config.store_dir, say):
-        remove_leftovers(config.store_dir)
-        encoding = Encoding(task, tokenizer, template, _label_names(config, inputs["train"], task))
-        folders = {
-            name: find_or_build(config, _describe_split(config, name, sources, encoding), encoding, say, progress)
-            for name, sources in inputs.items()
-        }
-        current = {
-            "format": FORMAT_VERSION,
-            "task": task,
-            "data": json.loads(json.dumps(dict(data_section), default=str)),
-            "splits": {name: folder.name for name, folder in folders.items()},
-        }
-        write_text_atomically(config.store_dir / CURRENT_NAME, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
+    with storage_errors(config.store_dir):
+        config.store_dir.mkdir(parents=True, exist_ok=True)
+        groups = _groups(config, encoding, say)
+        if part is not None:
+            for group in groups:
+                made = encode_parts(config, group, group.splits, encoding, (part[0] - 1, part[1]), progress)
+                say(f"part {part[0]} of {part[1]}: {made} spans tokenised; when all are, prepare without a part joins")
+            return {}
+        with exclusive(config.store_dir, say):
+            remove_leftovers(config.store_dir)
+            discard_work(config, [group.key for group in groups])
+            folders = _build_all(config, groups, encoding, say, progress)
+            _write_current(config, data_section, task, folders)
     return folders
+
+
+def _build_all(
+    config: DataConfig, groups: Sequence[Group], encoding: Encoding, say: Callable[[str], None], progress: bool
+) -> dict[str, Path]:
+    names = config.label_names
+    folders: dict[str, Path] = {}
+    for group in groups:
+        stores = {split.name: find_store(config, split, say) for split in group.splits}
+        donors = {name: None for name in stores}
+        missing = [split for split in group.splits if stores[split.name] is None]
+        found = {split.name: find_donor(config.store_dir, split) for split in missing}
+        donors |= found
+        raw = [split for split in missing if found[split.name] is None]
+        if raw:
+            encode_parts(config, group, raw, encoding, (0, 1), progress)
+        for split in group.splits:
+            store, donor = stores[split.name], donors[split.name]
+            if store is not None:
+                say(f"reusing {split.name} store {store.path}")
+            else:
+                if donor is not None:
+                    say(f"reusing the tokens of {donor.path} for rows of {config.row_tokens}")
+                store = build(config, group, split, encoding, names, donor, progress)
+                say(_summary(split.name, store))
+            names = names or store.label_names or None
+            folders[split.name] = store.path
+        remove_work(work_dir(config, group))
+    return folders
+
+
+def _write_current(
+    config: DataConfig, data_section: Mapping[str, Any], task: Task, folders: Mapping[str, Path]
+) -> None:
+    current = {
+        "format": FORMAT_VERSION,
+        "task": task,
+        "data": json.loads(json.dumps(dict(data_section), default=str)),
+        "splits": {name: folder.name for name, folder in folders.items()},
+    }
+    write_text_atomically(config.store_dir / CURRENT_NAME, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
 
 
 def _say_nothing(_line: str) -> None:
@@ -59,88 +125,130 @@ def _say_nothing(_line: str) -> None:
 
 def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: Task) -> str | None:
     """The template that travels with the store: the run file's, the tokenizer's own, or the built-in one."""
-    if config.chat_template is not None:
-        path = Path(config.chat_template).expanduser()
+    if config.chat.template is not None:
+        path = Path(config.chat.template).expanduser()
         template: str | None
         try:
             template = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise MissingInputError(f"{path}: no such file (data.chat_template)") from None
+            raise MissingInputError(f"{path}: no such file (data.chat.template)") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise BadDataError(f"{path}: cannot be read (data.chat_template): {error}") from error
+            raise BadDataError(f"{path}: cannot be read (data.chat.template): {error}") from error
     elif tokenizer.chat_template is not None or task != "causal_lm" or tokenizer.eos_id is None:
         template = tokenizer.chat_template
     else:
         template = plain_template(tokenizer)
-    if template is not None:
-        ChatFormat(template, tokenizer, datetime.now())  # a template that does not compile is told before any work
     return template
 
 
 def _check_task(config: DataConfig, tokenizer: Tokenizer, task: Task) -> None:
-    match task:
-        case "causal_lm":
-            if tokenizer.eos_id is None:
-                raise DataConfigError(
-                    f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which task causal_lm needs"
-                )
-            if config.label_names is not None:
-                raise DataConfigError("data.label_names belongs to task sequence_classification")
-        case "sequence_classification":
-            if config.overlong == "split":
-                raise DataConfigError("data.overlong: split would give a label to pieces; use truncate or drop")
+    if task in ("causal_lm", "seq2seq_lm") and tokenizer.eos_id is None:
+        raise DataConfigError(f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task} needs")
+    if config.label_names is not None and task not in ("sequence_classification", "token_classification"):
+        raise DataConfigError(f"data.label_names belongs to classification, not to task {task}")
+    if config.overlong == "split" and task != "causal_lm":
+        raise DataConfigError(f"data.overlong: split would cut the examples of task {task}; use truncate or drop")
+    if config.packing != "best_fit" and task != "causal_lm":
+        raise DataConfigError(f"data.packing: rows of task {task} hold one document each; leave it out")
+    if config.deduplicate and task == "question_answering":
+        raise DataConfigError("data.deduplicate: windows of one context are not duplicates; leave it out")
 
 
-def _scan_inputs(config: DataConfig) -> dict[str, tuple[Source, ...]]:
-    train = find_files(config.train, "train")
-    inputs = {"train": tuple(scan_source(path) for path in train)}
-    if config.validation is not None:
-        inputs["validation"] = tuple(scan_source(path) for path in find_files(config.validation, "validation"))
-    elif config.validation_fraction is not None:
-        inputs["validation"] = inputs["train"]
-    return inputs
-
-
-def _hash_range(config: DataConfig, split: str) -> HashRange | None:
+def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None]) -> tuple[Group, ...]:
+    train = _inputs(config.train, "train", config, encoding, say)
+    whole = _group_key(config, train, encoding, "")
     share = config.validation_fraction
-    if share is None:
-        return None
-    border = int(share * 2**64)
-    return HashRange(0, border) if split == "validation" else HashRange(border, 2**64)
+    if share is not None:
+        border = int(share * 2**64)
+        ranges = {"train": HashRange(border, 2**64), "validation": HashRange(0, border)}
+        splits = tuple(_split(config, name, chosen, whole, train) for name, chosen in ranges.items())
+        return (Group(splits, train, whole),)
+    groups = [Group((_split(config, "train", None, whole, train),), train, whole)]
+    if config.validation is not None:
+        held_out = _inputs(config.validation, "validation", config, encoding, say)
+        # Labels are numbered as in train, so a store of held-out records belongs to its training records.
+        key = _group_key(config, held_out, encoding, "" if encoding.task == "causal_lm" else whole)
+        groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, key))
+    return tuple(groups)
 
 
-def _label_names(config: DataConfig, train: Sequence[Source], task: Task) -> tuple[str, ...]:
-    """Labels in the order of their indices: the run file's, or those of the training records, sorted."""
-    if task != "sequence_classification" or config.label_names is not None:
-        return config.label_names or ()
-    chosen = _hash_range(config, "train")
-    work = [(source.path, span, chosen) for source in train for span in source.spans]
-    found: set[str] = set()
-    for labels in map_spans(collect_labels, work, config.workers):
-        found.update(labels)
-    if len(found) < 2:
-        raise BadDataError(f"{train[0].path}: only {len(found)} different labels in train; classification needs two")
-    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
-    return tuple(sorted(found, key=int) if numeric else sorted(found))
+def _inputs(
+    sources: tuple[SourceConfig, ...], key: str, config: DataConfig, encoding: Encoding, say: Callable[[str], None]
+) -> tuple[Input, ...]:
+    found = find_sources(sources, f"data.{key}", config.store_dir / ".cache")
+    names = _source_names(sources, found)
+    inputs = []
+    for source, name, files in zip(sources, names, found, strict=True):
+        first = [record for file in files[:1] for record in islice(read_records(file), _RECOGNISED_FROM_RECORDS)]
+        if not first:
+            raise BadDataError(f"{files[0].label}: the file holds no records")
+        shape = recognise(first, source, encoding.task)
+        say(f"{key} {name}: {shape.describe()}; {len(files)} {'file' if len(files) == 1 else 'files'}")
+        inputs.append(Input(source, name, tuple(files), shape))
+    return tuple(inputs)
 
 
-def _describe_split(config: DataConfig, name: str, sources: tuple[Source, ...], encoding: Encoding) -> Split:
-    chosen = _hash_range(config, name)
-    content = {
-        "format": FORMAT_VERSION,
-        "task": encoding.task,
-        "sources": [(source.path, source.size_bytes, source.sha256) for source in sources],
-        "chosen": None if chosen is None else (chosen.low, chosen.high),
-        "tokenizer": encoding.tokenizer.files(encoding.chat_template),
-        "label_names": encoding.label_names,
-        "truncate_to_tokens": config.row_tokens if truncates_at_encoding(config, encoding.task) else None,
-    }
-    content_key = _key(content)
-    return Split(name, sources, chosen, content_key, _key([content_key, config.row_tokens, config.overlong]))
+def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[SourceFile]]) -> list[str]:
+    """What each source is called; a number is added where two would be called the same."""
+    names: list[str] = []
+    for source, files in zip(sources, found, strict=True):
+        path = source.path or source.hub
+        name = source.name or (Path(path).name if path and set("*?[") & set(path) == set() else Path(files[0].label).name)
+        name = name if source.name else name.split(".")[0] or name
+        base, number = name, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _group_key(config: DataConfig, inputs: Sequence[Input], encoding: Encoding, belongs_to: str) -> str:
+    settings = config.model_dump(mode="json", include=set(_CONTENT_KEYS))
+    if encoding.task == "causal_lm":
+        # How over-long documents are cut is a matter of rows there, unless they are refused.
+        settings["overlong"] = settings["overlong"] == "error" and config.row_tokens
+    else:
+        settings["row_tokens"] = config.row_tokens
+    return _key(
+        {
+            "format": FORMAT_VERSION,
+            "task": encoding.task,
+            "belongs_to": belongs_to,
+            "inputs": [
+                {
+                    "name": one.name,
+                    "reading": one.config.model_dump(mode="json", exclude={"weight", "epochs", "path", "name"}),
+                    "shape": one.shape.key(),
+                    "files": [(file.label, file.size_bytes, file.sha256) for file in one.files],
+                }
+                for one in inputs
+            ],
+            "tokenizer": encoding.tokenizer.files(encoding.chat_template),
+            "settings": settings,
+        }
+    )
+
+
+def _split(config: DataConfig, name: str, chosen: HashRange | None, group_key: str, inputs: Sequence[Input]) -> Split:
+    content_key = _key([group_key, None if chosen is None else (chosen.low, chosen.high)])
+    shares = [(one.config.weight, one.config.epochs) for one in inputs]
+    rows = [config.row_tokens, config.packing, config.overlong, config.min_targets, shares]
+    return Split(name, chosen, content_key, _key([content_key, rows]))
 
 
 def _key(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _summary(name: str, store: TokenStore) -> str:
+    manifest = store.manifest
+    lines = [f"{name}: {store.path}", ledger_table(manifest)]
+    if manifest["num_answers"]:
+        share = manifest["num_trained_stops"] / manifest["num_answers"]
+        lines.append(f"answers whose stop token is trained: {share:.2%} of {manifest['num_answers']}")
+    if store.label_names:
+        lines.append(f"labels: {', '.join(store.label_names[:8])}{' ...' if len(store.label_names) > 8 else ''}")
+    return "\n".join(lines)
 
 
 def unigram_entropy(store: TokenStore, rows: Rows) -> float:

@@ -41,6 +41,11 @@ class Shape:
     refused: tuple[str, ...] = ()  # alpaca: fields that no first record had, but that would change its reading
     summary: str = field(default="", compare=False)
 
+    @property
+    def gives_chats(self) -> bool:
+        """Whether its records may be conversations, which need a chat template."""
+        return self.name in ("messages", "sharegpt") or bool({"system", "history"} & set(self.fields))
+
     def describe(self) -> str:
         """One line for people: what the records were taken for."""
         return f"{self.name}: {self.summary}"

@@ -51,6 +51,11 @@ def remove_leftovers(store_dir: Path) -> None:
             leftover.unlink()
 
 
+def remove_work(folder: Path) -> None:
+    """Remove the parts of a preparation whose stores are published."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def sync_file(path: Path) -> None:
     """Make a file's content, or a folder's names, durable."""
     descriptor = os.open(path, os.O_RDONLY)

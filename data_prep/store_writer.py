@@ -1,96 +1,225 @@
-"""Writes the files of a token store: columns with their hashes."""
+"""Writes the columns of a token store with their hashes: the parts of all spans, joined in one pass."""
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import xxhash
 
+from data_prep.blocks import RAGGED_LENGTHS, TASK_COLUMNS
+from data_prep.parts import PartAccount, read_blocks
 from data_prep.store_folder import sync_file
 from data_prep.token_store import hash_file
-from data_prep.worker import SpanResult, part_path
 
 FileEntry = dict[str, Any]
 
 
+class ColumnWriter:
+    """A one-dimensional .npy file whose length is known before its values. A context manager."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], length: int):
+        self._path, self._dtype, self._length = path, dtype, length
+        header = io.BytesIO()
+        description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(header, description)
+        self._digest = xxhash.xxh3_128(header.getvalue())
+        self._written = 0
+        self._file = path.open("wb")
+        self._file.write(header.getvalue())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, values: np.ndarray) -> None:
+        """Append values."""
+        data = np.ascontiguousarray(values, dtype=self._dtype).data
+        self._file.write(data)
+        self._digest.update(data)
+        self._written += len(values)
+
+    def finish(self) -> FileEntry:
+        """Make the file durable; returns its manifest entry."""
+        assert self._written == self._length, f"{self._path}: {self._written} values, not {self._length}"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._path.stat().st_size, "xxh3_128": self._digest.hexdigest()}
+
+
 def write_column(path: Path, dtype: np.dtype[Any], length: int, blocks: Iterable[np.ndarray]) -> FileEntry:
     """Write a one-dimensional .npy file of `length` values from consecutive blocks; returns its manifest entry."""
-    header = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(header, description)
-    digest = xxhash.xxh3_128(header.getvalue())
-    written = 0
-    with path.open("wb") as file:
-        file.write(header.getvalue())
+    with ColumnWriter(path, dtype, length) as writer:
         for block in blocks:
-            data = np.ascontiguousarray(block, dtype=dtype).data
-            file.write(data)
-            digest.update(data)
-            written += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    assert written == length, f"{path}: {written} values, not {length}"
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+            writer.write(block)
+        return writer.finish()
 
 
-def _pack_bits(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """One bit for each byte of `blocks`, most significant first, padded with zeros only at the very end."""
-    carried = np.zeros(0, dtype=np.uint8)
-    for block in blocks:
-        marks = np.concatenate((carried, block))
+class _Marks:
+    """Packs one bit a token, most significant first, across blocks."""
+
+    def __init__(self, writer: ColumnWriter):
+        self._writer = writer
+        self._carried = np.zeros(0, dtype=np.uint8)
+
+    def write(self, marks: np.ndarray) -> None:
+        marks = np.concatenate((self._carried, marks))
         whole = len(marks) // 8 * 8
-        yield np.packbits(marks[:whole])
-        carried = marks[whole:]
-    if len(carried):
-        yield np.packbits(carried)
+        self._writer.write(np.packbits(marks[:whole]))
+        self._carried = marks[whole:]
+
+    def flush(self) -> None:
+        if len(self._carried):
+            self._writer.write(np.packbits(self._carried))
 
 
-def _parts(parts_dir: Path, count: int, column: str, dtype: Any) -> Iterator[np.ndarray]:
-    for index in range(count):
-        yield np.fromfile(part_path(parts_dir, index, column), dtype=dtype)
-
-
-def _ends(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    total = 0
-    for block in blocks:
-        ends = np.cumsum(block, dtype=np.int64) + total
-        total = int(ends[-1]) if len(ends) else total
-        yield ends
+def column_sizes(parts_dir: Path, accounts: Sequence[PartAccount]) -> dict[str, tuple[np.dtype[Any], int]]:
+    """dtype and number of values of every column over all parts, from their accounts."""
+    sizes: dict[str, tuple[np.dtype[Any], int]] = {}
+    for account in accounts:
+        for block in account.blocks:
+            for name, dtype, count in block:
+                before = sizes.get(name, (np.dtype(dtype), 0))
+                sizes[name] = (before[0], before[1] + count)
+    return sizes
 
 
 def write_content(
-    folder: Path, parts_dir: Path, results: Sequence[SpanResult], ids: np.dtype[Any], has_labels: bool
-) -> dict[str, FileEntry]:
-    """Join the part files of all spans into the columns of a store; returns their manifest entries."""
-    count = len(results)
-    tokens = sum(result.num_tokens for result in results)
-    documents = sum(result.num_documents for result in results)
-    end_type = np.dtype(np.uint32 if tokens < 2**32 else np.uint64)
-    entries = {
-        "input_ids.npy": write_column(
-            folder / "input_ids.npy", ids, tokens, _parts(parts_dir, count, "input_ids", ids)
-        ),
-        "document_ends.npy": write_column(
-            folder / "document_ends.npy", end_type, documents, _ends(_parts(parts_dir, count, "lengths", np.uint32))
-        ),
-        "document_lines.npy": write_column(
-            folder / "document_lines.npy",
-            np.dtype(np.uint32),
-            documents,
-            _parts(parts_dir, count, "lines", np.uint32),
-        ),
-    }
-    if has_labels:
-        entries["labels.npy"] = write_column(
-            folder / "labels.npy", np.dtype(np.int32), documents, _parts(parts_dir, count, "labels", np.int32)
-        )
+    folder: Path,
+    parts_dir: Path,
+    accounts: Sequence[PartAccount],
+    id_type: np.dtype[Any],
+    number_of: Mapping[str, int],
+    kept: Sequence[np.ndarray] | None,
+) -> tuple[dict[str, FileEntry], dict[str, dict[str, str]], list[PartAccount]]:
+    """Join the parts into the columns of a store.
+
+    `number_of` gives the final number of every label or tag. `kept`, one bool array [documents] a part,
+    leaves out the others. Returns the manifest's files and columns, and the accounts of what was kept.
+    """
+    if kept is not None:
+        sizes, accounts_kept = _sizes_of_kept(parts_dir, accounts, kept)
     else:
-        bits = _pack_bits(_parts(parts_dir, count, "marks", np.uint8))
-        entries["targets.npy"] = write_column(folder / "targets.npy", np.dtype(np.uint8), -(-tokens // 8), bits)
-    return entries
+        sizes, accounts_kept = column_sizes(parts_dir, accounts), list(accounts)
+    tokens, documents = (sizes.get(name, (None, 0))[1] for name in ("input_ids", "lengths"))
+    columns = {name: per for name, per in TASK_COLUMNS.items() if name in sizes}
+    plan: dict[str, tuple[np.dtype[Any], int]] = {
+        "input_ids": (id_type, tokens),
+        "document_ends": (np.dtype(np.uint32 if tokens < 2**32 else np.uint64), documents),
+        "document_lines": (np.dtype(np.uint32), documents),
+        "targets": (np.dtype(np.uint8), -(-tokens // 8)),
+    }
+    for name, per in columns.items():
+        plan[name] = sizes[name]
+        if per == "ragged":
+            plan[f"{name}_ends"] = (np.dtype(np.uint32 if sizes[name][1] < 2**32 else np.uint64), documents)
+    if set(columns) & {"labels", "label_sets", "scores", "answer_spans", "target_ids"}:
+        del plan["targets"]  # what is trained is the document itself
+    writers = {name: ColumnWriter(folder / f"{name}.npy", *what) for name, what in plan.items()}
+    try:
+        _join(parts_dir, accounts, writers, number_of, kept)
+        files = {f"{name}.npy": writer.finish() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.__exit__(None, None, None)
+    return files, {name: {"per": per} for name, per in columns.items()}, accounts_kept
+
+
+def _sizes_of_kept(
+    parts_dir: Path, accounts: Sequence[PartAccount], kept: Sequence[np.ndarray]
+) -> tuple[dict[str, tuple[np.dtype[Any], int]], list[PartAccount]]:
+    """As `column_sizes`, of the kept documents alone, and the accounts with their counts."""
+    sizes = column_sizes(parts_dir, accounts)
+    counts = dict.fromkeys(sizes, 0)
+    remaining = []
+    for index, account in enumerate(accounts):
+        own = dict.fromkeys(sizes, 0)
+        targets = first = 0
+        for block in read_blocks(parts_dir, index, account):
+            documents = len(block["lengths"])
+            chosen = _choose(block, kept[index][first : first + documents])
+            first += documents
+            for name, values in chosen.items():
+                own[name] += len(values)
+            targets += int(chosen["marks"].sum(dtype=np.int64))
+        if not targets:
+            targets = own["target_ids"] if "target_ids" in own else own.get("lengths", 0)
+        remaining.append(
+            replace(account, num_documents=own.get("lengths", 0), num_tokens=own.get("input_ids", 0), num_targets=targets)
+        )
+        for name, count in own.items():
+            counts[name] += count
+    return {name: (dtype, counts[name]) for name, (dtype, _) in sizes.items()}, remaining
+
+
+def _join(
+    parts_dir: Path, accounts: Sequence[PartAccount], writers: Mapping[str, ColumnWriter],
+    number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None,
+) -> None:  # fmt: skip
+    marks = _Marks(writers["targets"]) if "targets" in writers else None
+    ends = {name: 0 for name in writers}
+    questions = 0
+    for block, final in _kept_blocks(parts_dir, accounts, number_of, kept):
+        for name, values in block.items():
+            if name == "marks":
+                if marks is not None:
+                    marks.write(values)
+            elif name in ("lengths", "lines") or name.endswith(RAGGED_LENGTHS):
+                target = {"lengths": "document_ends", "lines": "document_lines"}.get(
+                    name, f"{name.removesuffix(RAGGED_LENGTHS)}_ends"
+                )
+                if name == "lines":
+                    writers[target].write(values)
+                    continue
+                so_far = np.cumsum(values, dtype=np.int64) + ends[target]
+                ends[target] = int(so_far[-1]) if len(so_far) else ends[target]
+                writers[target].write(so_far)
+            elif name in ("labels", "tags", "label_sets"):
+                writers[name].write(np.where(values >= 0, final[values], -1) if len(final) else values)
+            elif name == "questions":
+                writers[name].write(values + questions)
+                questions += int(values[-1]) + 1 if len(values) else 0
+            elif name in writers:
+                writers[name].write(values)
+    if marks is not None:
+        marks.flush()
+
+
+def _kept_blocks(
+    parts_dir: Path, accounts: Sequence[PartAccount], number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Every block with the documents that are kept, and the final number of each of its part's names."""
+    for index, account in enumerate(accounts):
+        final = np.array([number_of[name] for name in account.names], dtype=np.int32)
+        first = 0
+        for block in read_blocks(parts_dir, index, account):
+            documents = len(block["lengths"])
+            chosen = None if kept is None else kept[index][first : first + documents]
+            first += documents
+            yield (block if chosen is None or chosen.all() else _choose(block, chosen)), final
+
+
+def _choose(block: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """The documents of a block for which `chosen` is true."""
+    of_tokens = np.repeat(chosen, block["lengths"])
+    result = {}
+    for name, values in block.items():
+        if f"{name}{RAGGED_LENGTHS}" in block:
+            result[name] = values[np.repeat(chosen, block[f"{name}{RAGGED_LENGTHS}"])]
+        elif name in ("input_ids", "marks", "tags"):
+            result[name] = values[of_tokens]
+        else:
+            result[name] = values[chosen]
+    return result
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -36,6 +37,10 @@ _HUB_FILES = [
     "merges.txt",
 ]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_JOINT = "\ufdef"  # a noncharacter: no text holds it
+_SUB_BATCH_TEXTS = 64  # the library keeps all results of a call: larger calls cost memory and time
+
+FlatIds = tuple[np.ndarray, np.ndarray]  # uint32 ids of all texts, one after the other; int64 end of each text
 
 
 class Tokenizer:
@@ -61,7 +66,7 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self.control_ids = frozenset(index for index, token in added.items() if token.special)
         self.control_strings = tuple(token.content for token in added.values() if token.special)
-        self.added_strings = tuple(token.content for token in added.values())
+        self.plain_added_strings = tuple(token.content for token in added.values() if not token.special)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
@@ -85,9 +90,99 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        """As `encode_batch`, in arrays."""
+        return _flat(self._backend, texts)
+
+    def encode_rendered(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of rendered chats, in which strings of control tokens are control tokens."""
+        return _flat(self._rendered, texts)
+
+    def rendered_with_offsets(self, pieces: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of one rendered chat given in pieces, and the character span [start, stop) of every token.
+
+        Control tokens are found inside pieces, never across their joints.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        base = 0
+        for index, piece in enumerate(pieces):
+            # A text inside is not at the start: behind the joint, no pipeline gives it a blank as prefix.
+            skip = 1 if index else 0
+            encoding = self._joined.encode((_JOINT if index else "") + piece, add_special_tokens=False)
+            ids += encoding.ids[skip:]
+            offsets += [(base + start - skip, base + stop - skip) for start, stop in encoding.offsets[skip:]]
+            base += len(piece)
+        return ids, offsets
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and character spans of plain texts, without special tokens."""
+        encodings = self._rendered_as_text.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[tuple[list[int], list[int | None]]]:
+        """Ids of sentences given as words, and the number of the word each id belongs to."""
+        if self._words_need_blanks:
+            sentences = [[word if not index else f" {word}" for index, word in enumerate(words)] for words in sentences]
+        encodings = self._backend.encode_batch(
+            [list(words) for words in sentences], is_pretokenized=True, add_special_tokens=False
+        )
+        return [(encoding.ids, encoding.word_ids) for encoding in encodings]
+
+    @cached_property
+    def _words_need_blanks(self) -> bool:
+        # Byte-level pipelines keep the blank before a word with it, and do not add it to words given apart.
+        levels = pre_tokenizer_steps(json.loads(self._backend.to_str()))
+        return any(part["type"] == "ByteLevel" and not part.get("add_prefix_space") for part in levels)
+
     def holds_control_ids(self, ids: Sequence[int]) -> bool:
         """Whether encoded content came out with a control token in it after all."""
         return not self._forbidden_ids.isdisjoint(ids)
+
+    @cached_property
+    def forbidden(self) -> np.ndarray:
+        """bool [vocab_size]: the control tokens that content must not hold."""
+        table = np.zeros(self.vocab_size, dtype=bool)
+        table[sorted(self._forbidden_ids)] = True
+        return table
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray | None:
+        """int64 [vocab_size]: bytes of text behind every token; None where they cannot be known from the token.
+
+        Known for byte-level BPE, whose pieces spell one byte a character.
+        """
+        pipeline = json.loads(self._backend.to_str())
+        levels = pre_tokenizer_steps(pipeline)
+        if pipeline["model"]["type"] != "BPE" or not any(part["type"] == "ByteLevel" for part in levels):
+            return None
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
+            lengths[index] = len(piece)
+        for index, token in self._backend.get_added_tokens_decoder().items():
+            lengths[index] = len(token.content.encode())
+        return lengths
+
+    @cached_property
+    def keeps_text(self) -> bool:
+        """Whether no normaliser changes the text before it is encoded."""
+        return self._backend.normalizer is None
+
+    @property
+    def pipeline_json(self) -> str:
+        """The whole pipeline as tokenizer.json holds it."""
+        return str(self._backend.to_str(pretty=False))
+
+    @cached_property
+    def pair_middle_ids(self) -> list[int]:
+        """What the tokenizer itself puts between the two texts of a pair."""
+        one = self._backend.encode("a", "a")
+        own = [index for index, special in enumerate(one.special_tokens_mask) if not special]
+        split = next(index for index, kind in enumerate(one.sequence_ids) if kind == 1)
+        before = max(index for index, kind in enumerate(one.sequence_ids) if kind == 0)
+        assert own
+        ids: list[int] = one.ids
+        return ids[before + 1 : split]
 
     @cached_property
     def _rendered(self) -> tokenizers.Tokenizer:
@@ -95,12 +190,17 @@ class Tokenizer:
         pipeline = json.loads(self._backend.to_str())
         return tokenizers.Tokenizer.from_str(json.dumps({**pipeline, "post_processor": None}))
 
-    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids and character offsets of rendered chats, in which strings of control tokens are control tokens."""
-        if not texts:
-            return []
-        encodings = self._rendered.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+    @cached_property
+    def _rendered_as_text(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._rendered.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def _joined(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._rendered.to_str())
+        backend.add_tokens([AddedToken(_JOINT, special=False, normalized=False)])
+        return backend
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`."""
@@ -130,6 +230,28 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.files(chat_template or self.chat_template).items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _flat(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> FlatIds:
+    blocks: list[np.ndarray] = []
+    for start in range(0, len(texts), _SUB_BATCH_TEXTS):
+        encodings = backend.encode_batch_fast(list(texts[start : start + _SUB_BATCH_TEXTS]), add_special_tokens=False)
+        blocks += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+    ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.uint32), ends
+
+
+def pre_tokenizer_steps(pipeline: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of the pre-tokenizer of a tokenizer.json, sequences taken apart."""
+
+    def flatten(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+        if component is None:
+            return []
+        if component["type"] == "Sequence":
+            return [part for inner in component["pretokenizers"] for part in flatten(inner)]
+        return [component]
+
+    return flatten(pipeline["pre_tokenizer"])
 
 
 def open_tokenizer(name: str) -> Tokenizer:

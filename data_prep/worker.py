@@ -2,24 +2,39 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 
-from data_prep.encode import Columns, Document, encode_causal_lm, encode_sequence_classification, flatten
-from data_prep.errors import BadDataError
-from data_prep.records import Record, Span, label_field, read_records
+from data_prep.backends import open_backend
+from data_prep.blocks import Block, Names
+from data_prep.config import DataConfig
+from data_prep.encode import Context, encode_causal_lm
+from data_prep.encode_labels import (
+    encode_question_answering,
+    encode_seq2seq_lm,
+    encode_sequence_classification,
+    encode_token_classification,
+)
+from data_prep.errors import BadDataError, UntrainableError
+from data_prep.parts import PartAccount, PartWriter
+from data_prep.records import Record, SourceFile, Span
+from data_prep.shapes import Shape, to_example
+from data_prep.sources import read_records
+from data_prep.template_proof import Plan
 from data_prep.templates import ChatFormat
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import open_tokenizer
 
-Task = Literal["causal_lm", "sequence_classification"]
+Task = Literal[
+    "causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"
+]
 
-_BATCH_RECORDS = 256
+_BATCH_RECORDS = 1024
 _BATCH_CHARACTERS = 1 << 20
 
 
@@ -30,9 +45,14 @@ class HashRange:
     low: int
     high: int
 
-    def holds(self, record: Record) -> bool:
-        canonical = json.dumps(record.value, sort_keys=True, separators=(",", ":"))
-        return self.low <= xxhash.xxh3_64_intdigest(canonical.encode("ascii")) < self.high
+
+@dataclass(frozen=True)
+class SplitJob:
+    """One split that is made of the spans: which records it takes and where its parts go."""
+
+    name: str
+    chosen: HashRange | None  # None: every record
+    parts_dir: Path
 
 
 @dataclass(frozen=True)
@@ -40,26 +60,28 @@ class Job:
     """What every worker needs to know."""
 
     task: Task
+    config: DataConfig
     tokenizer_dir: Path  # the folder that goes into the store, so that exactly it is what encodes
     chat_template: str | None
     now: datetime
-    label_names: tuple[str, ...]
-    chosen: HashRange | None  # None: every record
-    refuse_above_tokens: int | None  # a longer record is an error
-    truncate_to_tokens: int | None  # classification: cut at encoding, so that special tokens stay
-    parts_dir: Path
+    plan: Plan | None  # what is known of the template; None where no record is a conversation
+    splits: tuple[SplitJob, ...]
 
 
 @dataclass(frozen=True)
-class SpanResult:
-    """What one span came to."""
+class Work:
+    """One span of one file, its number among all spans, and what its records are."""
 
-    num_read: int
-    num_other_split: int
-    num_documents: int
-    num_tokens: int
-    num_targets: int
-    num_truncated: int
+    index: int
+    source: SourceFile
+    span: Span
+    shape: Shape
+
+
+def record_hash(record: Record) -> int:
+    """64 bits from the content of a record alone, whatever its file, line and order of fields."""
+    canonical = json.dumps(record.value, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_64_intdigest(canonical.encode("ascii"))
 
 
 def overlong_message(where: str, num_tokens: int, row_tokens: int) -> str:
@@ -76,37 +98,86 @@ def id_type(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
 
 
 class Encoder:
-    """A job with its tokenizer and template opened, as each process holds it once."""
+    """A job with its tokenizer, backend and template opened, as each process holds it once."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.tokenizer: Tokenizer = open_tokenizer(str(job.tokenizer_dir))
-        self.chat = ChatFormat(job.chat_template, self.tokenizer, job.now) if job.chat_template is not None else None
-        self.label_index = {name: index for index, name in enumerate(job.label_names)}
+        config = job.config
+        self.tokenizer = open_tokenizer(str(job.tokenizer_dir))
+        self._backend = open_backend(config.backend, self.tokenizer)
+        self._chat = None
+        if job.plan is not None:
+            assert job.chat_template is not None
+            names = self.tokenizer.special_tokens, self.tokenizer.control_strings
+            self._chat = ChatFormat(job.chat_template, *names, job.now, config.chat, job.plan)
 
-    def encode(self, records: list[Record]) -> list[Document]:
-        """Documents of a batch of records. Raises the BadDataError of the first faulty one, by line."""
-        try:
-            return self._encode(records)
-        except BadDataError:
-            if len(records) > 1:
-                for record in records:
-                    self._encode([record])
-            raise
+    def context(self, names: Names) -> Context:
+        """What the encode functions take, with a book for the names they meet."""
+        config = self.job.config
+        cuts = self.job.task != "causal_lm" and config.overlong == "truncate"
+        return Context(
+            tokenizer=self.tokenizer,
+            backend=self._backend,
+            chat=self._chat,
+            names=names,
+            id_type=id_type(self.tokenizer.vocab_size),
+            train_on_prompt=config.chat.train_on_prompt,
+            allow_untrained_stop=config.chat.allow_untrained_stop,
+            limit_tokens=config.row_tokens if cuts else None,
+            target_limit_tokens=config.target_tokens or config.row_tokens,
+            row_tokens=config.row_tokens,
+            stride_tokens=config.stride_tokens,
+        )
 
-    def _encode(self, records: list[Record]) -> list[Document]:
+    def encode(self, records: Sequence[Record], shape: Shape, context: Context) -> tuple[Block | None, int]:
+        """A block of a batch of records (None if all were dropped), and how many were dropped for want of targets.
+
+        Raises the BadDataError of the first faulty record, by line.
+        """
+        dropped = 0
+        while records:
+            try:
+                return self._encode(records, shape, context), dropped
+            except UntrainableError as error:
+                if self.job.config.min_targets is None:
+                    self._raise_first(records, shape, context)
+                    raise
+                gone = set(error.indices)
+                dropped += len(gone)
+                records = [record for index, record in enumerate(records) if index not in gone]
+            except BadDataError:
+                self._raise_first(records, shape, context)
+                raise
+        return None, dropped
+
+    def _raise_first(self, records: Sequence[Record], shape: Shape, context: Context) -> None:
+        """Which of several faulty records comes first is known only when each is tried alone."""
+        for record in records if len(records) > 1 else ():
+            try:
+                self._encode([record], shape, context)
+            except UntrainableError:
+                if self.job.config.min_targets is None:
+                    raise
+
+    def _encode(self, records: Sequence[Record], shape: Shape, context: Context) -> Block:
+        examples = [to_example(shape, record) for record in records]
         match self.job.task:
             case "causal_lm":
-                documents = encode_causal_lm(records, self.tokenizer, self.chat)
+                block = encode_causal_lm(records, examples, context)
             case "sequence_classification":
-                documents = encode_sequence_classification(
-                    records, self.tokenizer, self.label_index, self.job.truncate_to_tokens
-                )
-        limit = self.job.refuse_above_tokens
-        for record, document in zip(records, documents, strict=True):
-            if limit is not None and len(document.input_ids) > limit:
-                raise BadDataError(overlong_message(record.where, len(document.input_ids), limit))
-        return documents
+                block = encode_sequence_classification(records, examples, context)
+            case "token_classification":
+                block = encode_token_classification(records, examples, context)
+            case "question_answering":
+                block = encode_question_answering(records, examples, context)
+            case "seq2seq_lm":
+                block = encode_seq2seq_lm(records, examples, context)
+        if self.job.config.overlong == "error":
+            lengths, limit = block.columns["lengths"], self.job.config.row_tokens
+            if len(lengths) and int(lengths.max()) > limit:
+                place = int(np.argmax(lengths > limit))
+                raise BadDataError(overlong_message(records[place].where, int(lengths[place]), limit))
+        return block
 
 
 _encoder: Encoder | None = None
@@ -119,68 +190,104 @@ def start_worker(job: Job) -> None:
     _encoder = Encoder(job)
 
 
-def encode_span_in_worker(index: int, path: str, span: Span) -> SpanResult:
+def encode_span_in_worker(work: Work) -> dict[str, PartAccount]:
     """`encode_span` with the encoder of this process."""
     assert _encoder is not None
-    return encode_span(_encoder, index, path, span)
+    return encode_span(_encoder, work)
 
 
-def encode_span(encoder: Encoder, index: int, path: str, span: Span) -> SpanResult:
-    """Encode the records of one span and write them as part files `index`. Raises BadDataError."""
-    num_read = num_other = num_truncated = 0
-    blocks: list[Columns] = []
-    stored = id_type(encoder.tokenizer.vocab_size)
-    for batch, read in _batches(path, span, encoder.job.chosen):
-        num_read += read
-        num_other += read - len(batch)
-        documents = encoder.encode(batch)
-        num_truncated += sum(document.truncated for document in documents)
-        blocks.append(flatten(documents, stored))
-    lengths = write_parts(encoder.job.parts_dir, index, blocks or [flatten([], stored)])
-    marks = sum(int(block.marks.sum()) for block in blocks)
-    targets = marks if encoder.job.task == "causal_lm" else len(lengths)
-    return SpanResult(num_read, num_other, len(lengths), int(lengths.sum()), targets, num_truncated)
-
-
-def _batches(path: str, span: Span, chosen: HashRange | None) -> Iterator[tuple[list[Record], int]]:
-    """Batches of chosen records, each with the number of records read for it."""
-    batch: list[Record] = []
-    read = characters = 0
-    unreadable: BadDataError | None = None
+def encode_span(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
+    """Encode the records of one span and seal its part of every split. Raises BadDataError; then no part is left."""
+    job = encoder.job
+    names = {split.name: Names() for split in job.splits}
+    writers = {split.name: PartWriter(split.parts_dir, work.index, names[split.name]) for split in job.splits}
+    contexts = {name: encoder.context(book) for name, book in names.items()}
+    read = 0
+    taken = dict.fromkeys(names, 0)
+    dropped = dict.fromkeys(names, 0)
     try:
-        for record in read_records(path, span):
+        for name, batch, num_read in _batches(work, job.splits):
+            read += num_read
+            taken[name] += len(batch)
+            if batch:
+                block, num_dropped = encoder.encode(batch, work.shape, contexts[name])
+                dropped[name] += num_dropped
+                if block is not None:
+                    if job.config.deduplicate:
+                        block.columns.update(document_hashes(block))
+                    writers[name].write(block)
+        return {
+            name: writer.close(read, read - taken[name], {"no_targets": dropped[name]} if dropped[name] else {})
+            for name, writer in writers.items()
+        }
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+
+
+def _batches(work: Work, splits: Sequence[SplitJob]) -> Iterator[tuple[str, list[Record], int]]:
+    """Batches of records of one split each, with the number of records read since the batch before."""
+    batches: dict[str, list[Record]] = {split.name: [] for split in splits}
+    read = size = 0
+    unreadable: BadDataError | None = None
+    everything = splits[0].name if len(splits) == 1 and splits[0].chosen is None else None
+    try:
+        for record in read_records(work.source, work.span):
             read += 1
-            if chosen is None or chosen.holds(record):
-                batch.append(record)
-                characters += sum(len(value) for value in record.value.values() if isinstance(value, str))
-            if len(batch) == _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
-                yield batch, read
-                batch, read, characters = [], 0, 0
+            size += _characters(record.value)
+            if everything is not None:
+                batches[everything].append(record)
+            else:
+                number = record_hash(record)
+                for split in splits:
+                    if split.chosen is None or split.chosen.low <= number < split.chosen.high:
+                        batches[split.name].append(record)
+            if size >= _BATCH_CHARACTERS or read >= _BATCH_RECORDS:
+                for name, batch in batches.items():
+                    yield name, batch, read
+                    batches[name], read = [], 0
+                size = 0
     except BadDataError as error:
         unreadable = error
-    yield batch, read  # before a fault on a later line is told: it may hold the first one
+    for name, batch in batches.items():  # before a fault on a later line is told: they may hold the first one
+        yield name, batch, read
+        read = 0
     if unreadable is not None:
         raise unreadable
 
 
-PART_COLUMNS = ("input_ids", "marks", "lengths", "lines", "labels")
+def _characters(value: Any) -> int:
+    """Roughly what a record takes in memory: the characters of all its texts."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum([_characters(inner) for inner in value.values()])
+    return sum([_characters(inner) for inner in value]) if isinstance(value, list) else 8
 
 
-def part_path(parts_dir: Path, index: int, column: str) -> Path:
-    """Raw values of one column of span `index`, without a header."""
-    return parts_dir / f"{index:08d}.{column}"
-
-
-def write_parts(parts_dir: Path, index: int, blocks: list[Columns]) -> np.ndarray:
-    """Write the columns of a span; returns the document lengths."""
-    for column in PART_COLUMNS:
-        with part_path(parts_dir, index, column).open("wb") as file:
-            for block in blocks:
-                file.write(np.ascontiguousarray(getattr(block, column)).data)
-    return np.concatenate([block.lengths for block in blocks]).astype(np.int64)
-
-
-def collect_labels(path: str, span: Span, chosen: HashRange | None) -> list[str]:
-    """The different labels of a span, sorted. Raises BadDataError for a record without one."""
-    records = read_records(path, span)
-    return sorted({label_field(record) for record in records if chosen is None or chosen.holds(record)})
+def document_hashes(block: Block) -> dict[str, np.ndarray]:
+    """128 bits of everything a document trains, as columns ``hash_low`` and ``hash_high`` (uint64)."""
+    columns = block.columns
+    starts = np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]
+    pieces = []
+    for name, column in columns.items():
+        if name in ("lines", "lengths", "questions") or name.endswith("_lengths"):
+            continue
+        if f"{name}_lengths" in columns:
+            counts = columns[f"{name}_lengths"].astype(np.int64)
+            firsts = np.cumsum(counts) - counts
+        elif len(column) == block.num_tokens and name in ("input_ids", "marks", "tags"):
+            firsts, counts = starts, columns["lengths"].astype(np.int64)
+        else:
+            firsts, counts = np.arange(block.num_documents), np.ones(block.num_documents, dtype=np.int64)
+        pieces.append((np.ascontiguousarray(column), firsts.tolist(), counts.tolist()))
+    digests = bytearray()
+    for document in range(block.num_documents):
+        digest = xxhash.xxh3_128()
+        for column, firsts, counts in pieces:
+            digest.update(counts[document].to_bytes(8, "little"))
+            digest.update(column[firsts[document] : firsts[document] + counts[document]].data)
+        digests += digest.digest()
+    halves = np.frombuffer(bytes(digests), dtype=np.uint64).reshape(-1, 2)
+    return {"hash_low": halves[:, 0].copy(), "hash_high": halves[:, 1].copy()}

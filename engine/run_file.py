@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # Keys whose value is (or may be) a path, relative to the current directory in a run file.
 _OUTPUT_PATHS = ("run_dir", "data.store_dir")
-_INPUT_PATHS = ("data.train", "data.validation", "data.tokenizer", "data.chat_template", "model.path", "deepspeed")
+_INPUT_PATHS = ("data.train", "data.validation", "data.tokenizer", "data.chat.template", "model.path", "deepspeed")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -201,11 +201,20 @@ def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
         given = holder.get(key)
         if given is None or (dotted == "deepspeed" and given in shipped_ds_configs()):
             continue
-        if isinstance(given, list):
-            holder[key] = [_absolute(item, dotted in _OUTPUT_PATHS) for item in given]
-        else:
-            holder[key] = _absolute(given, dotted in _OUTPUT_PATHS)
+        holder[key] = _absolute_source(given, dotted in _OUTPUT_PATHS)
     return values
+
+
+def _absolute_source(value: Any, is_output: bool) -> Any:
+    """A path, or sources of records: lists of paths or of mappings that hold one or several."""
+    if isinstance(value, list):
+        return [_absolute_source(item, is_output) for item in value]
+    if isinstance(value, dict):
+        paths = {key: _absolute(value[key], False) for key in ("path", "hub") if key in value}
+        if isinstance(value.get("aligned"), dict):
+            paths["aligned"] = {name: _absolute(path, False) for name, path in value["aligned"].items()}
+        return {**value, **paths}
+    return _absolute(value, is_output)
 
 
 def _absolute(value: Any, is_output: bool) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -70,6 +71,10 @@ def build_parser() -> _Parser:
 
     prepare = _add(commands, "prepare", _prepare, "turn the run file's records into a token store")
     _add_run_file(prepare)
+    prepare.add_argument(
+        "--part", type=_part, metavar="I/N", help="tokenise only this share of the input, on one of N machines;"
+        " afterwards, prepare without it joins them (in a Slurm job array it is taken from the array)",
+    )  # fmt: skip
 
     inspect = _add(commands, "inspect", _inspect, "show what a token store holds: tokens, targets, sources, ledger")
     add_inspect_arguments(inspect)
@@ -153,6 +158,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _part(text: str) -> tuple[int, int]:
+    """`2/8`: the second of eight shares."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"write a share such as 2/8, not {text}")
+    return int(first), int(count)
+
+
 def _byte_count(text: str) -> int:
     """`5GB`, `200MB`, `1_000_000`: decimal units, as Hugging Face counts."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -163,9 +176,9 @@ def _byte_count(text: str) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from launcher.train import prepare_store
+    from launcher.train import array_part, prepare_store
 
-    prepare_store(load_run(arguments.run_file, arguments.overrides))
+    prepare_store(load_run(arguments.run_file, arguments.overrides), arguments.part or array_part(os.environ))
     return 0
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.ds_config import resolve_ds_config
@@ -48,11 +49,28 @@ def plan_job(
     return Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
 
 
-def prepare_store(run: Run) -> None:
-    """Make the token store the run file describes, or say that it is there already."""
+def array_part(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """The share of the input that this task of a Slurm job array takes, (i, n) from 1; None outside of one.
+
+    Raises ConfigError for an array whose task numbers have no regular step.
+    """
+    count = int(environment.get("SLURM_ARRAY_TASK_COUNT") or 1)
+    if count == 1:
+        return None
+    task, lowest, highest, step = (
+        int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "STEP")
+    )
+    place, rest = divmod(task - lowest, max(step, 1))
+    if rest or (highest - lowest) // max(step, 1) + 1 != count:
+        raise ConfigError("the Slurm array must be a plain range such as --array=0-7, so that shares can be numbered")
+    return place + 1, count
+
+
+def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
+    """Make the token store the run file describes, or a `part` of it, or say that it is there already."""
     from data_prep.prepare import prepare
 
-    prepare(run.data, run.values["data"], run.config.task)
+    prepare(run.data, run.values["data"], run.config.task, part=part)
 
 
 def start(run: Run, job: Job) -> tuple[int, str]:

@@ -111,7 +111,8 @@ def bert_vocabulary(path: Path) -> Path:
 
 def section(folder: Path, tokenizer: Path, train: Any, **more: Any) -> dict[str, Any]:
     """A ``data`` section as a run file holds it."""
-    trained = [str(path) for path in train] if isinstance(train, list) else str(train)
+    entries = train if isinstance(train, list) else [train]
+    trained = [entry if isinstance(entry, dict) else str(entry) for entry in entries]
     values = {"store_dir": str(folder / "stores"), "train": trained, "tokenizer": str(tokenizer), "row_tokens": 64}
     return {**values, "workers": 1, **more}
 

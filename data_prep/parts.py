@@ -1,0 +1,122 @@
+"""What workers leave behind: the blocks of one span of input in one file, with a sealed account beside it.
+
+A part exists when its account does: both are written under another name first. Whatever killed a
+preparation, the parts that are there are whole, and the next preparation makes only the others.
+"""
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_prep.blocks import Block, Names
+from data_prep.errors import StorageError
+
+
+@dataclass(frozen=True)
+class PartAccount:
+    """What one span came to for one split; counts are exact. `blocks` lists (column, dtype, values) of each block."""
+
+    num_read: int = 0
+    num_other_split: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    num_answers: int = 0
+    num_stops: int = 0
+    num_truncated: int = 0
+    num_extra: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    first_seen: list[str] = field(default_factory=list)
+    blocks: list[list[tuple[str, str, int]]] = field(default_factory=list)
+    hash: str = ""
+
+
+def part_path(folder: Path, index: int) -> Path:
+    """The file of span `index`; its account stands beside it with the ending ``.json``."""
+    return folder / f"{index:08d}.part"
+
+
+class PartWriter:
+    """Collects the blocks of one span. `close` seals the part; a part that is not closed leaves nothing."""
+
+    def __init__(self, folder: Path, index: int, names: Names):
+        self._final = part_path(folder, index)
+        # Two machines may be at the same span: each writes its own file, and either may win.
+        self._temporary = folder / f".{index:08d}.{uuid.uuid4().hex}.partial"
+        self._file = self._temporary.open("wb")
+        self._digest = xxhash.xxh3_128()
+        self._account = PartAccount()
+        self._names = names
+
+    def write(self, block: Block) -> None:
+        """Append a block and count it."""
+        shapes = []
+        for name, column in block.columns.items():
+            data = np.ascontiguousarray(column).data
+            self._file.write(data)
+            self._digest.update(data)
+            shapes.append((name, column.dtype.str, len(column)))
+        account = self._account
+        self._account = replace(
+            account,
+            num_documents=account.num_documents + block.num_documents,
+            num_tokens=account.num_tokens + block.num_tokens,
+            num_targets=account.num_targets + block.num_targets,
+            num_answers=account.num_answers + block.num_answers,
+            num_stops=account.num_stops + block.num_stops,
+            num_truncated=account.num_truncated + block.num_truncated,
+            num_extra=account.num_extra + block.num_extra,
+        )
+        self._account.blocks.append(shapes)
+
+    def close(self, num_read: int, num_other_split: int, dropped: dict[str, int]) -> PartAccount:
+        """Seal the part."""
+        self._file.close()
+        account = replace(
+            self._account, num_read=num_read, num_other_split=num_other_split, dropped=dropped,
+            names=list(self._names.index), first_seen=self._names.first_seen, hash=self._digest.hexdigest(),
+        )  # fmt: skip
+        self._temporary.replace(self._final)
+        self._temporary.write_text(json.dumps(asdict(account)), encoding="utf-8")
+        self._temporary.replace(self._final.with_suffix(".json"))
+        return account
+
+    def abandon(self) -> None:
+        """Leave nothing."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def read_account(folder: Path, index: int) -> PartAccount | None:
+    """The account of a sealed part, or None if there is none, or its file has another size."""
+    path = part_path(folder, index)
+    try:
+        account = PartAccount(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        size = path.stat().st_size
+    except (OSError, ValueError, TypeError):
+        return None
+    wanted = sum(np.dtype(dtype).itemsize * count for block in account.blocks for _, dtype, count in block)
+    return account if size == wanted else None
+
+
+def read_blocks(folder: Path, index: int, account: PartAccount) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of every block of a part. StorageError if the file is not what its account sealed."""
+    digest = xxhash.xxh3_128()
+    path = part_path(folder, index)
+    with path.open("rb") as file:
+        for shapes in account.blocks:
+            columns: dict[str, np.ndarray] = {}
+            for name, dtype, count in shapes:
+                data = file.read(np.dtype(dtype).itemsize * count)
+                digest.update(data)
+                columns[name] = np.frombuffer(data, dtype=dtype)
+            yield columns
+    if digest.hexdigest() != account.hash:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        raise StorageError(f"{path}: damaged between writing and reading; prepare again, it is made anew")
