@@ -147,9 +147,7 @@ class GigatokenBackend:
             return np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.int64)
         return np.concatenate(blocks), np.cumsum(np.concatenate(sizes), dtype=np.int64)
 
-    def _encode_joined(
-        self, engine: Any, texts: list[str], blocks: list[np.ndarray], sizes: list[np.ndarray]
-    ) -> None:
+    def _encode_joined(self, engine: Any, texts: list[str], blocks: list[np.ndarray], sizes: list[np.ndarray]) -> None:
         """Short texts in one call, which costs less than a call each; the separators are taken out again."""
         if not texts:
             return
@@ -180,9 +178,7 @@ class GigatokenBackend:
             self._compare(texts, result, chosen, engine, reference)
         return result
 
-    def _compare(
-        self, texts: Sequence[str], result: FlatIds, chosen: list[int], engine: Any, reference: Any
-    ) -> None:
+    def _compare(self, texts: Sequence[str], result: FlatIds, chosen: list[int], engine: Any, reference: Any) -> None:
         ids, ends = result
         parts, sample = [], []
         for index in chosen:

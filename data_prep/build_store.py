@@ -134,7 +134,11 @@ def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encodin
     if encoding.chat_template is not None and any(one.shape.gives_chats for one in group.inputs):
         tokenizer = encoding.tokenizer
         plan = prove_apart(
-            encoding.chat_template, tokenizer.special_tokens, tokenizer.control_strings, tokenizer.plain_added_strings, now
+            encoding.chat_template,
+            tokenizer.special_tokens,
+            tokenizer.control_strings,
+            tokenizer.plain_added_strings,
+            now,
         )
     return Job(encoding.task, config, tokenizer_dir, encoding.chat_template, now, plan, jobs)
 

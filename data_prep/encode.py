@@ -115,7 +115,9 @@ def _encode_chats(records: Sequence[Record], examples: Sequence[ChatExample], co
     _check_range(tokenizer, ids, ends, records)
     marks = _mark_rendered(rendered, ids, ends, tokenizer)
     marks[ends - lengths] = 0
-    refuse_untrainable(np.add.reduceat(marks, ends - lengths, dtype=np.int64) == 0, records, "no turn of a trained role")
+    refuse_untrainable(
+        np.add.reduceat(marks, ends - lengths, dtype=np.int64) == 0, records, "no turn of a trained role"
+    )
     out = ids.astype(context.id_type)
     return _block(out, marks, lengths, records, num_answers=answers, num_stops=stops)
 
@@ -133,9 +135,7 @@ def _encode_rendered(rendered: Sequence[Rendered], context: Context) -> tuple[np
     return np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64)
 
 
-def _mark_rendered(
-    rendered: Sequence[Rendered], ids: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer
-) -> np.ndarray:
+def _mark_rendered(rendered: Sequence[Rendered], ids: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """uint8 [tokens]: which tokens hold a character of a trained span.
 
     A token that begins before a span and reaches into it counts: where a template ends its header with a

@@ -23,9 +23,7 @@ from data_prep.examples import (
 from data_prep.records import Record
 
 
-def encode_sequence_classification(
-    records: Sequence[Record], examples: Sequence[Example], context: Context
-) -> Block:
+def encode_sequence_classification(records: Sequence[Record], examples: Sequence[Example], context: Context) -> Block:
     """Documents of a text or a pair of texts; columns labels, label_sets or scores, and pair_starts."""
     tokenizer = context.tokenizer
     chosen = [one for one in examples if isinstance(one, LabelledExample | ScoredExample)]
@@ -192,9 +190,7 @@ def encode_question_answering(records: Sequence[Record], examples: Sequence[Exam
         "pair_starts": np.array(pair_starts, dtype=np.uint32),
         "questions": np.array(numbers, dtype=np.uint32),
     }
-    return Block(
-        columns, num_targets=len(documents), num_truncated=truncated, num_extra=len(documents) - len(records)
-    )
+    return Block(columns, num_targets=len(documents), num_truncated=truncated, num_extra=len(documents) - len(records))
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
@@ -213,7 +209,9 @@ def encode_seq2seq_lm(records: Sequence[Record], examples: Sequence[Example], co
     assert eos_id is not None
     around = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
     documents, outputs, truncated = [], [], 0
-    empty = [index for index, (source, target) in enumerate(zip(sources, targets, strict=True)) if not source or not target]
+    empty = [
+        index for index, (source, target) in enumerate(zip(sources, targets, strict=True)) if not source or not target
+    ]
     _refuse(empty, records, "the source or the target text is empty")
     for record, source, target in zip(records, sources, targets, strict=True):
         limit, target_limit = context.limit_tokens, context.target_limit_tokens

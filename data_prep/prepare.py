@@ -193,7 +193,9 @@ def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[Sour
     names: list[str] = []
     for source, files in zip(sources, found, strict=True):
         path = source.path or source.hub
-        name = source.name or (Path(path).name if path and set("*?[") & set(path) == set() else Path(files[0].label).name)
+        name = source.name or (
+            Path(path).name if path and set("*?[") & set(path) == set() else Path(files[0].label).name
+        )
         name = name if source.name else name.split(".")[0] or name
         base, number = name, 2
         while name in names:

@@ -154,7 +154,9 @@ def _sizes_of_kept(
         if not targets:
             targets = own["target_ids"] if "target_ids" in own else own.get("lengths", 0)
         remaining.append(
-            replace(account, num_documents=own.get("lengths", 0), num_tokens=own.get("input_ids", 0), num_targets=targets)
+            replace(
+                account, num_documents=own.get("lengths", 0), num_tokens=own.get("input_ids", 0), num_targets=targets
+            )
         )
         for name, count in own.items():
             counts[name] += count

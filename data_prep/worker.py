@@ -30,9 +30,7 @@ from data_prep.template_proof import Plan
 from data_prep.templates import ChatFormat
 from data_prep.tokenizer import open_tokenizer
 
-Task = Literal[
-    "causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"
-]
+Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"]
 
 _BATCH_RECORDS = 1024
 _BATCH_CHARACTERS = 1 << 20

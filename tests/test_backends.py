@@ -60,7 +60,16 @@ class TestGigatoken:
         return opened
 
     def test_same_ids_short_long_and_with_control_strings(self, tokenizer: Tokenizer, backend: Backend) -> None:
-        texts = [*sentences(300, 3), "", " ", "<|end|>", "a<|begin|>b<|end|>", "x" * 5000, "漢字 " * 900, "\ufdee apart"]
+        texts = [
+            *sentences(300, 3),
+            "",
+            " ",
+            "<|end|>",
+            "a<|begin|>b<|end|>",
+            "x" * 5000,
+            "漢字 " * 900,
+            "\ufdee apart",
+        ]
         reference = TokenizersBackend(tokenizer)
         for _ in range(2):
             assert split(backend.encode(texts)) == split(reference.encode(texts))

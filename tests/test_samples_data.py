@@ -169,7 +169,11 @@ def test_sst2_sentences_with_a_bert_vocabulary(tmp_path: Path) -> None:
     saved = AutoTokenizer.from_pretrained(store.tokenizer_dir)
     theirs = saved([text for text, _ in pairs], truncation=True, max_length=32)["input_ids"]
     assert [store.tokens(document).tolist() for document in range(store.num_documents)] == theirs
-    assert total["truncated_at_encoding"] == sum(len(ids) > 32 for ids in saved([text for text, _ in pairs])["input_ids"]) > 0
+    assert (
+        total["truncated_at_encoding"]
+        == sum(len(ids) > 32 for ids in saved([text for text, _ in pairs])["input_ids"])
+        > 0
+    )
 
 
 def test_pairs_are_encoded_as_transformers_does(tmp_path: Path) -> None:
