@@ -4,7 +4,7 @@ A form maps our names for the fields of a shape to the names they go by in the w
 more than looking which forms a record's fields fill.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,37 +95,44 @@ def known_fields(shape: ShapeName) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def forms(shape: ShapeName, given: Mapping[str, str], on_request: bool) -> Iterator[Form]:
-    """The forms of a shape, with the names that a run file gives in place of the usual ones."""
-    optional = OPTIONAL.get(shape, {})
-    fixed = {ours: theirs for ours, theirs in given.items() if ours not in optional}
-    seen: list[Form] = []
-    for form in (*_FORMS[shape], *(_FORMS_ON_REQUEST.get(shape, ()) if on_request else ())):
-        if "pair" in form and "pair" not in fixed and fixed.get("text", form["text"]) != form["text"]:
-            continue  # the usual partner of a text that is not the one asked for
-        names = {ours: theirs for ours, theirs in {**form, **fixed}.items() if theirs}
-        if names not in seen:
-            seen.append(names)
-            yield names
+@dataclass(frozen=True)
+class Candidates:
+    """What the records of a source are compared with: the forms of some shapes under a run file's names."""
+
+    forms: tuple[tuple[ShapeName, Form], ...]
+    given: Mapping[str, str]  # `fields:` of the source
+    on_request: bool  # `shape:` was given
 
 
-def readings(value: Mapping[str, Any], shapes: Sequence[ShapeName], given: Mapping[str, str],
-             on_request: bool) -> list[Reading]:  # fmt: skip
+def candidates_of(shapes: Iterable[ShapeName], given: Mapping[str, str], on_request: bool) -> Candidates:
+    """All forms of `shapes`, with the names that a run file gives in place of the usual ones."""
+    found: list[tuple[ShapeName, Form]] = []
+    for shape in shapes:
+        fixed = {ours: theirs for ours, theirs in given.items() if ours not in OPTIONAL.get(shape, {})}
+        for form in (*_FORMS[shape], *(_FORMS_ON_REQUEST.get(shape, ()) if on_request else ())):
+            if "pair" in form and "pair" not in fixed and fixed.get("text", form["text"]) != form["text"]:
+                continue  # the usual partner of a text that is not the one asked for
+            names = {ours: theirs for ours, theirs in {**form, **fixed}.items() if theirs}
+            if (shape, names) not in found:
+                found.append((shape, names))
+    return Candidates(tuple(found), given, on_request)
+
+
+def readings(value: Mapping[str, Any], candidates: Candidates) -> list[Reading]:
     """All ways to understand a record, without those that leave out a field which another one takes as well."""
     found = []
-    for shape in shapes:
-        for names in forms(shape, given, on_request):
-            if any(lookup(value, theirs) is None for theirs in names.values()):
-                continue
-            if not on_request and shape in ("sharegpt", "messages") and _chat_shape(value, names) != shape:
-                continue
-            optional = {
-                name
-                for ours, candidates in OPTIONAL.get(shape, {}).items()
-                for name in ((given[ours],) if ours in given else candidates)
-                if lookup(value, name) is not None
-            }
-            found.append(Reading(shape, tuple(names.items()), frozenset(optional.union(names.values()))))
+    for shape, names in candidates.forms:
+        if any(lookup(value, theirs) is None for theirs in names.values()):
+            continue
+        if not candidates.on_request and shape in ("sharegpt", "messages") and _chat_shape(value, names) != shape:
+            continue
+        optional = {
+            name
+            for ours, usual in OPTIONAL.get(shape, {}).items()
+            for name in ((candidates.given[ours],) if ours in candidates.given else usual)
+            if lookup(value, name) is not None
+        }
+        found.append(Reading(shape, tuple(names.items()), frozenset(optional.union(names.values()))))
     return [one for one in found if not any(one.used < other.used for other in found)]
 
 

@@ -27,7 +27,14 @@ from data_prep.examples import ChatExample, Example, QuestionExample, TextExampl
 from data_prep.prompt_shapes import alpaca, parallel_pair, prompt_pair
 from data_prep.record_fields import field_names, lookup, required_field, shown, shown_list, text_at
 from data_prep.records import Record
-from data_prep.shape_forms import FIELDS_TO_LEAVE_OUT, OPTIONAL, TASK_SHAPES, Reading, known_fields, readings
+from data_prep.shape_forms import (
+    FIELDS_TO_LEAVE_OUT,
+    OPTIONAL,
+    TASK_SHAPES,
+    Reading,
+    known_fields,
+    readings,
+)
 from data_prep.task_shapes import labelled, number_of, questioned, scored, tagged
 
 
@@ -92,12 +99,12 @@ def recognise(records: Sequence[Record], config: SourceConfig, task: str) -> Sha
     shapes = _shapes_asked(config, task)
     if not records:
         raise BadDataError(f"{config.path or config.hub or config.name or 'a source'}: holds no records")
-    asked = (shapes, config.fields, config.shape is not None)
-    found = readings(records[0].value, *asked)
+    candidates = candidates_of(shapes, config.fields, config.shape is not None)
+    found = readings(records[0].value, candidates)
     if len(found) != 1:
         _refuse(records[0], found, config, task, shapes)
     for record in records[1:]:
-        others = readings(record.value, *asked)
+        others = readings(record.value, candidates)
         if not others:
             for _, theirs in found[0].names:
                 required_field(record.value, theirs, record.where)
@@ -276,7 +283,7 @@ def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: st
     others = {
         other: found[0].shape
         for other, its_shapes in TASK_SHAPES.items()
-        if other != task and (found := readings(record.value, its_shapes, {}, False))
+        if other != task and (found := readings(record.value, candidates_of(its_shapes, {}, False)))
     }
     hint = "".join(f"; for task {other} it would be {shape}" for other, shape in list(others.items())[:2])
     raise BadDataError(
