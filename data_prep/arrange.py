@@ -15,12 +15,12 @@ from data_prep.errors import BadDataError, DataConfigError
 from data_prep.ledger import SourceAccount, ledger
 from data_prep.mixture import rows_per_epoch
 from data_prep.pack import pack_rows, wrap_rows
-from data_prep.row_files import RowFiles
+from data_prep.row_files import RowFiles, unsigned_type
 from data_prep.token_store import TokenStore
 from data_prep.truncate import Truncation
 
-_WINDOW_ROWS = 8192
-_WINDOW_DOCUMENTS = (1 << 16, 1 << 22)  # fewest and most
+_WINDOW_ROWS = 4096  # packing apart loses about one row of them
+_WINDOW_DOCUMENTS = (1 << 16, 1 << 21)  # fewest and most; each takes some 60 bytes of memory
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Segments:
     documents: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    targets: np.ndarray  # targets of the piece, its first token left out
+    targets: np.ndarray  # uint32, its first token left out
     row_ends: np.ndarray
 
     def at(self, chosen: Any, row_ends: np.ndarray) -> "Segments":
@@ -109,20 +109,21 @@ def _arrange_source(
     truncation = Truncation(store, plan.row_tokens)
     unfinished: Segments | None = None
     for first, stop in _windows(store, source, plan.row_tokens):
-        window = _Window(store, source, first, stop, plan, account, truncation)
+        given = (store, source, first, stop, plan, account, truncation)
         match plan.packing:
             case "best_fit":
-                segments = window.cut()
+                segments = _Window(*given).cut()
                 order, row_ends = pack_rows(segments.lengths, plan.row_tokens)
                 yield segments.at(order, row_ends)
             case "none":
-                segments = window.cut()
+                segments = _Window(*given).cut()
                 yield segments.at(slice(None), np.arange(1, len(segments.lengths) + 1))
             case "wrap":
-                segments = window.wrap(unfinished)
+                segments = _Window(*given).wrap(unfinished)
                 finished = int(segments.row_ends[-1]) if len(segments.row_ends) else 0
                 yield segments.at(slice(finished), segments.row_ends)
                 unfinished = segments.at(slice(finished, None), _NO_ROWS)
+        store.release_memory()
         if advance is not None:
             advance(stop - first)
     if unfinished is not None and len(unfinished.lengths):
@@ -134,11 +135,10 @@ def _windows(store: TokenStore, source: Mapping[str, Any], row_tokens: int) -> I
     end = first + source["num_documents"]
     fewest, most = _WINDOW_DOCUMENTS
     while first < end:
-        begins, ends = store.borders_between(first, min(end, first + most))
-        enough = int(np.searchsorted(ends, begins[0] + _WINDOW_ROWS * row_tokens, side="right"))
+        enough = store.documents_within(first, end, _WINDOW_ROWS * row_tokens)
         # Very long documents are cut into many pieces: those of a window are bounded too.
-        bounded = int(np.searchsorted(ends, begins[0] + most * row_tokens, side="right"))
-        stop = first + max(1, min(max(enough, fewest), bounded, len(ends)))
+        bounded = store.documents_within(first, end, most * row_tokens)
+        stop = max(first + 1, min(max(enough, first + fewest), bounded, first + most, end))
         yield first, stop
         first = stop
 
@@ -181,6 +181,8 @@ class _Window:
                     kept = lengths <= row_tokens
                     documents, starts, sizes = documents[kept], starts[kept], sizes[kept]
         segments = Segments(documents, starts, sizes, self._targets(documents, starts, sizes), _NO_ROWS)
+        if not len(long):
+            return self._without_poor(segments, segments.targets, np.ones(len(lengths), dtype=bool))
         left = np.bincount(documents, weights=segments.targets, minlength=len(lengths))
         placed = np.zeros(len(lengths), dtype=bool)
         placed[documents] = True
@@ -222,11 +224,12 @@ class _Window:
         self.account.settle(self.lengths, self.targets, poor=poor, long=long, placed=placed, policy=self.plan.overlong)
         in_rows = placed & ~poor
         self.account.cut(
-            int(self.lengths[in_rows].sum()) - int(segments.lengths.sum(dtype=np.int64)),
-            int(self.targets[in_rows].sum()) - int(segments.targets.sum()),
+            int(self.lengths.sum(where=in_rows)) - int(segments.lengths.sum(dtype=np.int64)),
+            int(self.targets.sum(where=in_rows)) - int(segments.targets.sum(dtype=np.int64)),
         )
-        documents = segments.documents.astype(np.int64) + self.first
-        return Segments(documents, segments.starts, segments.lengths, segments.targets, _NO_ROWS)
+        numbers = segments.documents.astype(unsigned_type(self.store.num_documents))
+        numbers += self.first
+        return Segments(numbers, segments.starts, segments.lengths, segments.targets, _NO_ROWS)
 
     def _poor(self, targets: np.ndarray, placed: np.ndarray) -> np.ndarray:
         if not self.store.counts_targets:
@@ -235,10 +238,12 @@ class _Window:
 
     def _targets(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         if self.store.task != "causal_lm":
-            targets: np.ndarray = self.targets[documents]
-            return targets
-        begins = self.begins[documents] + starts
-        return self.store.count_targets(begins + 1, begins + lengths)
+            return self.targets[documents].astype(np.uint32)
+        begins = self.begins[documents]
+        begins += starts
+        ends = begins + lengths
+        begins += 1
+        return self.store.count_targets(begins, ends).astype(np.uint32)
 
     def _refuse(self, index: int) -> None:
         length, row_tokens = int(self.lengths[index]), self.plan.row_tokens

@@ -19,6 +19,7 @@ import numpy as np
 from data_prep.config import Overlong
 from data_prep.token_store import TokenStore
 
+_BLOCK = 1 << 16  # documents that are sorted into the histogram at once
 REASONS = ("overlong", "too_few_targets")
 _COUNTS = (
     "records_read", "records_of_other_split", "duplicates", "extra_documents", "truncated_at_encoding", "documents",
@@ -47,9 +48,11 @@ class SourceAccount:
         self.documents += len(lengths)
         self.tokens += int(lengths.sum())
         self.targets += int(targets.sum())
-        _, bucket = np.frexp((lengths - 1).astype(np.float64))  # the bits of a whole number below 2**53
-        for row, weights in enumerate((None, lengths)):
-            self._histogram[row] += np.bincount(bucket, weights=weights, minlength=64).astype(np.int64)
+        for first in range(0, len(lengths), _BLOCK):
+            block = lengths[first : first + _BLOCK]
+            _, bucket = np.frexp((block - 1).astype(np.float64))  # the bits of a whole number below 2**53
+            for row, weights in enumerate((None, block)):
+                self._histogram[row] += np.bincount(bucket, weights=weights, minlength=64).astype(np.int64)
 
     def settle(
         self, lengths: np.ndarray, targets: np.ndarray, *, poor: np.ndarray, long: np.ndarray, placed: np.ndarray,
@@ -59,8 +62,8 @@ class SourceAccount:
         in targets and dropped for it, and which of the others came in pieces or shortened (`long`)."""
         for reason, gone in (("overlong", ~placed), ("too_few_targets", placed & poor)):
             self.dropped[reason] += int(gone.sum())
-            self.tokens_dropped[reason] += int(lengths[gone].sum())
-            self.targets_dropped[reason] += int(targets[gone].sum())
+            self.tokens_dropped[reason] += int(lengths.sum(where=gone))
+            self.targets_dropped[reason] += int(targets.sum(where=gone))
         in_rows = placed & ~poor
         self.kept += int((in_rows & ~long).sum())
         self.cut_documents["split" if policy == "split" else "truncated"] += int((in_rows & long).sum())

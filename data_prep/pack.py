@@ -176,6 +176,10 @@ def wrap_rows(lengths: np.ndarray, filled: int, row_tokens: int) -> tuple[np.nda
     ends = filled + np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else filled
     full = np.arange(row_tokens, total + 1, row_tokens, dtype=np.int64)
-    cuts = np.union1d(ends, full)
-    begins = np.concatenate(([filled], cuts[:-1]))[: len(cuts)]
-    return cuts, np.searchsorted(ends, begins, side="right"), np.searchsorted(cuts, full, side="right")
+    places = np.searchsorted(ends, full)
+    apart = ends[np.minimum(places, len(ends) - 1)] != full if len(ends) else full > 0
+    cuts = np.insert(ends, places[apart], full[apart])
+    inside = np.insert(np.zeros(len(ends), dtype=bool), places[apart], True)  # cuts inside a document
+    which = np.zeros(len(cuts), dtype=np.int64)
+    which[1:] = np.cumsum(~inside)[:-1]
+    return cuts, which, np.flatnonzero(cuts % row_tokens == 0) + 1

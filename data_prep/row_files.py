@@ -16,9 +16,8 @@ class RowFiles:
     def __init__(self, store: TokenStore, row_tokens: int):
         most_segments = store.num_documents + store.num_tokens // row_tokens + 1
         large = {"documents": store.num_documents, "ends": most_segments}
-        self._columns = {
-            name: _ColumnFile(store.path / f"rows_{name}.npy", _unsigned(large.get(name, 0))) for name in ROW_COLUMNS
-        }
+        types = {name: unsigned_type(large.get(name, 0)) for name in ROW_COLUMNS}
+        self._columns = {name: _ColumnFile(store.path / f"rows_{name}.npy", types[name]) for name in ROW_COLUMNS}
         self.num_segments = 0
 
     def append(
@@ -38,7 +37,8 @@ class RowFiles:
         return {column.path.name: column.close() for column in self._columns.values()}
 
 
-def _unsigned(largest: int) -> np.dtype[Any]:
+def unsigned_type(largest: int) -> np.dtype[Any]:
+    """The stored type of numbers up to `largest`."""
     return np.dtype(np.uint32 if largest < 2**32 else np.uint64)
 
 

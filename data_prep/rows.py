@@ -93,6 +93,7 @@ def open_rows(store: "TokenStore", row_tokens: int) -> Rows:
     rows = Rows(row_tokens, documents, starts, lengths, row_ends, row_targets, sources, digest)
     store.check_borders()
     _check_rows(store, rows)
+    store.release_memory()
     return rows
 
 

@@ -78,7 +78,7 @@ class MappedFile:
     map: mmap.mmap
     identity: tuple[int, int, int, int]
 
-    def requirewhole_number(self) -> None:
+    def require_whole(self) -> None:
         """StoreError if the file is shorter now than it was: reading its end would kill the process."""
         if self.map.size() < self.identity[0]:
             raise StoreError(f"{self.path}: was cut off while it was in use; {ADVICE}")

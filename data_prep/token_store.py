@@ -18,6 +18,7 @@ forged store raises StoreError and never leads outside its files.
 """
 
 import json
+import mmap
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -169,6 +170,14 @@ class TokenStore:
             if not same:
                 raise StoreError(f"{file.path}: changed, replaced or removed while it was in use; {ADVICE}")
 
+    def release_memory(self) -> None:
+        """Let go of the pages of the files that were read so far; they are read again when needed.
+
+        Without this a pass over a large store would count as memory of the process, all of it.
+        """
+        for file in self._files.values():
+            file.map.madvise(mmap.MADV_DONTNEED)
+
     def verify(self) -> None:
         """Compare the hash of every file with the manifest, and read the whole index.
 
@@ -215,6 +224,13 @@ class TokenStore:
                 raise self._out_of_order()
         return begins, ends
 
+    def documents_within(self, first: int, stop: int, num_tokens: int) -> int:
+        """The end of the documents from `first` on, up to `stop`, that hold at most `num_tokens` together."""
+        ends = self._ends[first:stop]
+        limit = min((int(self._ends[first - 1]) if first else 0) + num_tokens, self.num_tokens)
+        # A limit of another type would make numpy copy the whole column.
+        return first + int(np.searchsorted(ends, np.asarray(limit, dtype=ends.dtype), side="right"))
+
     def borders(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token and end (int64 [D] each) of `documents` (int64 [D]) in the store's columns."""
         ends = self._ends[documents].astype(np.int64)
@@ -238,26 +254,26 @@ class TokenStore:
         begins, ends = self.borders(documents)
         if bool(((starts < 0) | (lengths <= 0) | (lengths > ends - begins - starts)).any()):
             raise StoreError(f"{self.path}: a row reaches outside its documents: damaged; {ADVICE}")
-        self._files["input_ids"].requirewhole_number()
+        self._files["input_ids"].require_whole()
         begins += starts
         stops = np.cumsum(lengths)
         total = int(stops[-1])
         places = np.repeat(begins - (stops - lengths), lengths)
         places += np.arange(total)
-        ids = self._input_ids[places].astype(np.int64)
-        if int(ids.max()) >= self.vocab_size:
+        stored = self._input_ids.take(places)
+        if int(stored.max()) >= self.vocab_size:
             raise StoreError(
-                f"{self.path / 'input_ids.npy'}: id {int(ids.max())} is outside the vocabulary of {self.vocab_size}:"
-                f" damaged; {ADVICE}"
+                f"{self.path / 'input_ids.npy'}: id {int(stored.max())} is outside the vocabulary of"
+                f" {self.vocab_size}: damaged; {ADVICE}"
             )
-        return ids, self._marks_at(places)
+        return stored.astype(np.int64), self._marks_at(places)
 
     def _marks_at(self, places: np.ndarray) -> np.ndarray:
         if self._marks is None:
             return np.zeros(len(places), dtype=bool)
-        self._files["targets"].requirewhole_number()
-        shifts = np.bitwise_and(places, 7, dtype=np.uint8, casting="unsafe")
-        marks: np.ndarray = ((self._marks[places >> 3] << shifts) & np.uint8(0x80)).astype(bool)
+        self._files["targets"].require_whole()
+        shifts = places.astype(np.uint8) & np.uint8(7)
+        marks: np.ndarray = self._marks.take(places >> 3) << shifts >= 128
         return marks
 
     def _bounds(self, document: int, start: int, stop: int | None) -> tuple[int, int]:

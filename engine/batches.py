@@ -296,7 +296,7 @@ def packed_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -
         document_ends=torch.from_numpy(ends),
         longest_document_tokens=int(lengths.max()),
         target_positions=torch.from_numpy(targets - 1),
-        target_ids=torch.from_numpy(input_ids[targets]),
+        target_ids=torch.from_numpy(input_ids.take(targets)),
         rows=tuple(rows.tolist()),
         num_tokens=len(input_ids) if len(rows) else 0,
     )
