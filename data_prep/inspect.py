@@ -11,7 +11,7 @@ from data_prep.token_text import CLOSE, OPEN, TokenText, clean
 
 #: Tags that are not written at their tokens: none, and the one of words outside everything that is looked for.
 UNWRITTEN = (None, "O")
-_PREVIEW_TOKENS = 600
+_PREVIEW_TOKENS = 1000
 _BAR_WIDTH = 40
 _RESET = "\x1b[0m"
 # Dark text on light ground reads on dark and light terminals; neighbours differ in shade so that borders show.

@@ -78,16 +78,15 @@ def _row_sizes(rows: Rows) -> np.ndarray:
 def _totals(store: TokenStore, rows: Rows, in_rows: int, packed: bool) -> tuple[tuple[str, str], ...]:
     places = rows.num_rows * rows.row_tokens
     mean = store.num_tokens / max(store.num_documents, 1)
+    each = f", {len(rows.documents) / rows.num_rows:,.1f} documents each" if packed and rows.num_rows else ""
     totals = [
         ("documents", count(store.num_documents)),
         ("tokens", f"{count(store.num_tokens)} ({mean:,.1f} a document)"),
         ("targets", f"{count(store.num_targets)}{_share_of_tokens(store)}"),
-        ("rows", f"{count(rows.num_rows)} (of {'' if packed else 'at most '}{count(rows.row_tokens)} tokens)"),
+        ("rows", f"{count(rows.num_rows)} (of {'' if packed else 'at most '}{count(rows.row_tokens)} tokens{each})"),
     ]
     if packed and places:
         totals.append(("filled", f"{in_rows / places:.2%}"))
-    if rows.num_rows and packed:
-        totals.append(("documents a row", f"{len(rows.documents) / rows.num_rows:,.1f}"))
     size = sum(entry["bytes"] for entry in store.manifest["files"].values())
     totals.append(("on disk", f"{size / 1e6:,.1f} MB"))
     return tuple(totals)
@@ -108,22 +107,22 @@ def _shares(rows: Rows, in_rows: int, packed: bool) -> tuple[tuple[str, int], ..
 
 
 def _sources(store: TokenStore) -> tuple[tuple[str, ...], ...]:
-    table = [("", "source", "shape", "files", "documents", "tokens each", "share of tokens", "weight", "epochs")]
+    weighted = any(source["weight"] is not None for source in store.manifest["sources"])
+    headings = ("", "source", "shape", "files", "documents", "tokens each", "share of tokens", "epochs")
+    table = [(*headings, "weight") if weighted else headings]
     for index, (source, account) in enumerate(zip(store.manifest["sources"], store.ledger["sources"], strict=True)):
         documents, tokens = account["documents"], account["tokens"]
-        table.append(
-            (
-                str(index),
-                str(source["name"]),
-                str(source["shape"]),
-                count(len(source["files"])),
-                count(documents),
-                f"{tokens / max(documents, 1):,.1f}",
-                f"{tokens / max(store.num_tokens, 1):.1%}",
-                "-" if source["weight"] is None else f"{source['weight']:g}",
-                f"{account['epochs']:.3g}",
-            )
+        line = (
+            str(index),
+            str(source["name"]),
+            str(source["shape"]),
+            count(len(source["files"])),
+            count(documents),
+            f"{tokens / max(documents, 1):,.1f}",
+            f"{tokens / max(store.num_tokens, 1):.1%}",
+            f"{account['epochs']:.3g}",
         )
+        table.append((*line, f"{source['weight'] or 0:g}") if weighted else line)
     return tuple(table)
 
 
