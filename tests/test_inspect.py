@@ -52,7 +52,7 @@ def chat_store(folder: Path, tokenizer: Tokenizer) -> Path:
     """Two rows of three documents from two sources, one with a name that would colour a terminal."""
     first = [answered(tokenizer, "the river", " 漢字 runs"), answered(tokenizer, HOSTILE, HOSTILE)]
     second = [answered(tokenizer, "under\n\n  the\t", "bridge")]
-    sources = [SourceDocuments("one", first, dropped={"no answer": 3}), SourceDocuments("two\x1b[1m", second)]
+    sources = [SourceDocuments("one", first, dropped={"no answer": 3}), SourceDocuments("two<i>\x1b[1m", second)]
     plan = RowPlan(sum(len(ids) for ids, _ in first), "best_fit", "error")
     make_store(folder, sources, plan, tokenizer=backend(tokenizer), vocab_size=tokenizer.vocab_size)
     return folder
@@ -147,7 +147,7 @@ def test_brackets_hold_what_is_trained_and_nothing_else(tmp_path: Path, byte_lev
     assert f"\n{shown}⟦{shown}<|end|>⟧\n" in text, "user text cannot close the brackets"
     assert "under↵\n↵\n··the⇥⟦bridge<|end|>⟧" in text
     assert "-- document 0, one.jsonl:1, source one: " in text
-    assert "-- document 2, two␛[1m.jsonl:3, source two␛[1m: " in text
+    assert "-- document 2, two<i>␛[1m.jsonl:3, source two<i>␛[1m: " in text
     store = TokenStore.open(tmp_path / "store")
     size = len(store.tokens(2))
     assert f": {size} tokens, 2 targets\n" in text
@@ -186,7 +186,7 @@ def test_summary_has_figures_ledger_and_a_row(tmp_path: Path, byte_level: Tokeni
     text = "\n".join(describe(path, None, color=False))
     assert re.search(rf"documents +3\n +tokens +{store.num_tokens} ", text)
     assert "unusable: 3 no answer: one 3\n" in text
-    assert re.search(r"0  one +text +1 +2 ", text) and re.search(r"1  two␛\[1m +text +1 +1 ", text)
+    assert re.search(r"0  one +text +1 +2 ", text) and re.search(r"1  two<i>␛\[1m +text +1 +1 ", text)
     assert "Documents by length" in text and "█" in text
     assert "byte-level" in text and "<|end|>" in text
     assert "== row " in text
@@ -197,7 +197,7 @@ def labelled(
     tokenizer: Tokenizer,
     task: str,
     columns: dict[str, tuple[str, np.ndarray]],
-    names: tuple[str, str] = ("no", "yes\x1b[1m"),
+    names: tuple[str, str] = ("no", "yes<b>\x1b[1m"),
 ) -> str:
     """Everything that is said about a store of two equal documents with the given columns."""
     ids = tokenizer.encode_batch(["the river runs"])[0]
@@ -226,18 +226,18 @@ def per(kind: str, values: list[Any], dtype: Any) -> tuple[str, np.ndarray]:
 def test_labels_scores_and_tags_have_their_names(tmp_path: Path, byte_level: Tokenizer) -> None:
     labels = {"labels": per("document", [1, 0], np.int32), "pair_starts": per("document", [0, 2], np.uint32)}
     text = labelled(tmp_path / "a", byte_level, "sequence_classification", labels)
-    assert "label: yes␛[1m" in text and "label: no, second text from token 2" in text
-    assert re.search(r"yes␛\[1m +1 +█", text)
+    assert "label: yes<b>␛[1m" in text and "label: no, second text from token 2" in text
+    assert re.search(r"yes<b>␛\[1m +1 +█", text)
     sets = {"label_sets": per("ragged", [0, 1], np.int32), "label_sets_ends": per("ends", [2, 2], np.uint32)}
     text = labelled(tmp_path / "b", byte_level, "sequence_classification", sets)
-    assert "labels: no, yes␛[1m" in text and "labels: none" in text
+    assert "labels: no, yes<b>␛[1m" in text and "labels: none" in text
     scores = {"scores": per("document", [0.5, 4], np.float32)}
     text = labelled(tmp_path / "c", byte_level, "sequence_classification", scores)
     assert "score: 0.5" in text and "score: 4" in text
-    tags = {"tags": per("token", [1, -1, 0] * 2, np.int16)}
+    tags = {"tags": per("token", [1, -1, 0, 1, -1, 1], np.int16)}
     text = labelled(tmp_path / "d", byte_level, "token_classification", tags)
-    assert "⟦the/yes␛[1m⟧ river⟦ runs/no⟧" in text
-    assert re.search(r"Tags .*\n +no +2 +█", text)
+    assert "⟦the/yes<b>␛[1m⟧ river⟦ runs/no⟧" in text
+    assert re.search(r"Tags .*\n +yes<b>␛\[1m +3 +█+\n +no +1 +█", text)
 
 
 def test_answers_and_target_texts(tmp_path: Path, byte_level: Tokenizer) -> None:
@@ -323,9 +323,24 @@ def test_page_stands_alone_and_user_text_stays_text(tmp_path: Path, byte_level: 
     assert "<script>alert('x')</script>\" onload=\"y<U+202E>abc" in page.text
     assert page.trained.count("<script>") == 1 and " 漢字 runs<|end|>" in page.trained
     assert {"svg", "table", "details"} <= set(page.elements)
-    assert "two␛[1m.jsonl:3" in page.text
+    assert "two<i>␛[1m.jsonl:3" in page.text
     assert "unusable: 3 no answer: one 3" in page.text
     assert [entry.name for entry in tmp_path.iterdir() if "page" in entry.name] == ["page.html"]
+
+
+def test_control_tokens_with_hostile_names_stay_text(tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>\x1b[31m"
+    tokenizer = open_tokenizer(str(byte_level_folder(tmp_path / "in", extra=(name,))))
+    index = next(iter(tokenizer.control_ids - {tokenizer.bos_id, tokenizer.eos_id}))
+    source = SourceDocuments("text", [([5, index, index], [True] * 3)])
+    plan = RowPlan(4)
+    make_store(tmp_path / "s", [source], plan, tokenizer=backend(tokenizer), vocab_size=tokenizer.vocab_size)
+    page = Page(render_page(tmp_path / "s", Selection()))
+    assert "img" not in page.elements and not page.open
+    assert page.trained.count(clean(name)) == 2
+    for color in (False, True):
+        text = "\n".join(describe(tmp_path / "s", None, color))
+        assert "\x1b" not in COLOR.sub("", text) and "\x1b[31m" not in text and text.count("<img src=x") == 3
 
 
 def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, byte_level: Tokenizer) -> None:
@@ -393,7 +408,7 @@ def test_command(
     assert message in output.err and output.err.count("\n") == bool(message)
     if code == 0:
         assert "\x1b" not in output.out, "captured output is no terminal"
-        assert "two␛[1m.jsonl" in output.out or "page.html" in output.out or "one.jsonl" in output.out
+        assert "two<i>␛[1m.jsonl" in output.out or "page.html" in output.out or "one.jsonl" in output.out
 
 
 def in_terminal(folder: Path, environment: dict[str, str], *arguments: str) -> str:
