@@ -32,6 +32,7 @@ from data_prep.shape_forms import (
     OPTIONAL,
     TASK_SHAPES,
     Reading,
+    candidates_of,
     known_fields,
     readings,
 )
