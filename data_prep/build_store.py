@@ -1,5 +1,7 @@
 """Makes the store of one split, or finds it made: encode all spans, join their parts, arrange rows, publish."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,9 +17,9 @@ from data_prep.config import DataConfig, SourceConfig
 from data_prep.deduplicate import keep_first
 from data_prep.errors import BadDataError
 from data_prep.parallel import encode_spans
-from data_prep.parts import PartAccount, read_account
+from data_prep.parts import Part, PartAccount, read_account
 from data_prep.progress import Progress
-from data_prep.records import SourceFile
+from data_prep.records import SourceFile, Span
 from data_prep.shapes import Shape
 from data_prep.sources import check_unchanged
 from data_prep.store_folder import link_content, publish
@@ -29,6 +31,7 @@ from data_prep.worker import HashRange, Job, SplitJob, Task, Work, id_type
 
 Say = Callable[[str], None]
 _ABANDONED_SECONDS = 3600.0
+_NOT_READING = {"path", "hub", "aligned", "name", "weight", "epochs"}  # keys of a source that change no example
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class Input:
     files: tuple[SourceFile, ...]
     shape: Shape
 
+    def reading_key(self) -> Any:
+        """What of it changes the examples that a file gives, as JSON values."""
+        return [self.config.model_dump(mode="json", exclude=_NOT_READING), self.shape.key()]
+
+
+def _part_name(one: Input, file: SourceFile, span: Span) -> str:
+    """The same for the same content read in the same way, wherever the file lies and whatever is beside it."""
+    identity = [one.reading_key(), file.format, file.compression, file.sha256, span.start, span.stop]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
 
 @dataclass(frozen=True)
 class Split:
@@ -62,7 +75,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Group:
-    """Splits that are made of the same input, in one pass over it. `key` names the work folder."""
+    """Splits that are made of the same input, in one pass over it. `key` is the identity of how it is encoded."""
 
     splits: tuple[Split, ...]
     inputs: tuple[Input, ...]
@@ -71,13 +84,24 @@ class Group:
     @property
     def work(self) -> list[Work]:
         """Every span of the input, in order."""
-        spans = [(one, file, span) for one in self.inputs for file in one.files for span in file.spans]
-        return [Work(index, file, span, one.shape) for index, (one, file, span) in enumerate(spans)]
+        return [
+            Work(_part_name(one, file, span), file, span, one.shape)
+            for one in self.inputs for file in one.files for span in file.spans
+        ]  # fmt: skip
 
 
 def work_dir(config: DataConfig, group: Group) -> Path:
-    """Where the parts of a group are made and kept until its stores are published."""
+    """Where the parts of a group are made and kept until its stores are published.
+
+    It belongs to an encoding, not to an input: after a faulty file is mended, the parts of the others count.
+    """
     return config.store_dir / f".{group.key[:16]}.work"
+
+
+def parts_dir(config: DataConfig, group: Group, split: Split) -> Path:
+    """Where the parts of one split are: another share of the records is another folder."""
+    chosen = "" if split.chosen is None else f"-{split.chosen.low:x}-{split.chosen.high:x}"
+    return work_dir(config, group) / f"records{chosen}"
 
 
 def store_path(config: DataConfig, split: Split) -> Path:
@@ -97,7 +121,7 @@ def encode_parts(
     todo = [
         work
         for work in group.work[part[0] :: part[1]]
-        if any(read_account(split.parts_dir, work.index) is None for split in job.splits)
+        if any(read_account(split.parts_dir, work.part) is None for split in job.splits)
     ]
     total = sum(_num_bytes(work) for work in todo)
     label = " and ".join(split.name for split in splits)
@@ -126,7 +150,7 @@ def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encodin
             staged.rename(tokenizer_dir)
         except OSError:  # another preparation was first
             shutil.rmtree(staged)
-    jobs = tuple(SplitJob(split.name, split.chosen, folder / split.name) for split in splits)
+    jobs = tuple(SplitJob(split.name, split.chosen, parts_dir(config, group, split)) for split in splits)
     for job in jobs:
         job.parts_dir.mkdir(exist_ok=True)
     now = datetime.fromisoformat((tokenizer_dir / "now.txt").read_text(encoding="ascii"))
@@ -209,18 +233,14 @@ def _join_content(
     folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """The columns of all parts of `split` in `folder`; returns the manifest without rows."""
-    tokenizer, parts_dir = encoding.tokenizer, work_dir(config, group) / split.name
-    accounts = []
-    for work in group.work:
-        account = read_account(parts_dir, work.index)
-        if account is None:
-            raise BadDataError(f"{parts_dir}: part {work.index} is missing: another process removed it; prepare again")
-        accounts.append(account)
+    tokenizer = encoding.tokenizer
+    parts = [Part(parts_dir(config, group, split), work.part) for work in group.work]
+    accounts = [part.account for part in parts]
     names = _final_names(accounts, label_names, encoding.task)
-    kept = keep_first(parts_dir, accounts) if config.deduplicate else None
+    kept = keep_first(parts) if config.deduplicate else None
     number_of = {name: number for number, name in enumerate(names)}
     stored = id_type(tokenizer.vocab_size)
-    files, columns, remaining = write_content(folder, parts_dir, accounts, stored, number_of, kept)
+    files, columns, remaining = write_content(folder, parts, stored, number_of, kept)
     sources = _account_sources(group, accounts, remaining)
     tokenizer.save(folder / "tokenizer", encoding.chat_template)
     files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(encoding.chat_template))])

@@ -8,7 +8,7 @@ of a document do not add up to its text (a normaliser changed it), its character
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,14 @@ def encode_causal_lm(records: Sequence[Record], examples: Sequence[Example], con
         chosen: list[Any] = list(run)
         theirs = records[start : start + len(chosen)]
         start += len(chosen)
-        encode = {TextExample: _encode_texts, PromptExample: _encode_prompts, ChatExample: _encode_chats}[kind]
         try:
-            blocks.append(encode(theirs, chosen, context))
+            if kind is TextExample:
+                blocks.append(_encode_texts(theirs, chosen, context))
+            elif kind is PromptExample:
+                blocks.append(_encode_prompts(theirs, chosen, context))
+            else:
+                assert kind is ChatExample
+                blocks.append(_encode_chats(theirs, chosen, context))
         except UntrainableError as error:
             before = start - len(chosen)
             raise UntrainableError(str(error), tuple(index + before for index in error.indices)) from error
@@ -211,7 +216,7 @@ def _marks_by_offsets(one: Rendered, tokenizer: Tokenizer, ids: np.ndarray | Non
 
 def _literal_pieces(one: Rendered) -> list[str]:
     cuts = [0, *(start + 1 for start, _ in one.literal_spans), len(one.text)]
-    return [one.text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [one.text[a:b] for a, b in pairwise(cuts)]
 
 
 def spans_to_marks(length: int, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

@@ -30,8 +30,9 @@ def encode_sequence_classification(records: Sequence[Record], examples: Sequence
     texts = [text for one in chosen for text in (one.text, one.pair) if text is not None]
     encoded = iter(_content(texts, [r for r, one in zip(records, chosen, strict=True)
                                     for text in (one.text, one.pair) if text is not None], context))  # fmt: skip
-    documents, pair_starts, truncated = [], [], 0
+    documents: list[list[int]] = []
     empty: list[int] = []
+    pair_starts, truncated = [], 0
     for one in chosen:
         first = next(encoded)
         second = next(encoded) if one.pair is not None else None

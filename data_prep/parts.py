@@ -37,18 +37,18 @@ class PartAccount:
     hash: str = ""
 
 
-def part_path(folder: Path, index: int) -> Path:
-    """The file of span `index`; its account stands beside it with the ending ``.json``."""
-    return folder / f"{index:08d}.part"
+def part_path(folder: Path, name: str) -> Path:
+    """The file of part `name`; its account stands beside it with the ending ``.json``."""
+    return folder / f"{name}.part"
 
 
 class PartWriter:
     """Collects the blocks of one span. `close` seals the part; a part that is not closed leaves nothing."""
 
-    def __init__(self, folder: Path, index: int, names: Names):
-        self._final = part_path(folder, index)
+    def __init__(self, folder: Path, name: str, names: Names):
+        self._final = part_path(folder, name)
         # Two machines may be at the same span: each writes its own file, and either may win.
-        self._temporary = folder / f".{index:08d}.{uuid.uuid4().hex}.partial"
+        self._temporary = folder / f".{name}.{uuid.uuid4().hex}.partial"
         self._file = self._temporary.open("wb")
         self._digest = xxhash.xxh3_128()
         self._account = PartAccount()
@@ -93,9 +93,9 @@ class PartWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def read_account(folder: Path, index: int) -> PartAccount | None:
+def read_account(folder: Path, name: str) -> PartAccount | None:
     """The account of a sealed part, or None if there is none, or its file has another size."""
-    path = part_path(folder, index)
+    path = part_path(folder, name)
     try:
         account = PartAccount(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         size = path.stat().st_size
@@ -105,18 +105,29 @@ def read_account(folder: Path, index: int) -> PartAccount | None:
     return account if size == wanted else None
 
 
-def read_blocks(folder: Path, index: int, account: PartAccount) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of every block of a part. StorageError if the file is not what its account sealed."""
-    digest = xxhash.xxh3_128()
-    path = part_path(folder, index)
-    with path.open("rb") as file:
-        for shapes in account.blocks:
-            columns: dict[str, np.ndarray] = {}
-            for name, dtype, count in shapes:
-                data = file.read(np.dtype(dtype).itemsize * count)
-                digest.update(data)
-                columns[name] = np.frombuffer(data, dtype=dtype)
-            yield columns
-    if digest.hexdigest() != account.hash:
-        path.with_suffix(".json").unlink(missing_ok=True)
-        raise StorageError(f"{path}: damaged between writing and reading; prepare again, it is made anew")
+class Part:
+    """A sealed part. Raises StorageError if it is not there."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = part_path(folder, name)
+        account = read_account(folder, name)
+        if account is None:
+            raise StorageError(f"{self.path}: missing; another process removed it; prepare again")
+        self.account = account
+
+    def blocks(self) -> Iterator[dict[str, np.ndarray]]:
+        """The columns of every block. StorageError if the file is not what its account sealed."""
+        digest = xxhash.xxh3_128()
+        with self.path.open("rb") as file:
+            for shapes in self.account.blocks:
+                columns: dict[str, np.ndarray] = {}
+                for name, dtype, count in shapes:
+                    data = file.read(np.dtype(dtype).itemsize * count)
+                    digest.update(data)
+                    columns[name] = np.frombuffer(data, dtype=dtype)
+                yield columns
+        if digest.hexdigest() != self.account.hash:
+            self.path.with_suffix(".json").unlink(missing_ok=True)
+            raise StorageError(
+                f"{self.path}: damaged between writing and reading; prepare again, it alone is made anew"
+            )

@@ -29,7 +29,7 @@ from data_prep.build_store import (
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.ledger import ledger_table
-from data_prep.records import SourceFile
+from data_prep.records import Record, SourceFile
 from data_prep.shapes import recognise
 from data_prep.sources import find_sources, read_records
 from data_prep.store_folder import exclusive, remove_leftovers, remove_work, storage_errors, write_text_atomically
@@ -85,7 +85,7 @@ def _build_all(
     folders: dict[str, Path] = {}
     for group in groups:
         stores = {split.name: find_store(config, split, say) for split in group.splits}
-        donors = {name: None for name in stores}
+        donors = dict.fromkeys(stores)
         missing = [split for split in group.splits if stores[split.name] is None]
         found = {split.name: find_donor(config.store_dir, split) for split in missing}
         donors |= found
@@ -93,7 +93,7 @@ def _build_all(
         if raw:
             encode_parts(config, group, raw, encoding, (0, 1), progress)
         for split in group.splits:
-            store, donor = stores[split.name], donors[split.name]
+            store, donor = stores[split.name], donors.get(split.name)
             if store is not None:
                 say(f"reusing {split.name} store {store.path}")
             else:
@@ -103,6 +103,7 @@ def _build_all(
                 say(_summary(split.name, store))
             names = names or store.label_names or None
             folders[split.name] = store.path
+    for group in groups:
         remove_work(work_dir(config, group))
     return folders
 
@@ -155,20 +156,20 @@ def _check_task(config: DataConfig, tokenizer: Tokenizer, task: Task) -> None:
 
 
 def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None]) -> tuple[Group, ...]:
+    encoded = _encoding_key(config, encoding)
     train = _inputs(config.train, "train", config, encoding, say)
-    whole = _group_key(config, train, encoding, "")
+    whole = _input_key(encoded, train, "")
     share = config.validation_fraction
     if share is not None:
         border = int(share * 2**64)
         ranges = {"train": HashRange(border, 2**64), "validation": HashRange(0, border)}
-        splits = tuple(_split(config, name, chosen, whole, train) for name, chosen in ranges.items())
-        return (Group(splits, train, whole),)
-    groups = [Group((_split(config, "train", None, whole, train),), train, whole)]
+        return (Group(tuple(_split(config, *one, whole, train) for one in ranges.items()), train, encoded),)
+    groups = [Group((_split(config, "train", None, whole, train),), train, encoded)]
     if config.validation is not None:
         held_out = _inputs(config.validation, "validation", config, encoding, say)
         # Labels are numbered as in train, so a store of held-out records belongs to its training records.
-        key = _group_key(config, held_out, encoding, "" if encoding.task == "causal_lm" else whole)
-        groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, key))
+        key = _input_key(encoded, held_out, "" if encoding.task == "causal_lm" else whole)
+        groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, encoded))
     return tuple(groups)
 
 
@@ -179,13 +180,23 @@ def _inputs(
     names = _source_names(sources, found)
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        first = [record for file in files[:1] for record in islice(read_records(file), _RECOGNISED_FROM_RECORDS)]
-        if not first:
-            raise BadDataError(f"{files[0].label}: the file holds no records")
-        shape = recognise(first, source, encoding.task)
+        shape = recognise(_first_records(files[0]), source, encoding.task)
         say(f"{key} {name}: {shape.describe()}; {len(files)} {'file' if len(files) == 1 else 'files'}")
         inputs.append(Input(source, name, tuple(files), shape))
     return tuple(inputs)
+
+
+def _first_records(file: SourceFile) -> list[Record]:
+    """The first records of a file, up to the first that cannot be read: it is told when its turn comes."""
+    records: list[Record] = []
+    try:
+        records.extend(islice(read_records(file), _RECOGNISED_FROM_RECORDS))
+    except BadDataError:
+        if not records:
+            raise
+    if not records:
+        raise BadDataError(f"{file.label}: the file holds no records")
+    return records
 
 
 def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[SourceFile]]) -> list[str]:
@@ -204,35 +215,29 @@ def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[Sour
     return names
 
 
-def _group_key(config: DataConfig, inputs: Sequence[Input], encoding: Encoding, belongs_to: str) -> str:
+def _encoding_key(config: DataConfig, encoding: Encoding) -> str:
+    """Identity of how records become documents, whatever the records are."""
     settings = config.model_dump(mode="json", include=set(_CONTENT_KEYS))
     if encoding.task == "causal_lm":
         # How over-long documents are cut is a matter of rows there, unless they are refused.
         settings["overlong"] = settings["overlong"] == "error" and config.row_tokens
     else:
         settings["row_tokens"] = config.row_tokens
-    return _key(
-        {
-            "format": FORMAT_VERSION,
-            "task": encoding.task,
-            "belongs_to": belongs_to,
-            "inputs": [
-                {
-                    "name": one.name,
-                    "reading": one.config.model_dump(mode="json", exclude={"weight", "epochs", "path", "name"}),
-                    "shape": one.shape.key(),
-                    "files": [(file.label, file.size_bytes, file.sha256) for file in one.files],
-                }
-                for one in inputs
-            ],
-            "tokenizer": encoding.tokenizer.files(encoding.chat_template),
-            "settings": settings,
-        }
-    )
+    tokenizer = encoding.tokenizer.files(encoding.chat_template)
+    return _key({"format": FORMAT_VERSION, "task": encoding.task, "tokenizer": tokenizer, "settings": settings})
 
 
-def _split(config: DataConfig, name: str, chosen: HashRange | None, group_key: str, inputs: Sequence[Input]) -> Split:
-    content_key = _key([group_key, None if chosen is None else (chosen.low, chosen.high)])
+def _input_key(encoding_key: str, inputs: Sequence[Input], belongs_to: str) -> str:
+    """Identity of the documents that an input becomes."""
+    described = [
+        [one.name, one.reading_key(), [(file.label, file.size_bytes, file.sha256) for file in one.files]]
+        for one in inputs
+    ]
+    return _key([encoding_key, belongs_to, described])
+
+
+def _split(config: DataConfig, name: str, chosen: HashRange | None, input_key: str, inputs: Sequence[Input]) -> Split:
+    content_key = _key([input_key, None if chosen is None else (chosen.low, chosen.high)])
     shares = [(one.config.weight, one.config.epochs) for one in inputs]
     rows = [config.row_tokens, config.packing, config.overlong, config.min_targets, shares]
     return Split(name, chosen, content_key, _key([content_key, rows]))

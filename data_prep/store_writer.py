@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from data_prep.blocks import RAGGED_LENGTHS, TASK_COLUMNS
-from data_prep.parts import PartAccount, read_blocks
+from data_prep.parts import Part, PartAccount
 from data_prep.store_folder import sync_file
 from data_prep.token_store import hash_file
 
@@ -82,7 +82,7 @@ class _Marks:
             self._writer.write(np.packbits(self._carried))
 
 
-def column_sizes(parts_dir: Path, accounts: Sequence[PartAccount]) -> dict[str, tuple[np.dtype[Any], int]]:
+def column_sizes(accounts: Sequence[PartAccount]) -> dict[str, tuple[np.dtype[Any], int]]:
     """dtype and number of values of every column over all parts, from their accounts."""
     sizes: dict[str, tuple[np.dtype[Any], int]] = {}
     for account in accounts:
@@ -95,8 +95,7 @@ def column_sizes(parts_dir: Path, accounts: Sequence[PartAccount]) -> dict[str, 
 
 def write_content(
     folder: Path,
-    parts_dir: Path,
-    accounts: Sequence[PartAccount],
+    parts: Sequence[Part],
     id_type: np.dtype[Any],
     number_of: Mapping[str, int],
     kept: Sequence[np.ndarray] | None,
@@ -106,10 +105,11 @@ def write_content(
     `number_of` gives the final number of every label or tag. `kept`, one bool array [documents] a part,
     leaves out the others. Returns the manifest's files and columns, and the accounts of what was kept.
     """
+    accounts = [part.account for part in parts]
     if kept is not None:
-        sizes, accounts_kept = _sizes_of_kept(parts_dir, accounts, kept)
+        sizes, accounts_kept = _sizes_of_kept(parts, kept)
     else:
-        sizes, accounts_kept = column_sizes(parts_dir, accounts), list(accounts)
+        sizes, accounts_kept = column_sizes(accounts), list(accounts)
     tokens, documents = (sizes.get(name, (None, 0))[1] for name in ("input_ids", "lengths"))
     columns = {name: per for name, per in TASK_COLUMNS.items() if name in sizes}
     plan: dict[str, tuple[np.dtype[Any], int]] = {
@@ -126,7 +126,7 @@ def write_content(
         del plan["targets"]  # what is trained is the document itself
     writers = {name: ColumnWriter(folder / f"{name}.npy", *what) for name, what in plan.items()}
     try:
-        _join(parts_dir, accounts, writers, number_of, kept)
+        _join(parts, writers, number_of, kept)
         files = {f"{name}.npy": writer.finish() for name, writer in writers.items()}
     finally:
         for writer in writers.values():
@@ -135,16 +135,16 @@ def write_content(
 
 
 def _sizes_of_kept(
-    parts_dir: Path, accounts: Sequence[PartAccount], kept: Sequence[np.ndarray]
+    parts: Sequence[Part], kept: Sequence[np.ndarray]
 ) -> tuple[dict[str, tuple[np.dtype[Any], int]], list[PartAccount]]:
     """As `column_sizes`, of the kept documents alone, and the accounts with their counts."""
-    sizes = column_sizes(parts_dir, accounts)
+    sizes = column_sizes([part.account for part in parts])
     counts = dict.fromkeys(sizes, 0)
     remaining = []
-    for index, account in enumerate(accounts):
+    for index, part in enumerate(parts):
         own = dict.fromkeys(sizes, 0)
         targets = first = 0
-        for block in read_blocks(parts_dir, index, account):
+        for block in part.blocks():
             documents = len(block["lengths"])
             chosen = _choose(block, kept[index][first : first + documents])
             first += documents
@@ -155,7 +155,10 @@ def _sizes_of_kept(
             targets = own["target_ids"] if "target_ids" in own else own.get("lengths", 0)
         remaining.append(
             replace(
-                account, num_documents=own.get("lengths", 0), num_tokens=own.get("input_ids", 0), num_targets=targets
+                part.account,
+                num_documents=own.get("lengths", 0),
+                num_tokens=own.get("input_ids", 0),
+                num_targets=targets,
             )
         )
         for name, count in own.items():
@@ -164,13 +167,13 @@ def _sizes_of_kept(
 
 
 def _join(
-    parts_dir: Path, accounts: Sequence[PartAccount], writers: Mapping[str, ColumnWriter],
+    parts: Sequence[Part], writers: Mapping[str, ColumnWriter],
     number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None,
 ) -> None:  # fmt: skip
     marks = _Marks(writers["targets"]) if "targets" in writers else None
-    ends = {name: 0 for name in writers}
+    ends = dict.fromkeys(writers, 0)
     questions = 0
-    for block, final in _kept_blocks(parts_dir, accounts, number_of, kept):
+    for block, final in _kept_blocks(parts, number_of, kept):
         for name, values in block.items():
             if name == "marks":
                 if marks is not None:
@@ -197,13 +200,13 @@ def _join(
 
 
 def _kept_blocks(
-    parts_dir: Path, accounts: Sequence[PartAccount], number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None
+    parts: Sequence[Part], number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Every block with the documents that are kept, and the final number of each of its part's names."""
-    for index, account in enumerate(accounts):
-        final = np.array([number_of[name] for name in account.names], dtype=np.int32)
+    for index, part in enumerate(parts):
+        final = np.array([number_of[name] for name in part.account.names], dtype=np.int32)
         first = 0
-        for block in read_blocks(parts_dir, index, account):
+        for block in part.blocks():
             documents = len(block["lengths"])
             chosen = None if kept is None else kept[index][first : first + documents]
             first += documents

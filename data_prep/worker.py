@@ -68,9 +68,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """One span of one file, its number among all spans, and what its records are."""
+    """One span of one file, what its records are, and the name of its parts, which follows from their content."""
 
-    index: int
+    part: str
     source: SourceFile
     span: Span
     shape: Shape
@@ -198,7 +198,7 @@ def encode_span(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
     """Encode the records of one span and seal its part of every split. Raises BadDataError; then no part is left."""
     job = encoder.job
     names = {split.name: Names() for split in job.splits}
-    writers = {split.name: PartWriter(split.parts_dir, work.index, names[split.name]) for split in job.splits}
+    writers = {split.name: PartWriter(split.parts_dir, work.part, names[split.name]) for split in job.splits}
     contexts = {name: encoder.context(book) for name, book in names.items()}
     read = 0
     taken = dict.fromkeys(names, 0)

@@ -103,7 +103,7 @@ def test_reuse_by_content_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
 
     text, first = said()
     assert "reusing" not in text and "text: text = text (30 records seen agree)" in text
-    assert ["a", "30", "30"] == next(line for line in text.splitlines() if line.startswith("a  ")).split()[:3]
+    assert next(line for line in text.splitlines() if line.startswith("a  ")).split()[:3] == ["a", "30", "30"]
     text, again = said()
     assert text.endswith(f"\nreusing train store {first}\n") and again == first
     identity = (first / "input_ids.npy").stat().st_ino
@@ -324,7 +324,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(tmp_path: Path) -> Non
     store_dir = Path(values["store_dir"])
 
     def sealed() -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in store_dir.glob(".*.work/train/*.json")}
+        return {path.name: path.stat().st_mtime_ns for path in store_dir.glob(".*.work/records*/*.json")}
 
     seen: dict[str, int] = {}
     for moment in (1, 3, 6):
@@ -338,7 +338,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(tmp_path: Path) -> Non
         now = sealed()
         assert len(now) >= moment and seen.items() <= now.items()  # no part was made twice
         seen = now
-    part = next(store_dir.glob(".*.work/train/*.part"))
+    part = next(store_dir.glob(".*.work/records*/*.part"))
     part.write_bytes(part.read_bytes()[:-1])  # a lost tail is noticed, and this part alone made anew
     folder = run(values)["train"]
     TokenStore.open(folder).verify()
@@ -394,7 +394,7 @@ def test_several_machines_share_the_work(tmp_path: Path, capsys: pytest.CaptureF
 def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
     texts = sentences(50)
     first = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "id": n} for n, text in enumerate(texts + texts[:20])])
-    second = write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in texts[:5] + ["a new one"]])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in [*texts[:5], "a new one"]])
     values = section(
         tmp_path, byte_level_folder(tmp_path / "tokenizer"), [first, second], overlong="split", deduplicate=True
     )
