@@ -17,8 +17,11 @@ class UntrainableError(BadDataError):
     """Records of a batch that would train nothing; `indices` says which. The message is about the first."""
 
     def __init__(self, message: str, indices: tuple[int, ...]):
-        super().__init__(message)
+        super().__init__(message, indices)  # what it is made again from, in another process
         self.indices = indices
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class MissingInputError(PreparationError):

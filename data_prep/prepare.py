@@ -145,6 +145,12 @@ def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: Task) -> str 
 def _check_task(config: DataConfig, tokenizer: Tokenizer, task: Task) -> None:
     if task in ("causal_lm", "seq2seq_lm") and tokenizer.eos_id is None:
         raise DataConfigError(f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task} needs")
+    around = [*tokenizer.prefix_ids, *tokenizer.suffix_ids]
+    if around and max(around) >= tokenizer.vocab_size:
+        raise BadDataError(
+            f"data.tokenizer {config.tokenizer}: its own token id {max(around)} is outside the vocabulary of"
+            f" {tokenizer.vocab_size}"
+        )
     if config.label_names is not None and task not in ("sequence_classification", "token_classification"):
         raise DataConfigError(f"data.label_names belongs to classification, not to task {task}")
     if config.overlong == "split" and task != "causal_lm":

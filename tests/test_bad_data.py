@@ -22,7 +22,9 @@ from data_prep.errors import (
 from data_prep.prepare import prepare
 from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
 
-FINE = [{"text": "the river runs"}, {"prompt": "how many", "response": "barrels of oil"}]
+FINE = [{"text": "the river runs"}, {"text": "barrels of oil"}]
+ASKED = [{"prompt": "how many", "response": "barrels of oil"}] * 2
+TALKED = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2
 LABELLED = [{"text": "warm light", "label": "good"}, {"text": "cold winter", "label": "bad"}] * 3
 
 
@@ -34,7 +36,8 @@ def attempt(values: dict[str, Any], task: Any = "causal_lm") -> PreparationError
     assert message and "\n" not in message and "Traceback" not in message
     store_dir = Path(values["store_dir"])
     if store_dir.is_dir():
-        assert [entry.name for entry in store_dir.iterdir()] in ([], [".lock"])
+        # Finished parts may stay for the next preparation; nothing that looks like a store does.
+        assert all(entry.name == ".lock" or entry.suffix == ".work" for entry in store_dir.iterdir())
     return caught.value
 
 
@@ -47,39 +50,54 @@ def test_exit_codes_are_the_designed_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("fine", "line", "words"),
     [
-        (b'{"prompt": "a"}', "field 'response' is missing"),
-        (b'{"instruction": "a"}', "has none of the known shapes"),
-        (b'{"text": 5}', "field 'text' must be text, not a number"),
-        (b'{"text": "a"', "not valid JSON"),
-        (b'{"text": "caf\xe9"}', "not UTF-8"),
-        (b"5", "a record is an object"),
-        (b'{"text": ""}', "nothing in this record would be trained"),
-        (b'{"prompt": "a", "response": ""}', "the response is empty"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "no turn of the assistant"),
-        (b'{"messages": [{"role": "robot", "content": "a"}]}', "roles are system, user and assistant, not robot"),
-        (b'{"messages": [{"role": "assistant", "content": "<|end|>"}]}', "holds the control token '<|end|>'"),
-        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-        (json.dumps({"text": "river " * 200}).encode(), "tokens do not fit a row of 64 (data.row_tokens)"),
+        (ASKED, b'{"prompt": "a"}', "field 'response', which the first records of this source have, is missing"),
+        (FINE, b'{"instruction": "a"}', "field 'text', which the first records of this source have, is missing"),
+        (FINE, b'{"text": 5}', "field 'text' must be text, not a number"),
+        (FINE, b'{"text": "a"', "not valid JSON"),
+        (FINE, b'{"text": "caf\xe9"}', "not UTF-8"),
+        (FINE, b"5", "a record is an object"),
+        (FINE, b'{"text": ""}', "nothing in this record would be trained"),
+        (ASKED, b'{"prompt": "a", "response": ""}', "the response is empty"),
+        (TALKED, b'{"messages": [{"role": "user", "content": "a"}]}', "no turn of a trained role"),
+        (TALKED, b'{"messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "a"}]}', "robot"),
+        (FINE, b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (FINE, json.dumps({"text": "river " * 200}).encode(), "tokens do not fit a row of 64 (data.row_tokens)"),
     ],
 )
-def test_bad_records_name_file_and_line(tmp_path: Path, line: bytes, words: str) -> None:
-    good = write_jsonl(tmp_path / "good.jsonl", FINE)
-    path = write_jsonl(tmp_path / "data.jsonl", FINE)
+def test_bad_records_name_file_and_line(tmp_path: Path, fine: list[Any], line: bytes, words: str) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", fine)
+    path = write_jsonl(tmp_path / "data.jsonl", fine * 60)  # beyond the records that the shape is recognised from
     path.write_bytes(path.read_bytes() + b"\n" + line + b"\n" + b"also bad\n")
     error = attempt(section(tmp_path, byte_level_folder(tmp_path / "t"), [good, path]))
     assert error.exit_code == 65
-    assert str(error).startswith(f"{path}:4: ") and words in str(error)
+    assert str(error).startswith(f"{path}:122: ") and words in str(error)
 
 
 def test_the_first_fault_is_told_whatever_worker_finds_one_first(tmp_path: Path) -> None:
     tokenizer = byte_level_folder(tmp_path / "t")
     slow = write_jsonl(tmp_path / "a.jsonl", [*FINE * 400, {"text": ""}, {"oops": 1}])
-    quick = write_jsonl(tmp_path / "b.jsonl", [{"oops": 1}])
+    quick = write_jsonl(tmp_path / "b.jsonl", [*FINE * 60, {"oops": 1}])
     for workers in (1, 2):
         error = attempt(section(tmp_path, tokenizer, [slow, quick], workers=workers))
         assert str(error).startswith(f"{slow}:801: nothing in this record")
+
+
+def test_mending_one_file_leaves_the_parts_of_the_others(tmp_path: Path) -> None:
+    tokenizer = byte_level_folder(tmp_path / "t")
+    good = write_jsonl(tmp_path / "a.jsonl", FINE * 100)
+    bad = write_jsonl(tmp_path / "b.jsonl", [*FINE * 60, {"text": ""}])
+    values = section(tmp_path, tokenizer, [good, bad])
+    attempt(values)
+    parts = list(Path(values["store_dir"]).glob(".*.work/records/*.part"))
+    assert len(parts) == 1
+    made = parts[0].stat().st_mtime_ns
+    write_jsonl(bad, FINE * 60)
+    prepare(DataConfig.model_validate(values), values, "causal_lm", part=(2, 2), progress=False)
+    assert parts[0].stat().st_mtime_ns == made
+    folder = prepare(DataConfig.model_validate(values), values, "causal_lm", progress=False)["train"]
+    assert TokenStore.open(folder).num_documents == 320
 
 
 @pytest.mark.parametrize("content", ["", "\n\n \n", "\ufeff"])
@@ -94,9 +112,9 @@ def test_missing_files(tmp_path: Path) -> None:
     tokenizer = byte_level_folder(tmp_path / "t")
     path = write_jsonl(tmp_path / "a.jsonl", FINE)
     for values, words in (
-        (section(tmp_path, tokenizer, tmp_path / "none.jsonl"), "none.jsonl: no such file (data.train)"),
-        (section(tmp_path, tokenizer, path, validation=str(tmp_path / "v.jsonl")), "(data.validation)"),
-        (section(tmp_path, tokenizer, path, chat_template=str(tmp_path / "c.jinja")), "(data.chat_template)"),
+        (section(tmp_path, tokenizer, tmp_path / "none.jsonl"), "none.jsonl: no such file (data.train"),
+        (section(tmp_path, tokenizer, path, validation=str(tmp_path / "v.jsonl")), "(data.validation"),
+        (section(tmp_path, tokenizer, path, chat={"template": str(tmp_path / "c.jinja")}), "(data.chat.template)"),
         (section(tmp_path, tmp_path / "none", path), "no such tokenizer file or folder (data.tokenizer)"),
     ):
         error = attempt(values)
@@ -112,17 +130,21 @@ def test_token_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", FINE)
     error = attempt(section(tmp_path, folder, path))
     assert error.exit_code == 65
-    assert str(error).startswith(f"{path}:1: token id 70000 is outside the vocabulary of ")
+    assert "token id 70000 is outside the vocabulary of " in str(error) and "data.tokenizer" in str(error)
 
 
 @pytest.mark.parametrize(
     ("records", "changes", "words"),
     [
         ([*LABELLED, {"text": "a", "label": "odd"}], {"label_names": ["good", "bad"]}, ":7: label 'odd' is not one of"),
-        ([*LABELLED, {"text": "a"}], {}, ":7: field 'label' is missing"),
-        ([*LABELLED, {"label": "good"}], {}, ":7: field 'text' is missing"),
-        ([*LABELLED, {"text": "a", "label": 1.5}], {}, ":7: field 'label' must be text, not a number"),
-        (LABELLED[:1], {}, ": only 1 different labels in train"),
+        ([*LABELLED, {"text": "a"}], {}, ":7: field 'label', which the first records of this source have, is missing"),
+        (
+            [*LABELLED, {"label": "good"}],
+            {},
+            ":7: field 'text', which the first records of this source have, is missing",
+        ),
+        ([*LABELLED, {"text": "a", "label": 1.5}], {}, ":7: field 'label' is 1.5, not a whole number"),
+        (LABELLED[:1], {}, ":1: only 1 different labels in train"),
     ],
 )
 def test_labels(tmp_path: Path, records: list[dict[str, Any]], changes: dict[str, Any], words: str) -> None:
@@ -164,19 +186,21 @@ def test_wrong_sections(tmp_path: Path, changes: dict[str, Any], words: str) -> 
 
 def test_impossible_combinations(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", LABELLED)
+    plain = write_jsonl(tmp_path / "plain.jsonl", FINE)
+    talked = write_jsonl(tmp_path / "talked.jsonl", TALKED)
     vocabulary = bert_vocabulary(tmp_path / "vocab.txt")
     bad_template = tmp_path / "bad.jinja"
     bad_template.write_text("{% if %}")
     cases: list[tuple[dict[str, Any], Any, str]] = [
         (section(tmp_path, vocabulary, path, overlong="split"), "sequence_classification", "data.overlong: split"),
-        (section(tmp_path, vocabulary, path), "causal_lm", "no end-of-sequence token"),
+        (section(tmp_path, vocabulary, plain), "causal_lm", "no end-of-sequence token"),
         (
             section(tmp_path, byte_level_folder(tmp_path / "t"), path, label_names=["a", "b"]),
             "causal_lm",
-            "data.label_names belongs to task sequence_classification",
+            "data.label_names belongs to classification, not to task causal_lm",
         ),
         (
-            section(tmp_path, byte_level_folder(tmp_path / "t"), path, chat_template=str(bad_template)),
+            section(tmp_path, byte_level_folder(tmp_path / "t"), talked, chat={"template": str(bad_template)}),
             "causal_lm",
             "chat template: line 1",
         ),

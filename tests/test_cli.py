@@ -135,9 +135,12 @@ def test_resolved_run_file_is_absolute_and_repeats_the_run(folder: Path, monkeyp
     values = load_run_file(path).values
     assert values["run_dir"] == str(folder / "run")
     assert values["data"]["store_dir"] == str(folder / "store")
-    assert values["data"]["train"] == [str(folder / "records.jsonl"), str(folder / "more/*.jsonl")]
+    sources = [source["path"] for source in values["data"]["train"]]
+    assert sources == [str(folder / "records.jsonl"), str(folder / "more/*.jsonl")]
     assert values["data"]["tokenizer"] == str(folder / "tokenizer")
-    assert values["data"]["validation"] == ["not-there.jsonl"], "what does not exist may be a Hub name and stays"
+    assert values["data"]["validation"][0]["path"] == "not-there.jsonl", (
+        "what does not exist may be a Hub name and stays"
+    )
     assert values["optimizer"]["eps"] == first.config.optimizer.eps, "defaults are written too"
     assert values["data"]["overlong"] == first.data.overlong
     comparable = comparable_section(first.values["data"])
