@@ -1,5 +1,6 @@
 """One rank of the guard and evaluation tests; rank 0 writes what happened as JSON."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from equivalence_cases import Case, case_config, make_model, memory_store
+from equivalence_cases import Case, MemoryStore, case_config, make_model, memory_store
 
+from data_prep.token_store import RowSource, StoreError
 from engine.attention import register_packed_attention
 from engine.batches import MicroBatches
 from engine.distributed import RunFolder, StopSignal, leave, start_ranks
@@ -42,11 +44,27 @@ def refused_step(training: Training) -> dict[str, Any]:
     before, message = masters(training), ""
     try:
         train_step(training, Progress(), StopSignal())
-    except NumericalStopError as error:
+    except (NumericalStopError, StoreError) as error:
         message = str(error)
     unchanged = torch.tensor([int(torch.equal(before, masters(training)) and message != "")])
     dist.all_reduce(unchanged)
     return {"message": message, "ranks_unchanged": int(unchanged)}
+
+
+class ChangedStore(MemoryStore):
+    """A store whose files were replaced."""
+
+    def check_unchanged(self) -> None:
+        raise StoreError("memory.npy: changed, replaced or removed while it was in use")
+
+
+def changed_store(out_dir: Path, ranks) -> dict[str, Any]:
+    """A step on a store that changed since it was opened."""
+    training = training_of(Case("guards"), out_dir, ranks)
+    store = ChangedStore(training.store.documents, training.store.marks, training.store.labels)
+    result = refused_step(dataclasses.replace(training, store=store))
+    training.engine.destroy()
+    return result
 
 
 def bad_loss(out_dir: Path, ranks) -> dict[str, Any]:
@@ -95,11 +113,15 @@ def evaluations(out_dir: Path, ranks) -> dict[str, Any]:
     for family, labels in (("llama", 0), ("bert", 3)):
         case = Case("guards", family=family)
         training = training_of(case, out_dir, ranks)
-        for micro_rows in (1, 3, 100):
-            figures = evaluate(
-                training.engine, case.task, training.store, training.rows, labels, ranks, MicroBatches(micro_rows)
-            )  # fmt: skip
-            results[f"{family}-{micro_rows}"] = figures
+        for size in (MicroBatches(1), MicroBatches(3), MicroBatches(100), MicroBatches(tokens=60)):
+            figures = evaluate(training.engine, case.task, training.store, training.rows, labels, ranks, size)
+            results[f"{family}-{size.tokens or size.rows}"] = figures
+        cut = training.rows.num_rows // 3
+        halves = (RowSource("first", 0, cut, cut), RowSource("second", cut, training.rows.num_rows - cut, 1))
+        rows = dataclasses.replace(training.rows, sources=halves)
+        results[f"{family}-sources"] = evaluate(
+            training.engine, case.task, training.store, rows, labels, ranks, MicroBatches(2)
+        )  # fmt: skip
         results[f"{family}-trains-again"] = training.engine.module.training
         training.engine.destroy()
     return results
@@ -179,7 +201,17 @@ def main() -> None:
     np.seterr(all="raise")
     results = {
         scenario.__name__: scenario(out_dir, ranks)
-        for scenario in (bad_loss, bad_gradient, missing_gradient, evaluations, fp32_masters, dropout, shipped, golden)
+        for scenario in (
+            changed_store,
+            bad_loss,
+            bad_gradient,
+            missing_gradient,
+            evaluations,
+            fp32_masters,
+            dropout,
+            shipped,
+            golden,
+        )
     }
     if ranks.rank == 0:
         (out_dir / "results.json").write_text(json.dumps(results))

@@ -48,8 +48,13 @@ def test_a_parameter_without_gradient_is_refused(results: dict[str, Any]) -> Non
     assert "rows " in result["message"]
 
 
-@pytest.mark.parametrize("micro_rows", [1, 3, 100])
-def test_held_out_loss_is_exact(results: dict[str, Any], micro_rows: int) -> None:
+def test_a_changed_store_stops_before_the_update(results: dict[str, Any]) -> None:
+    result = results["changed_store"]
+    assert result == {"message": "memory.npy: changed, replaced or removed while it was in use", "ranks_unchanged": 2}
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3, 100, 60, "sources"])
+def test_held_out_loss_is_exact(results: dict[str, Any], micro_rows: int | str) -> None:
     figures = results["evaluations"][f"llama-{micro_rows}"]
     _, rows = memory_store("causal_lm")
     _, expected = reference_gradients("llama", np.arange(rows.num_rows))
@@ -58,8 +63,19 @@ def test_held_out_loss_is_exact(results: dict[str, Any], micro_rows: int) -> Non
     assert figures["targets"] == rows.row_targets.sum()
 
 
-@pytest.mark.parametrize("micro_rows", [1, 3, 100])
-def test_held_out_accuracy_and_f1_are_exact(results: dict[str, Any], micro_rows: int) -> None:
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_held_out_loss_of_each_source_is_exact(results: dict[str, Any], family: str) -> None:
+    figures = results["evaluations"][f"{family}-sources"]
+    _, rows = memory_store("causal_lm" if family == "llama" else "sequence_classification")
+    cut = rows.num_rows // 3
+    for name, own in (("first", np.arange(cut)), ("second", np.arange(cut, rows.num_rows))):
+        _, expected = reference_gradients(family, own)
+        assert figures[f"loss/{name}"] == pytest.approx(expected, rel=1e-5)
+    assert not any(name.startswith("loss/") for name in results["evaluations"][f"{family}-1"])
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3, 100, 60, "sources"])
+def test_held_out_accuracy_and_f1_are_exact(results: dict[str, Any], micro_rows: int | str) -> None:
     figures = results["evaluations"][f"bert-{micro_rows}"]
     store, rows = memory_store("sequence_classification")
     model = make_model("bert", packed=False).eval()
