@@ -216,7 +216,7 @@ def build(
         plan = RowPlan(config.row_tokens, config.packing, config.overlong, config.min_targets or 1)
         mixture = [one.config for one in group.inputs] if split.name == "train" else None
         total = content["num_documents"]
-        with Progress(f"arranging {split.name}", total, progress, unit=" documents") as bar:
+        with Progress(f"arranging {split.name}", total, progress, unit="documents") as bar:
             rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), plan, mixture, bar.advance)
         if rows["num_rows"] == 0:
             where = group.inputs[0].files[0].label

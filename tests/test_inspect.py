@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from data_fixtures import bert_vocabulary, byte_level_folder, sentencepiece_folder
+from data_fixtures import bert_vocabulary, byte_level_folder, prepared, section, sentencepiece_folder, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from store_fixtures import SourceDocuments, make_store
@@ -257,6 +257,38 @@ def test_answers_and_target_texts(tmp_path: Path, byte_level: Tokenizer) -> None
     }
     text = labelled(tmp_path / "b", byte_level, "seq2seq_lm", columns)
     assert f"-- target, {len(target)} tokens\n⟦old stone⟧" in text
+
+
+PREPARED = {
+    "causal_lm": ({"prompt": "the river", "response": " 漢字 runs"}, "the river⟦ 漢字 runs<|end|>⟧"),
+    "sequence_classification": (
+        {"sentence1": "the river", "sentence2": "runs", "label": "yes"},
+        "label: yes, second text from",
+    ),
+    "token_classification": ({"tokens": ["the", "river"], "tags": ["O", "B-water"]}, "⟦the river/B-water⟧"),
+    "question_answering": (
+        {
+            "question": "the river",
+            "context": "under old bridge 漢字",
+            "answers": {"text": ["漢字"], "answer_start": [17]},
+        },
+        "⟦ 漢字⟧",
+    ),
+    "seq2seq_lm": ({"source": "the river", "target": "runs"}, "-- target, "),
+}
+
+
+@pytest.mark.parametrize("task", sorted(PREPARED))
+def test_prepared_data_is_shown(tmp_path: Path, task: Any) -> None:
+    record, expected = PREPARED[task]
+    other = {**record, "label": "no"} if "label" in record else record
+    path = write_jsonl(tmp_path / "records.jsonl", [record, other])
+    values = section(tmp_path, byte_level_folder(tmp_path / "tokenizer"), path, stride_tokens=8)
+    store, _ = prepared(values, task)
+    text = "\n".join(describe(store.path, Selection(number=0, documents=True), color=False))
+    assert expected in text
+    assert f"-- document 0, {path}:1, source " in text
+    assert not Page(render_page(store.path, Selection())).open
 
 
 def test_selection(tmp_path: Path, byte_level: Tokenizer) -> None:
