@@ -53,7 +53,7 @@ def misreading_class(model_dir: Path) -> str | None:
     from transformers import AutoTokenizer
 
     ours = open_tokenizer(str(model_dir))
-    theirs = AutoTokenizer.from_pretrained(model_dir)
+    theirs = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     encoded = ours.encode_batch(_PROBES)
     for text, content in zip(_PROBES, encoded, strict=True):
         if theirs(text)["input_ids"] != [*ours.prefix_ids, *content, *ours.suffix_ids]:

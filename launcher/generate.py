@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError, MissingInputError
+from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 
 
 def generate(
@@ -17,6 +17,8 @@ def generate(
     """
     if not (Path(model_name) / "config.json").is_file():
         raise MissingInputError(f"{model_name}: not a model folder (no config.json in it); `fulltune export` makes one")
+    if not any(Path(model_name).glob("*.safetensors")):
+        raise RefusedForSecurityError(f"{model_name}: has no *.safetensors; other weight files can run code")
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError("--max-new-tokens must be at least 1 and --temperature at least 0")
     import torch
@@ -24,13 +26,20 @@ def generate(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    architectures = AutoConfig.from_pretrained(model_name).architectures or []
+    try:
+        # Never left out: without it transformers asks on the terminal whether to run the folder's code.
+        architectures = AutoConfig.from_pretrained(model_name, trust_remote_code=False).architectures or []
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise RefusedForSecurityError(f"{model_name}: brings its own code, which is never run") from None
+        raise DataError(f"{model_name}: {str(error).splitlines()[0]}") from error
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise ConfigError(f"{model_name}: {', '.join(architectures) or 'this model'} does not generate text")
     # tokenizer.json as it is: for some model types AutoTokenizer puts its own splitting rules over it.
     whole = (Path(model_name) / "tokenizer.json").is_file()
-    tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, use_safetensors=True)
+    kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+    tokenizer = kind.from_pretrained(model_name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(model_name, use_safetensors=True, trust_remote_code=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(seed)
     for prompt in prompts:

@@ -83,3 +83,12 @@ def test_nothing_runs_strings_or_loads_code(path: Path) -> None:
             if keyword.arg in ("shell", "trust_remote_code", "allow_pickle"):
                 assert isinstance(keyword.value, ast.Constant), where
                 assert keyword.value.value is False, where
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_of_a_model_folder_is_refused_in_words(path: Path) -> None:
+    """Where trust_remote_code is left out, transformers asks on the terminal, and a `y` runs the code."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+            where = f"{path}:{node.lineno}: {ast.unparse(node)[:80]}"
+            assert any(keyword.arg == "trust_remote_code" for keyword in node.keywords), where
