@@ -87,9 +87,9 @@ def test_constraints_pin_everything_that_is_declared() -> None:
 
 def test_slurm_script_says_what_it_would_start(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    words = ["my run.yaml", f"run_dir=$(touch {canary})", f"x;touch {canary}"]
+    words = ["my run.yaml", "--dry-run", f"run_dir=$(touch {canary})", f"x;touch {canary}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    environment |= {"DRY_RUN": "1", "NODES": "alpha beta gamma", "RANKS_PER_NODE": "4"}
+    environment |= {"NODES": "alpha beta gamma", "RANKS_PER_NODE": "4"}
     command = ["bash", str(ROOT / "slurm" / "train.sbatch"), *words]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
@@ -97,7 +97,7 @@ def test_slurm_script_says_what_it_would_start(tmp_path: Path) -> None:
     for number, (name, line) in enumerate(zip(("alpha", "beta", "gamma"), lines[1:], strict=True)):
         assert line.startswith(f"{name}: ranks {4 * number}-{4 * number + 3}: deepspeed --no_ssh --node_rank {number} ")
         assert "--master_addr alpha " in line
-        assert "--module engine my\\ run.yaml" in line
+        assert "--module engine my\\ run.yaml run_dir=" in line
     assert list(tmp_path.iterdir()) == [], "nothing is written, and no word of ours is run"
 
 
