@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import COMPLETE, INTERNAL, FulltuneError
+from engine.errors import COMPLETE, INTERNAL, OTHER_RANK_FAILED, SUPERVISED, FulltuneError
 from engine.run_file import RunFile, load_run_file, with_absolute_paths
 
 
@@ -106,6 +106,11 @@ class _RankRecord:
         if self._folder is not None:
             self._write({"rank": self._rank, "code": code, "phase": self.phase, "message": message})
 
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody waits for this record and will tell its message."""
+        return self._folder is not None and bool(os.environ.get(SUPERVISED))
+
     def told_by_rank_zero(self, message: str) -> bool:
         """Whether rank 0 ended with the same message, so that nobody needs to read it twice."""
         import json
@@ -126,11 +131,11 @@ class _RankRecord:
 
 
 def _explain(error: Exception, rank: int, record: _RankRecord, debug: bool) -> tuple[int, str]:
-    """Print the error for a person, once in the job; returns (exit code, message)."""
+    """Print the error for a person, unless a supervisor will, once in the job; returns (exit code, message)."""
     code = int(getattr(error, "exit_code", INTERNAL))
     expected = isinstance(error, FulltuneError) or hasattr(error, "exit_code")
     message = str(error) if expected else f"{type(error).__name__}: {error}"
-    silent = type(error).__name__ == "OtherRankFailedError"
+    silent = record.is_read or message == OTHER_RANK_FAILED
     if debug or not expected:
         print(f"rank {rank}, while {record.phase}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     if not silent and (rank == 0 or not record.told_by_rank_zero(message)):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine.cpu_bf16 import multiply_bf16_in_fp32
-from engine.errors import INTERNAL, CannotWriteError, FulltuneError
+from engine.errors import INTERNAL, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
 
 SHARED_MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - where DeepSpeed's CPU collectives put their segments
 
@@ -28,7 +28,7 @@ class OtherRankFailedError(FulltuneError):
     """Raised on ranks that are fine because another one is not; that one tells the story."""
 
     def __init__(self, exit_code: int):
-        super().__init__("another rank failed")
+        super().__init__(OTHER_RANK_FAILED)
         self.exit_code = exit_code
 
 

@@ -7,6 +7,10 @@ them whether to requeue. Everything else that is raised is a defect of ours and 
 COMPLETE = 0
 STOPPED_WITH_CHECKPOINT = 75
 INTERNAL = 70
+#: What a rank says that is fine itself: another one tells the story.
+OTHER_RANK_FAILED = "another rank failed"
+#: Set by a supervisor that reads the ranks' exit records and tells the reason itself, once.
+SUPERVISED = "FULLTUNE_SUPERVISED"
 
 
 class FulltuneError(Exception):

@@ -117,6 +117,9 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts,
             if key not in values
         }  # fmt: skip
         model_type = values.pop("model_type")
+        if isinstance(values["vocab_size"], int):
+            # Before the configuration is made: transformers would warn of every special token first.
+            _check_vocabulary(values["vocab_size"], facts, "model.config")
         try:
             config = AutoConfig.for_model(model_type, **values)
         except (ValueError, TypeError, StrictDataclassError) as error:
@@ -134,11 +137,8 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts,
         # Fresh rows are as good as any; what is trained from them must never be made anew.
         config.get_text_config().vocab_size = vocab_size = max(vocab_size, facts.vocab_size)
         setattr(config, MADE_ROWS, facts.vocab_size)
-    if vocab_size < (facts.vocab_size if extension is None else extension.base_vocab_size):
-        raise DataError(
-            f"vocabulary mismatch: the store's tokenizer has {facts.vocab_size} tokens, the model {vocab_size} "
-            "embeddings; prepare the data with the model's own tokenizer"
-        )
+    needed = facts.vocab_size if extension is None else extension.base_vocab_size
+    _check_vocabulary(vocab_size, needed, "model.config" if folder is None else "model.path")
     if facts.label_names:
         # Both maps at once: num_labels follows from id2label.
         config.id2label = dict(enumerate(facts.label_names))
@@ -146,6 +146,14 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts,
         if config.get_text_config().pad_token_id is None:
             config.pad_token_id = facts.pad_id
     return config
+
+
+def _check_vocabulary(vocab_size: int, needed: int, source: str) -> None:
+    if vocab_size < needed:
+        raise DataError(
+            f"{source}: vocabulary mismatch: the store's tokenizer has {needed} tokens, the model "
+            f"{vocab_size} embeddings; prepare the data with the model's own tokenizer (data.tokenizer)"
+        )
 
 
 def _check_config_keys(given: dict[str, Any], config: Any) -> None:

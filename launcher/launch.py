@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from engine.errors import CannotWriteError, ConfigError
+from engine.errors import SUPERVISED, CannotWriteError, ConfigError
 from launcher.environment import remove_shared_memory
 from launcher.hosts import Node, is_local
 from launcher.verdict import clear_records, failed_before, judge, read_exits, read_starts
@@ -65,7 +65,8 @@ def local_command(node: Node, master_port: int, engine_arguments: list[str]) -> 
     else:
         where = ["--include", f"localhost:{','.join(map(str, node.slots))}"]
     address = ["--master_addr", "127.0.0.1", "--master_port", str(master_port)]
-    return (deepspeed_program(), "--log_level", "error", *where, *address, "--module", "engine", *engine_arguments)
+    # Not even `error`: all it would tell is that a rank failed, and we say which and why.
+    return (deepspeed_program(), "--log_level", "critical", *where, *address, "--module", "engine", *engine_arguments)
 
 
 def hostfile_command(
@@ -140,7 +141,8 @@ def run_job(job: Job) -> tuple[int, str]:
     died_first: list[int] = []
     with _handling(stop):
         # A session of its own: a terminal's Ctrl-C then reaches us alone, and all of it can be found.
-        process = subprocess.Popen(job.command, env=os.environ | job.environment, start_new_session=True)
+        environment = os.environ | job.environment | {SUPERVISED: "1"}
+        process = subprocess.Popen(job.command, env=environment, start_new_session=True)
         try:
             died_first = _stay(process, job, stop)
         finally:

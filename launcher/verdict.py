@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import INTERNAL, CannotWriteError, FulltuneError
+from engine.errors import INTERNAL, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
 from engine.run_file import load_run_file
 
 LOST_PEER = 76
@@ -100,7 +100,7 @@ def judge(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequenc
     records = [exits[rank] for rank in range(num_ranks) if rank in exits]
     silent = [rank for rank in range(num_ranks) if rank not in exits]
     if not silent and len({record.code for record in records}) == 1:
-        first = records[0]
+        first = next((record for record in records if record.message != OTHER_RANK_FAILED), records[0])
         return first.code, "" if first.code == 0 else _describe(first)
     number = _signal_number(launcher_code)
     killed = [rank for rank in died_first if rank in silent] or (silent if number and read_starts(run_dir) else [])
@@ -109,7 +109,8 @@ def judge(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequenc
         how = "was killed" if len(killed) == 1 else "were killed, or one was and the others after it"
         which = f" (signal {number})" if number else ""
         return LOST_PEER, f"{_name(killed)} {how}{which}, no exit record{hint}"
-    cause = next((record for code in _CAUSES_FIRST for record in records if record.code == code), None)
+    tellers = [record for record in records if record.message != OTHER_RANK_FAILED] or records
+    cause = next((record for code in _CAUSES_FIRST for record in tellers if record.code == code), None)
     if cause is not None:
         return cause.code, _describe(cause)
     if not silent:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import CannotWriteError, ConfigError
+from engine.errors import OTHER_RANK_FAILED, CannotWriteError, ConfigError
 from launcher.environment import job_environment, remote_environment
 from launcher.hosts import Node
 from launcher.launch import Job, deepspeed_program, free_port, hostfile_command, local_command, owned_run_dir, run_job
@@ -154,6 +154,17 @@ def test_agreeing_ranks_give_their_code(tmp_path: Path) -> None:
     for rank in range(2):
         write_exit(tmp_path, rank, 75, "stopped")
     assert judge(tmp_path, 2, 1)[0] == 75
+
+
+@pytest.mark.parametrize("code_of_rank_2", [65, 75])
+def test_the_rank_that_knows_the_reason_tells_it(tmp_path: Path, code_of_rank_2: int) -> None:
+    write_exit(tmp_path, 0, 65, OTHER_RANK_FAILED)
+    write_exit(tmp_path, 1, 65, "the weights are damaged")
+    write_exit(tmp_path, 2, code_of_rank_2, OTHER_RANK_FAILED)
+    code, message = judge(tmp_path, 3, 1)
+    assert code == 65
+    assert message.startswith("rank 1 ")
+    assert message.endswith("the weights are damaged")
 
 
 def test_the_cause_counts_not_its_consequence(tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def test_bad_folders_are_refused(
 
 def test_a_smaller_vocabulary_than_the_stores_is_refused(saved: Path) -> None:
     facts = StoreFacts(vocab_size=62, pad_id=0, bos_id=1, eos_id=2, label_names=())
-    with pytest.raises(DataError, match="the store's tokenizer has 62 tokens, the model 61 embeddings"):
+    with pytest.raises(
+        DataError, match=r"model\.path: .*: the store's tokenizer has 62 tokens, the model 61 embeddings"
+    ):
         build_model(section(path=str(saved)), "causal_lm", facts, 1)
 
 

@@ -5,6 +5,7 @@ parameters offloaded, DeepSpeedCPUAdam, bf16, activation checkpointing, accumula
 """
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,13 @@ import pytest
 from data_fixtures import byte_level_folder, sentences, write_jsonl
 from ranks import ROOT, free_port, kill_ranks, rank_environment, run_ranks, start_ranks
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from engine.batches import stream_rows
 from engine.config import RunConfig
-from engine.run_file import dump_yaml
+from engine.run_file import dump_yaml, load_run_file
 
 pytestmark = pytest.mark.ranks
 STEPS, SAVE_EVERY = 9, 4
@@ -99,8 +101,9 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> Path:
     """The run nobody disturbed, started as the README says: `deepspeed` alone, no command line of ours."""
+    port = free_port()
     command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()),
+        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port),
         "--module", "engine", str(run_file(folder, "straight")),
     ]  # fmt: skip
     done = subprocess.run(
@@ -109,6 +112,7 @@ def straight(folder: Path) -> Path:
     output = done.stdout
     assert done.returncode == 0, done.stderr[-4000:]
     assert "checkpoint step-00000009 committed" in output
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
     return folder / "straight"
 
 
@@ -183,6 +187,60 @@ def test_fresh_starts_over_and_keeps_what_was(folder: Path, straight: Path) -> N
     assert sorted(metrics(copy)) == [1]
     (aside,) = copy.glob("before-*")
     assert (aside / "checkpoints" / "step-00000009" / "manifest.json").is_file()
+
+
+def fulltune_train(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher.cli", "train", *map(str, arguments)]
+    return subprocess.run(
+        command, env=rank_environment(2), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_a_real_run_goes_on_through_a_hostfile(folder: Path, straight: Path) -> None:
+    """`fulltune train --hostfile` and the `deepspeed --hostfile` under it, with localhost as the only host."""
+    shutil.copytree(straight, folder / "hosts")
+    hostfile = folder / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    port = free_port()
+    options = ("--hostfile", hostfile, "--master-port", str(port), f"duration.steps={STEPS + 1}")
+    done = fulltune_train(run_file(folder, "hosts"), *options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"resuming after step {STEPS}" in done.stdout
+    assert sorted(metrics(folder / "hosts")) == list(range(1, STEPS + 2))
+    manifest = json.loads((folder / f"hosts/checkpoints/step-{STEPS + 1:08d}/manifest.json").read_text())
+    assert manifest["written_by"]["world_size"] == 2
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
+
+
+def test_what_the_ranks_refuse_is_told_in_one_line(folder: Path) -> None:
+    done = fulltune_train(run_file(folder, "refused"), "model.config.vocab_size=7")
+    assert done.returncode == 65
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "model.config: vocabulary mismatch: the store's tokenizer has " in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (folder / "refused" / "checkpoints").exists()
+
+
+def test_the_run_folder_tells_what_was_run(straight: Path) -> None:
+    """The resolved run file and DeepSpeed JSON, versions and digests, and every figure of a step."""
+    assert json.loads((straight / "ds_config.json").read_text())["zero_optimization"]["stage"] == 3
+    versions = json.loads((straight / "versions.json").read_text())
+    assert {"torch", "deepspeed", "transformers", "store_digest", "rows_digest"} <= versions.keys()
+    assert RunConfig.model_validate(load_run_file(straight / "run.yaml").values).seed == 3
+    events = EventAccumulator(str(straight / "tensorboard")).Reload()
+    for figure in (
+        "loss", "learning_rate", "gradient_norm", "tokens_per_second", "targets_per_second", "step_seconds",
+        "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "host_gib", "host_peak_gib",
+        "padding_fraction", "epoch",
+    ):  # fmt: skip
+        values = [line[figure] for line in metrics(straight).values()]
+        assert [event.value for event in events.Scalars(f"train/{figure}")] == pytest.approx(values, rel=1e-6), figure
+    parts = ("data", "forward", "backward", "optimizer")
+    for line in metrics(straight).values():
+        assert sum(line[f"{part}_seconds"] for part in parts) == pytest.approx(line["step_seconds"])
+    evaluations = metrics(straight, "evaluation")
+    assert sorted(evaluations) == [0, 5, STEPS], "before the first step, each eval_every_steps, and at the end"
+    assert all(line["perplexity"] == pytest.approx(math.exp(line["loss"])) for line in evaluations.values())
 
 
 def test_the_order_of_rows_is_the_designed_one(straight: Path, folder: Path) -> None:
