@@ -185,6 +185,8 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
         if key not in _ZERO_KEYS:
             near = difflib.get_close_matches(key, _ZERO_KEYS, n=1)
             raise ConfigError(f"{where}.{key}` is unknown{f'; did you mean `{near[0]}`?' if near else ''}")
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(f"{where}.compute_grad_norm` false would let a bad gradient into the weights: remove it")
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key) or {}
         if offload.get("device", "none") not in ("none", "cpu"):

@@ -84,8 +84,18 @@ def bad_loss(out_dir: Path, ranks) -> dict[str, Any]:
 
 
 def bad_gradient(out_dir: Path, ranks) -> dict[str, Any]:
-    """The loss is finite; a gradient of rank 1 is not."""
-    training = training_of(Case("guards"), out_dir, ranks)
+    """The loss is finite; a gradient of rank 1 is not. Every stage and precision has its own check in DeepSpeed."""
+    cases = {
+        "zero3_offload": Case("guards"), "zero3_offload_bf16": Case("guards", bf16=True),
+        "zero3_bf16": Case("guards", bf16=True, offload=False),
+        "zero2": Case("guards", stage=2, offload=False), "zero2_bf16": Case("guards", stage=2, offload=False, bf16=True),
+        "zero2_offload_bf16": Case("guards", stage=2, bf16=True),
+    }  # fmt: skip
+    return {name: refused_gradient(case, out_dir, ranks) for name, case in cases.items()}
+
+
+def refused_gradient(case: Case, out_dir: Path, ranks) -> dict[str, Any]:
+    training = training_of(case, out_dir, ranks)
 
     def spoil(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
         if ranks.rank == 1:

@@ -98,6 +98,7 @@ def zero(**values: Any) -> dict[str, Any]:
         (zero(offload_optimizer="cpu"), "`zero_optimization.offload_optimizer` is a section"),
         (GOOD | {"bf16": {"enabled": "auto"}}, "`bf16.enabled` is true or false"),
         (GOOD | {"bf16": {"enabled": True, "check_grad_overflow": False}}, "bad gradient"),
+        (zero(compute_grad_norm=False), "`zero_optimization.compute_grad_norm` false would let a bad gradient"),
         (GOOD | {"bf16": None}, "`bf16` is a section"),
         (GOOD | {"fp16": True}, "`fp16` is a section"),
         ({"zero_optimization": 3}, "`zero_optimization` is a section"),

@@ -20,9 +20,7 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out_dir = tmp_path_factory.mktemp("guards")
-    segments_before = set(Path("/dev/shm").glob("deepspeed_*"))
     run_ranks(2, str(Path(__file__).parent / "guards_worker.py"), str(out_dir))
-    assert set(Path("/dev/shm").glob("deepspeed_*")) <= segments_before
     return json.loads((out_dir / "results.json").read_text())
 
 
@@ -36,9 +34,10 @@ def test_a_bad_loss_on_one_rank_stops_all_before_the_update(results: dict[str, A
 
 
 def test_a_bad_gradient_on_one_rank_stops_all_before_the_update(results: dict[str, Any]) -> None:
-    result = results["bad_gradient"]
-    assert result["ranks_unchanged"] == 2
-    assert result["message"].startswith("step 1: the gradient is not finite; no weight was changed; rows ")
+    assert len(results["bad_gradient"]) == 6
+    for name, result in results["bad_gradient"].items():
+        assert result["ranks_unchanged"] == 2, name
+        assert result["message"].startswith("step 1: the gradient is not finite; no weight was changed; rows "), name
 
 
 def test_a_parameter_without_gradient_is_refused(results: dict[str, Any]) -> None:
