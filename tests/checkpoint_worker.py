@@ -64,7 +64,9 @@ class Task(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, logits_only: bool = False) -> torch.Tensor:
+        if logits_only:
+            return self.model(input_ids=tokens).logits
         if hasattr(self.model, "config"):
             classify = type(self.model).__name__.endswith("SequenceClassification")
             labels = tokens[:, 0] % 2 if classify else tokens
@@ -278,6 +280,13 @@ def phase_fail(folder: Path) -> None:
     (folder / f"fail-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
 
 
+def export_tokens() -> torch.Tensor:
+    """Two texts; T5's classifier reads where the end token stands."""
+    tokens = torch.arange(2, 20).view(2, 9)
+    tokens[:, -1] = 1
+    return tokens
+
+
 def phase_export(folder: Path) -> None:
     """A checkpoint of each model family, with the masters that DeepSpeed's accessors give for it."""
     for family in ("llama", "gpt2", "qwen2", "t5-classification", "bert-classification", "mixtral"):
@@ -287,8 +296,12 @@ def phase_export(folder: Path) -> None:
         train(engine, 0, steps)
         run_dir = folder / family
         save_checkpoint(engine, parameters, run_dir, {"step": steps})
+        engine.eval()
+        with torch.no_grad():
+            logits = engine(export_tokens(), logits_only=True)
         state = gathered(engine, parameters)
         if dist.get_rank() == 0:
+            save_file({"logits": logits}, folder / f"{family}-engine.safetensors")
             weights = {n: state.get(f"master/{n}", state[f"weight/{n}"].float()) for n in parameters}
             save_file(weights, folder / f"{family}.safetensors")
             model.config.save_pretrained(run_dir / "model")
