@@ -1,0 +1,49 @@
+"""The README: its run file is one, its records are ones, and its tree names every file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from data_fixtures import byte_level_folder
+
+from data_prep.token_store import TokenStore, resolve_store
+from launcher.run_config import load_run
+from launcher.train import prepare_store
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_run_file_explained_line_by_line_is_a_run_file(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
+    run = load_run(tmp_path / "run.yaml", [])
+    assert run.config.global_rows == 32
+    unexplained = [line for line in block.splitlines() if line.strip() and "#" not in line and not line.endswith(":")]
+    assert unexplained == []
+
+
+def test_the_records_shown_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
+    *records, labelled = block.splitlines()
+    assert set(json.loads(labelled)) == {"text", "label"}
+    monkeypatch.chdir(tmp_path)
+    Path("records.jsonl").write_text("\n".join(records), encoding="utf-8")
+    Path("run.yaml").write_text(re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[0], encoding="utf-8")
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    prepare_store(load_run(Path("run.yaml"), [f"data.tokenizer={tokenizer}", "data.validation_fraction=null"]))
+    store = resolve_store(Path("stores/sft"), "train")
+    assert store is not None
+    assert TokenStore.open(store).num_documents == len(records) == 3
+
+
+@pytest.mark.parametrize("package", ["launcher", "engine", "data_prep"])
+def test_the_tree_names_every_file(package: str) -> None:
+    tree = TEXT.partition("## What is where")[2].partition("## Exit codes")[0]
+    (part,) = re.findall(rf"^{package}/.*?(?=^\w+/|^```)", tree, re.DOTALL | re.MULTILINE)
+    files = [path for path in (ROOT / package).iterdir() if path.suffix in (".py", ".sh")]
+    missing = sorted(path.name for path in files if path.name != "__init__.py" and path.name not in part)
+    assert not missing
+    named = re.findall(r"\b(\w+\.(?:py|sh))\b", part)
+    assert sorted(set(named) - {path.name for path in files}) == []
