@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from equivalence_cases import make_model
+from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import ValidationError
 
 from engine.config import ModelSection
@@ -132,6 +133,35 @@ def test_a_smaller_vocabulary_than_the_stores_is_refused(saved: Path) -> None:
 def test_models_that_are_not_causal_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"t5|not a causal model"):
         build_model(section(init="random", config=config), "causal_lm", FACTS, 1)
+
+
+@pytest.mark.parametrize(("init", "patterns"), [("pretrained", ["*.json", "*.safetensors"]), ("random", ["*.json"])])
+def test_a_hub_name_is_fetched_as_safetensors_and_nothing_else(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, init: str, patterns: list[str]
+) -> None:
+    asked: list[Any] = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    model = build_model(section(path="owner/name", revision="v1", init=init), "causal_lm", FACTS, 1)
+    assert asked == [("owner/name", "v1", patterns)]
+    same = torch.equal(model.lm_head.weight, make_model("llama", packed=False).lm_head.weight)
+    assert same == (init == "pretrained")
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> str:
+        raise LocalEntryNotFoundError("no connection\nand a long story")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(MissingInputError) as caught:
+        build_model(section(path="owner/name"), "causal_lm", FACTS, 1)
+    assert str(caught.value) == (
+        "model.path: owner/name is no local folder, and the Hub did not give it: no connection"
+    )
 
 
 def test_a_missing_folder_is_named() -> None:

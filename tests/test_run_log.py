@@ -36,6 +36,21 @@ def test_figures_reach_metrics_and_tensorboard(tmp_path: Path, capsys: pytest.Ca
     assert len(printed) == 3
 
 
+def test_a_terminal_gets_one_line_that_moves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    log_steps(tmp_path, 3, 5)  # resumed after step 2
+    shown = capsys.readouterr()
+    last = shown.err.split("\r")[-1]
+    assert "5/6 [" in last, shown.err
+    assert "loss 5.0000" in last
+    assert "<" in last, "the remaining time"
+    assert shown.err.count("\n") <= 1
+    assert shown.out == "evaluation after step 5: loss 1.0000\n"
+
+
 def test_a_resumed_run_replaces_what_was_lost(tmp_path: Path) -> None:
     log_steps(tmp_path, 1, 5)
     path = tmp_path / "metrics.jsonl"
