@@ -34,6 +34,7 @@ class Progress:
     best_value: float | None = None
     best_step: int | None = None
     evaluations_without_improvement: int = 0
+    owes_evaluation: bool = False  # a stop came first
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,17 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
     save_every = config.checkpoint.save_every_steps or training.total_steps
     if progress.step == 0 and training.validation:
         log.evaluation(0, _evaluate(training))
+    if progress.owes_evaluation:
+        _evaluate_and_judge(training, progress, log)
+        save(training, progress, log)
     while not is_finished(training, progress):
         figures, stopping = train_step(training, progress, stop)
         log.train(progress.step, figures)
         due = progress.step == training.total_steps or progress.step % evaluation_every == 0
-        if training.validation and due and not stopping:
-            results = _evaluate(training)
-            log.evaluation(progress.step, results)
-            _judge(training, progress, results)
-        finished = is_finished(training, progress)
+        progress.owes_evaluation = due and training.validation is not None
+        if progress.owes_evaluation and not stopping:
+            _evaluate_and_judge(training, progress, log)
+        finished = is_finished(training, progress) and not progress.owes_evaluation
         best = progress.best_step == progress.step and config.checkpoint.save_best
         if finished or stopping or best or progress.step % save_every == 0:
             save(training, progress, log)
@@ -199,6 +202,13 @@ def _evaluate(training: Training) -> dict[str, float]:
     batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
     size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
     return evaluate(training.engine, training.config.task, store, rows, len(store.label_names), training.ranks, size)
+
+
+def _evaluate_and_judge(training: Training, progress: Progress, log: RunLog) -> None:
+    results = _evaluate(training)
+    log.evaluation(progress.step, results)
+    _judge(training, progress, results)
+    progress.owes_evaluation = False
 
 
 def _judge(training: Training, progress: Progress, results: dict[str, float]) -> None:

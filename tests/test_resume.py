@@ -139,7 +139,7 @@ def test_killed_at_any_moment_and_started_again_is_bit_equal(folder: Path, strai
 
 def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, straight: Path) -> None:
     """SIGTERM to one rank only: all stop together with 75. Then one rank takes over from two."""
-    path = run_file(folder, "moved")
+    path = run_file(folder, "moved", evaluation={"eval_every_steps": 1})
     process = start_ranks(2, "-m", "engine", str(path))
     wait_for_step(folder / "moved", 2)
     records = sorted((folder / "moved" / "ranks").glob("rank-*.json"))
@@ -155,6 +155,11 @@ def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, stra
     output = run_ranks(1, "-m", "engine", str(path))
     assert f"resuming after step {stopped_step}" in output
     expected, got = metrics(straight), metrics(folder / "moved")
+    # The evaluation that fell on the stop was made up for, and judged.
+    assert sorted(metrics(folder / "moved", "evaluation")) == list(range(STEPS + 1))
+    losses = {step: line["loss"] for step, line in metrics(folder / "moved", "evaluation").items() if step}
+    best = json.loads((folder / "moved" / "checkpoints" / "best.json").read_text())
+    assert best["value"] == min(losses.values())
     # Until the stop the same bits; after it the same rows and rates, other rounding and other dropout.
     for step in range(1, STEPS + 1):
         assert got[step]["tokens"] == expected[step]["tokens"], "other rows were used"
