@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from data_fixtures import SAMPLES
 from ranks import rank_environment
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from launcher.export import export_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,3 +29,30 @@ def test_a_small_bert_with_random_weights_learns_sst2(tmp_path: Path) -> None:
     assert len(result["scores"]) == 3
     assert result["mean"] >= 0.60
     assert 0.60 < result["bag_of_words"] < 0.80
+    for seed, score in enumerate(result["scores"], start=1):
+        assert_stopped_early_and_kept_the_best(tmp_path / f"run-{seed}", score)
+    # The best one is an ordinary classifier for anybody.
+    export_run(tmp_path / "run-1", tmp_path / "model", None, True, "float32", 5 * 10**9)
+    best = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    assert best.config.id2label == {0: "negative", 1: "positive"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    records = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
+    texts = tokenizer(
+        [record["text"] for record in records], padding=True, truncation=True, max_length=64, return_tensors="pt"
+    )
+    with torch.no_grad():
+        predicted = best(**texts).logits.argmax(-1).tolist()
+    hits = sum(best.config.id2label[index] == record["label"] for index, record in zip(predicted, records, strict=True))
+    assert hits / len(records) == pytest.approx(result["scores"][0], abs=0.01)  # fp32 here, bf16 there
+
+
+def assert_stopped_early_and_kept_the_best(run_dir: Path, score: float) -> None:
+    """The recipe's patience is 4; of equal scores the first counts."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if line["kind"] == "evaluation" and line["step"]]
+    best = next(number for number, line in enumerate(evaluations) if line["accuracy"] == score)
+    last = lines[-1]["step"]
+    assert len(evaluations) == best + 1 + 4 or last == 625, "20 epochs of 1000 records, 32 a step"
+    kept = json.loads((run_dir / "checkpoints" / "best.json").read_text())
+    assert (kept["checkpoint"], kept["value"]) == (f"step-{evaluations[best]['step']:08d}", score)
+    assert (run_dir / "checkpoints" / kept["checkpoint"] / "manifest.json").is_file()
