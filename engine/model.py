@@ -117,9 +117,9 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts,
             if key not in values
         }  # fmt: skip
         model_type = values.pop("model_type")
-        if isinstance(values["vocab_size"], int):
+        if isinstance(values["vocab_size"], int) and extension is None:
             # Before the configuration is made: transformers would warn of every special token first.
-            _check_vocabulary(values["vocab_size"], facts, "model.config")
+            _check_vocabulary(values["vocab_size"], facts.vocab_size, "model.config")
         try:
             config = AutoConfig.for_model(model_type, **values)
         except (ValueError, TypeError, StrictDataclassError) as error:

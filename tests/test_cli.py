@@ -112,13 +112,13 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
 def test_a_bad_record_is_one_line_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(RUN_FILE.replace("[records.jsonl, more/*.jsonl]", "records.jsonl"))
     byte_level_folder(tmp_path / "tokenizer")
-    (tmp_path / "records.jsonl").write_text('{"text": "one"}\n{"prompt": "two"}\n')
+    (tmp_path / "records.jsonl").write_text('{"text": "one"}\n{"texts": "two"}\n')
     for flags in ((), ("--debug",)):
         result = fulltune("prepare", "run.yaml", *flags, cwd=tmp_path)
         assert result.returncode == 65
         lines = result.stderr.splitlines()
         assert lines[-1].startswith("fulltune: error: ")
-        assert "records.jsonl:2: field 'response' is missing" in lines[-1]
+        assert "records.jsonl:2: field 'text', which" in lines[-1]
         assert ("Traceback (most recent call last):" in lines) == (len(lines) > 1) == bool(flags)
         assert [path.name for path in (tmp_path / "store").iterdir()] in ([], [".lock"])
         assert not (tmp_path / "run").exists()
