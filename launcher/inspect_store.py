@@ -9,11 +9,13 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_prep.inspect_rows import Selection
-from data_prep.token_store import CURRENT_NAME, MANIFEST_NAME, StoreError, resolve_store
 from engine.errors import ConfigError, MissingInputError
 from launcher.run_config import load_run
+
+if TYPE_CHECKING:
+    from data_prep.inspect_rows import Selection
 
 _PAGE_ROWS = 20
 
@@ -42,6 +44,8 @@ def _positive(text: str) -> int:
 
 def inspect_store(arguments: argparse.Namespace) -> int:
     """Show what `arguments` ask for; 0. StoreError, PreparationError or ConfigError say what is wrong."""
+    from data_prep.inspect_rows import Selection
+
     path = _store_folder(arguments.target, arguments.split, arguments.overrides)
     selection = _selection(arguments)
     if arguments.html is not None:
@@ -62,7 +66,9 @@ def inspect_store(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _selection(arguments: argparse.Namespace) -> Selection | None:
+def _selection(arguments: argparse.Namespace) -> "Selection | None":
+    from data_prep.inspect_rows import Selection
+
     count = arguments.rows
     if arguments.random is not None and count is not None:
         raise ConfigError("--random N says how many: leave out --rows")
@@ -81,6 +87,8 @@ def _selection(arguments: argparse.Namespace) -> Selection | None:
 
 def _store_folder(target: Path, split: str, overrides: list[str]) -> Path:
     """The folder of the store that `target` means: itself, the split its parent names, or that of a run file."""
+    from data_prep.token_store import CURRENT_NAME, MANIFEST_NAME, StoreError
+
     if target.is_dir():
         if overrides:
             raise ConfigError(f"{overrides[0]}: only a run file takes overrides, and {target} is a folder")
@@ -104,6 +112,8 @@ def _store_folder(target: Path, split: str, overrides: list[str]) -> Path:
 
 
 def _of_split(store_dir: Path, split: str, section: dict[str, object] | None, task: str | None) -> Path:
+    from data_prep.token_store import resolve_store
+
     path = resolve_store(store_dir, split, section, task)
     if path is None:
         raise MissingInputError(f"{store_dir}: has no split {split!r} (--split)")
