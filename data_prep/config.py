@@ -51,6 +51,7 @@ class SourceConfig(_Section):
         None, description="what tables, charts and per-source evaluation call it; null: the file or data set name"
     )
     format: Format | None = Field(None, description="null: by file name and content")
+    encoding: str | None = Field(None, description="of text files that are not UTF-8: latin-1, gb18030, utf-16 ...")
     header: bool | None = Field(None, description="csv, tsv: the first line names the columns; null: unless `columns`")
     quoting: bool = Field(True, description="csv, tsv: a double quote at the start of a field quotes it")
     columns: Names | None = Field(None, description="csv, tsv, conll: names of the columns in their order")

@@ -1,9 +1,11 @@
 """Blocks of bytes from plain and compressed files, guarded against bombs, truncation and garbage."""
 
 import bz2
+import codecs
 import os
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -57,11 +59,25 @@ def stat_file(path: str) -> os.stat_result:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def all_blocks(path: str, compression: Compression) -> Iterator[bytes]:
-    """A whole file, decompressed, in blocks."""
+def all_blocks(path: str, compression: Compression, encoding: str | None = None) -> Iterator[bytes]:
+    """A whole file in blocks, decompressed, and in UTF-8 if `encoding` names another one that it is in."""
     if compression != "none":
-        return decompressed_blocks(path, compression)
-    return file_blocks(path, 0, stat_file(path).st_size)
+        blocks = decompressed_blocks(path, compression)
+    else:
+        blocks = file_blocks(path, 0, stat_file(path).st_size)
+    return blocks if encoding is None else _in_utf8(blocks, path, encoding)
+
+
+def _in_utf8(blocks: Iterator[bytes], path: str, encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    seen = 0
+    try:
+        for block in chain(blocks, [b""]):
+            if text := decoder.decode(block, final=not block):
+                yield text.encode("utf-8")
+            seen += len(block)
+    except UnicodeError as error:
+        raise BadDataError(f"{path}: not {encoding}, in the {BLOCK_BYTES} bytes from {seen} on: {error}") from error
 
 
 def file_blocks(path: str, start: int, stop: int, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:

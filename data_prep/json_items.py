@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import BadDataError
-from data_prep.lines import BOM, LINE_LIMIT_BYTES
+from data_prep.lines import BOM, LINE_LIMIT_BYTES, with_whole_mark
 
 _Offsets = npt.NDArray[np.int64]
 
@@ -98,11 +98,12 @@ def find_items(blocks: Iterable[bytes], path: str, limit_bytes: int = LINE_LIMIT
     key: str | None = None
     keys: set[str] = set()
     tail = b""
-    for block in blocks:
+    for block in with_whole_mark(blocks):
         if outer is None:
-            outer = _outer_depth(block.removeprefix(BOM) if offset == 0 else block, path)
-        if outer is None or ended:
+            outer = _outer_depth(block if offset else block.removeprefix(BOM), path)
+        if ended:
             _refuse_more(block, path, offset)
+        if outer is None or ended:
             offset += len(block)
             continue
         positions, opens, depths = scan.brackets(block)
@@ -110,6 +111,8 @@ def find_items(blocks: Iterable[bytes], path: str, limit_bytes: int = LINE_LIMIT
         if len(ends):
             ended = True
             end = int(positions[ends[0]]) + 1
+            if block[end - 1] != b"]}"[outer]:
+                raise BadDataError(f"{path}: brackets do not match somewhere before byte {offset + end}")
             _refuse_more(block[end:], path, offset + end)
         opened: int | None = None
         begin = 0
@@ -119,10 +122,7 @@ def find_items(blocks: Iterable[bytes], path: str, limit_bytes: int = LINE_LIMIT
             closed = offset + position if border < len(positions) else None
             if in_array:
                 stops = positions[begin:border][(depths == outer + 1)[begin:border] & ~opens[begin:border]] + offset + 1
-                sizes = np.diff(stops, prepend=begun, append=offset + position)
-                if (sizes > limit_bytes).any():
-                    number = num_items + 1 + int(np.argmax(sizes > limit_bytes))
-                    raise BadDataError(f"{path}: item {number}: more than {limit_bytes} bytes are not one record")
+                _refuse_long(stops, begun, offset + position, limit_bytes, f"{path}: item", num_items)
                 yield Items(key, num_items, stops, opened, closed)
                 num_items += len(stops)
                 begun = int(stops[-1]) if len(stops) else begun
@@ -140,12 +140,20 @@ def find_items(blocks: Iterable[bytes], path: str, limit_bytes: int = LINE_LIMIT
         raise BadDataError(f"{path}: {what} (after {offset} bytes)")
 
 
+def _refuse_long(stops: _Offsets, begun: int, end: int, limit_bytes: int, what: str, num_before: int) -> None:
+    """Items lie between `begun`, their stops, and `end`, where one may still be open."""
+    sizes = np.diff(stops, prepend=begun, append=end)
+    if (sizes > limit_bytes).any():
+        number = num_before + 1 + int(np.argmax(sizes > limit_bytes))
+        raise BadDataError(f"{what} {number}: more than {limit_bytes} bytes are not one record")
+
+
 def _outer_depth(block: bytes, path: str) -> int | None:
     head = block.lstrip(b" \t\r\n")[:1]
     if head in (b"[", b"{"):
         return 0 if head == b"[" else 1
     if head:
-        raise BadDataError(f"{path}:1: not a JSON array, nor an object that holds arrays")
+        raise BadDataError(f"{path}: not a JSON array, nor an object that holds arrays")
     return None
 
 

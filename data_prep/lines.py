@@ -35,6 +35,19 @@ def whole_lines(
         yield b"".join(pending), line
 
 
+def with_whole_mark(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of which the first is long enough to hold a byte-order mark."""
+    head = b""
+    stream = iter(blocks)
+    for block in stream:
+        head += block
+        if len(head) >= len(BOM):
+            break
+    if head:
+        yield head
+    yield from stream
+
+
 def text_lines(
     blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
 ) -> Iterator[tuple[list[str], int]]:
@@ -61,8 +74,9 @@ def decode(chunk: bytes, path: str, line: int) -> tuple[str, BadDataError | None
     except UnicodeDecodeError as error:
         begin = chunk.rfind(b"\n", 0, error.start) + 1
         number = line + chunk.count(b"\n", 0, begin)
-        hint = "; convert UTF-16 to UTF-8" if chunk[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        message = f"{path}:{number}: not UTF-8 (byte {error.start - begin + 1} of the line): {error.reason}{hint}"
+        hint = "set `encoding: utf-16`" if chunk[:2] in (b"\xff\xfe", b"\xfe\xff") else "or set `encoding`"
+        place = f"byte {error.start - begin + 1} of the line"
+        message = f"{path}:{number}: not UTF-8 ({place}: {error.reason}); repair it, {hint}"
         return chunk[:begin].decode("utf-8"), BadDataError(message)
 
 

@@ -3,22 +3,26 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 
-from data_prep.decompress import decompressed_blocks, file_blocks
+from data_prep.decompress import all_blocks, file_blocks
 from data_prep.errors import BadDataError
 from data_prep.lines import LINE_LIMIT_BYTES, text_lines
-from data_prep.records import AlignedFile, Record, Span
+from data_prep.records import WHOLE_FILE, AlignedFile, Record, Span
 
 
 def read_aligned(
-    files: Sequence[AlignedFile], span: Span, label: str, limit_bytes: int = LINE_LIMIT_BYTES
+    files: Sequence[AlignedFile],
+    span: Span,
+    label: str,
+    encoding: str | None = None,
+    limit_bytes: int = LINE_LIMIT_BYTES,
 ) -> Iterator[Record]:
-    """A record with the line of every file under its field, for span number `span.start`.
+    """A record with the line of every file under its field, for span number `span.start`, or for all of the files.
 
     Blank lines are records too. Raises BadDataError with
     file:line, or with the counts where one file has more lines than another.
     """
     fields = [file.field for file in files]
-    streams = [_lines(file, span, limit_bytes) for file in files]
+    streams = [_lines(file, span, encoding, limit_bytes) for file in files]
     for line, texts in enumerate(zip_longest(*streams), span.first_line):
         if None in texts:
             rest = [sum(1 for _ in stream) + (text is not None) for stream, text in zip(streams, texts, strict=True)]
@@ -32,11 +36,11 @@ def unequal(counts: dict[str, int]) -> BadDataError:
     return BadDataError(f"aligned files need equal numbers of lines: {listed}")
 
 
-def _lines(file: AlignedFile, span: Span, limit_bytes: int) -> Iterator[str]:
-    if file.compression == "none":
+def _lines(file: AlignedFile, span: Span, encoding: str | None, limit_bytes: int) -> Iterator[str]:
+    if span == WHOLE_FILE:
+        blocks = all_blocks(file.path, file.compression, encoding)
+    else:
         stops = (*file.offsets[1:], file.size_bytes)
         blocks = file_blocks(file.path, file.offsets[span.start], stops[span.start])
-    else:
-        blocks = decompressed_blocks(file.path, file.compression)
     chunks = text_lines(blocks, file.path, span.first_line, limit_bytes)
     return (text.removesuffix("\r") for text in chain.from_iterable(lines for lines, _ in chunks))

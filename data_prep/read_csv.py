@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import BadDataError
-from data_prep.lines import BOM, LINE_LIMIT_BYTES, decode
+from data_prep.lines import BOM, LINE_LIMIT_BYTES, decode, with_whole_mark
 from data_prep.records import Record, Span
 from data_prep.spans import SPAN_BYTES, spans_between
 
@@ -51,7 +51,7 @@ class _Quotes:
         newlines = newlines[(np.searchsorted(quotes, newlines) + began_inside) % 2 == 0]
         self.inside = (len(quotes) + began_inside) % 2 == 1
         self.just_closed = not self.inside and len(quotes) > 0 and int(quotes[-1]) == len(block) - 1
-        self.previous = block[-1]
+        self.previous = _NEWLINE if self.at_start and block == BOM else block[-1]
         self.at_start = False
         return newlines
 
@@ -99,7 +99,7 @@ def _record_chunks(
     pending: list[bytes] = []
     pending_bytes = 0
     line = first_line
-    for block in blocks:
+    for block in with_whole_mark(blocks):
         if dialect.quoting:
             newlines = quotes.newlines_outside(block)
             stop = int(newlines[-1]) + 1 if len(newlines) else 0
@@ -147,7 +147,8 @@ def _quoted_rows(text: str, path: str, dialect: Dialect, line: int) -> Iterator[
                 yield row, line + begin
             begin = rows.line_num
     except csv.Error as error:
-        hint = "; where quotes are ordinary characters, set `quoting: false`" if '"' in str(error) else ""
+        of_quotes = '"' in str(error) or "unexpected end" in str(error)
+        hint = "; where quotes are ordinary characters, set `quoting: false`" if of_quotes else ""
         raise BadDataError(f"{path}:{line + begin}: not a valid row: {error}{hint}") from error
 
 

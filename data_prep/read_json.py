@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.json_items import find_items
-from data_prep.lines import LINE_LIMIT_BYTES
+from data_prep.lines import LINE_LIMIT_BYTES, with_whole_mark
 from data_prep.records import Record, Span, kind
 from data_prep.spans import SPAN_BYTES, spans_between
 from data_prep.strict_json import has_surrogate_escape, refuse_lone_surrogates, scan_value
@@ -90,7 +90,7 @@ def _streamed(
 
     def hold() -> Iterator[bytes]:
         nonlocal held_from
-        for block in blocks:
+        for block in with_whole_mark(blocks):
             if not reading:
                 held_from += len(held)
                 held.clear()

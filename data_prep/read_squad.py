@@ -47,14 +47,20 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _list(value: dict[str, Any], name: str, where: str) -> list[Any]:
-    found = value.get(name)
+    found = _field(value, name, where)
     if not isinstance(found, list):
-        raise BadDataError(f"{where}: field {name!r} must be a list, not {kind(found) if name in value else 'missing'}")
+        raise BadDataError(f"{where}: field {name!r} must be a list, not {kind(found)}")
     return found
 
 
 def _text(value: dict[str, Any], name: str, where: str) -> str:
-    found = value.get(name)
+    found = _field(value, name, where)
     if not isinstance(found, str):
-        raise BadDataError(f"{where}: field {name!r} must be text, not {kind(found) if name in value else 'missing'}")
+        raise BadDataError(f"{where}: field {name!r} must be text, not {kind(found)}")
     return found
+
+
+def _field(value: dict[str, Any], name: str, where: str) -> Any:
+    if name not in value:
+        raise BadDataError(f"{where}: field {name!r} is missing")
+    return value[name]

@@ -4,20 +4,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, time
-from itertools import takewhile
 from math import isfinite
 from typing import IO, Any
 
 from data_prep.decompress import Compression, decompressed_blocks, open_binary
 from data_prep.errors import BadDataError, StorageError
-from data_prep.records import Record, Span
+from data_prep.records import WHOLE_FILE, Record, Span
 
 #: Row groups and batches are joined to spans of at least this many uncompressed bytes.
 SPAN_BYTES = 16 << 20
 _ROWS = 256
 _ARROW_FILE_MAGIC = b"ARROW1"
-#: The span of a file that has only one: compressed, or a stream whose batches depend on those before.
-WHOLE_TABLE = Span(0, 0, 1)
 
 
 @contextmanager
@@ -68,7 +65,7 @@ def read_parquet(path: str, compression: Compression, span: Span, columns: Seque
     with _opened(path, compression) as file:
         table = ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         names = _names(table.schema_arrow, columns, path)
-        stop = table.metadata.num_row_groups if span == WHOLE_TABLE else span.stop
+        stop = table.metadata.num_row_groups if span == WHOLE_FILE else span.stop
         groups = list(range(span.start, stop))
         batches = table.iter_batches(_ROWS, row_groups=groups, columns=names, use_threads=False)
         yield from _records(batches, names, path, span.first_line)
@@ -87,9 +84,9 @@ def cut_arrow(path: str) -> list[Span]:
         schema = ipc.read_schema(ipc.read_message(stream))
         sizes: list[tuple[int, int]] = []
         offsets = [file.tell()]
-        for message in _messages(stream):
+        for message in _messages(stream, file):
             if message.type != "record batch":  # dictionaries: a batch cannot be read without what came before
-                return [WHOLE_TABLE]
+                return [WHOLE_FILE]
             sizes.append((ipc.read_record_batch(message, schema).num_rows, file.tell() - offsets[-1]))
             offsets.append(file.tell())
         return [Span(offsets[span.start], offsets[span.stop], span.first_line) for span in _spans(sizes)]
@@ -103,17 +100,16 @@ def read_arrow(path: str, compression: Compression, span: Span, columns: Sequenc
         batches: Iterator[Any]
         if _is_file_format(file):
             reader = ipc.open_file(file)
-            stop = reader.num_record_batches if span == WHOLE_TABLE else span.stop
+            stop = reader.num_record_batches if span == WHOLE_FILE else span.stop
             schema, batches = reader.schema, (reader.get_batch(index) for index in range(span.start, stop))
-        elif span == WHOLE_TABLE:
+        elif span == WHOLE_FILE:
             reader = ipc.open_stream(file)
             schema, batches = reader.schema, iter(reader)
         else:
             stream = PythonFile(file, mode="r")
             schema = ipc.read_schema(ipc.read_message(stream))
             file.seek(span.start)
-            within = takewhile(lambda _: file.tell() <= span.stop, _messages(stream))
-            batches = (ipc.read_record_batch(message, schema) for message in within)
+            batches = (ipc.read_record_batch(message, schema) for message in _messages(stream, file, span.stop))
         names = _names(schema, columns, path)
         pieces = (batch.slice(at, _ROWS) for batch in batches for at in range(0, batch.num_rows, _ROWS))
         yield from _records((piece.select(names) for piece in pieces), names, path, span.first_line)
@@ -125,14 +121,16 @@ def _is_file_format(file: IO[bytes]) -> bool:
     return magic == _ARROW_FILE_MAGIC
 
 
-def _messages(stream: Any) -> Iterator[Any]:
-    """The messages of an IPC stream up to its end mark; a stream that stops without one is complete too."""
+def _messages(stream: Any, file: IO[bytes], stop: int | None = None) -> Iterator[Any]:
+    """The messages of an IPC stream up to byte `stop`; None: up to its end, whether or not that is marked."""
     from pyarrow import ipc
 
-    while True:
+    while stop is None or file.tell() < stop:
         try:
             message = ipc.read_message(stream)
         except EOFError:
+            if stop is not None:
+                raise
             return
         yield message
 

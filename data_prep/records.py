@@ -33,12 +33,16 @@ class Record(NamedTuple):
 class Span:
     """A piece of one source: [start, stop) in bytes, row groups, batches or lines, whatever its format counts in.
 
-    `first_line` is the number (from 1) of its first line, row or item. What has one span only is [0, 1).
+    `first_line` is the number (from 1) of its first line, row or item.
     """
 
     start: int
     stop: int
     first_line: int
+
+
+#: The span of what cannot be cut: compressed, not in UTF-8, or a stream whose batches need those before them.
+WHOLE_FILE = Span(0, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class AlignedFile:
     size_bytes: int
     modified_ns: int
     sha256: str
-    offsets: tuple[int, ...]  # byte where each span begins; (0,) where there is one span
+    offsets: tuple[int, ...]  # byte where each span begins; none for WHOLE_FILE
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ from data_prep.errors import DataConfigError, MissingInputError
 from data_prep.read_aligned import unequal
 from data_prep.read_csv import Dialect, cut_csv
 from data_prep.read_json import cut_json
-from data_prep.read_tables import WHOLE_TABLE, cut_arrow, cut_parquet
-from data_prep.records import AlignedFile, SourceFile, Span
+from data_prep.read_tables import cut_arrow, cut_parquet
+from data_prep.records import WHOLE_FILE, AlignedFile, SourceFile, Span
 from data_prep.spans import cut_at_blank_lines, cut_at_lines, find_lines
-
-_ONE_SPAN = (Span(0, 1, 1),)
 
 
 class HashedBlocks:
@@ -42,10 +40,10 @@ def scan_file(path: str, label: str, name: Format, compression: Compression, con
     if name in ("parquet", "arrow"):
         hashed.hash_all()
         cut = cut_parquet if name == "parquet" else cut_arrow
-        spans = tuple(cut(path)) if compression == "none" else (WHOLE_TABLE,)
-    elif compression != "none":
+        spans = tuple(cut(path)) if compression == "none" else (WHOLE_FILE,)
+    elif compression != "none" or config.encoding is not None:
         hashed.hash_all()
-        spans = _ONE_SPAN
+        spans = (WHOLE_FILE,)
     else:
         spans = tuple(_cut(hashed, name, config))
     size, modified = hashed.status.st_size, hashed.status.st_mtime_ns
@@ -79,21 +77,14 @@ def scan_aligned(config: SourceConfig, paths: dict[str, str], dotted_key: str) -
             raise MissingInputError(f"{path}: no such file ({dotted_key}.aligned)")
     compressions = [find_compression(path) for path in names.values()]
     hashes = [HashedBlocks(path) for path in names.values()]
-    offsets: list[tuple[int, ...]] = [(0,) for _ in hashes]
-    first_lines = [1]
-    if any(compression != "none" for compression in compressions):
+    cut: tuple[Span, ...]
+    offsets: list[tuple[int, ...]]
+    if config.encoding is not None or any(compression != "none" for compression in compressions):
         for hashed in hashes:
             hashed.hash_all()
+        cut, offsets = (WHOLE_FILE,), [() for _ in hashes]
     else:
-        spans, num_lines = cut_at_lines(hashes[0])
-        first_lines = [span.first_line for span in spans] or [1]
-        counts = {hashes[0].path: num_lines}
-        offsets[0] = tuple(span.start for span in spans)
-        for index, hashed in enumerate(hashes[1:], 1):
-            found, counts[hashed.path] = find_lines(hashed, first_lines)
-            offsets[index] = tuple(found)
-        if len(set(counts.values())) > 1:
-            raise unequal(counts)
+        cut, offsets = _cut_aligned(hashes)
     files = tuple(
         AlignedFile(field, hashed.path, compression, hashed.status.st_size, hashed.status.st_mtime_ns, sha256, starts)
         for field, hashed, compression, starts in zip(names, hashes, compressions, offsets, strict=True)
@@ -101,8 +92,21 @@ def scan_aligned(config: SourceConfig, paths: dict[str, str], dotted_key: str) -
     )
     identity = hashlib.sha256("".join(f"{file.field}\0{file.sha256}\0" for file in files).encode()).hexdigest()
     size, modified = sum(file.size_bytes for file in files), max(file.modified_ns for file in files)
-    cut = tuple(Span(index, index + 1, line) for index, line in enumerate(first_lines)) if size else ()
     return SourceFile(files[0].path, files[0].path, "aligned", "none", config, size, modified, identity, cut, files)
+
+
+def _cut_aligned(hashes: list[HashedBlocks]) -> tuple[tuple[Span, ...], list[tuple[int, ...]]]:
+    """Numbered spans, and for each file the offsets where they begin. Raises BadDataError for unequal lengths."""
+    spans, num_lines = cut_at_lines(hashes[0])
+    first_lines = [span.first_line for span in spans]
+    counts = {hashes[0].path: num_lines}
+    offsets = [tuple(span.start for span in spans)]
+    for hashed in hashes[1:]:
+        found, counts[hashed.path] = find_lines(hashed, first_lines)
+        offsets.append(tuple(found))
+    if len(set(counts.values())) > 1:
+        raise unequal(counts)
+    return tuple(Span(index, index + 1, line) for index, line in enumerate(first_lines)), offsets
 
 
 def dialect_of(name: str, quoting: bool) -> Dialect:

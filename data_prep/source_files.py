@@ -29,6 +29,7 @@ FORMATS: dict[str, Format] = {
     ".iob": "conll",
     ".conllu": "conllu",
 }
+_TEXT_FORMATS = ("jsonl", "json", "squad", "csv", "tsv", "text", "conll", "conllu", "aligned")
 _JSON_FAMILY = ("jsonl", "json", "squad")
 _COMPRESSED = (".gz", ".zst", ".bz2")
 _SNIFF_BYTES = 4 << 20
@@ -83,7 +84,7 @@ def find_formats(paths: list[str], config: SourceConfig, dotted_key: str) -> lis
                 f"{path}: its name does not tell its format; set {dotted_key}.format ({known}, squad)"
             )
         if by_name == "json" and config.format is None:
-            by_name = _sniff_json(all_blocks(path, compression))
+            by_name = _sniff_json(all_blocks(path, compression, config.encoding))
         found.append((path, by_name, compression))
     kinds = {("jsonl" if name == "json" else name): path for path, name, _ in reversed(found)}
     if len(kinds) > 1:
@@ -97,6 +98,7 @@ def find_formats(paths: list[str], config: SourceConfig, dotted_key: str) -> lis
 def check_keys(config: SourceConfig, name: str, dotted_key: str) -> None:
     """Raise DataConfigError for a key that has no meaning for sources of this kind (a format, aligned, or hub)."""
     applies: dict[str, tuple[bool, tuple[str, ...]]] = {
+        "encoding": (config.encoding is not None, _TEXT_FORMATS),
         "header": (config.header is not None, ("csv", "tsv")),
         "quoting": (not config.quoting, ("csv", "tsv")),
         "columns": (config.columns is not None, ("csv", "tsv", "conll", "json", "parquet", "arrow")),
@@ -108,6 +110,13 @@ def check_keys(config: SourceConfig, name: str, dotted_key: str) -> None:
     for key, (given, kinds) in applies.items():
         if given and name not in kinds:
             raise DataConfigError(f"{dotted_key}.{key} has no meaning for {name}, only for {', '.join(kinds)}")
+    if config.header is False and config.columns is None:
+        raise DataConfigError(f"{dotted_key}.header: false needs {dotted_key}.columns")
+    if config.encoding is not None:
+        try:
+            "a".encode(config.encoding)
+        except LookupError as error:
+            raise DataConfigError(f"{dotted_key}.encoding: {error}") from error
     if name in ("aligned", "hub") and config.format is not None:
         raise DataConfigError(f"{dotted_key}.format has no meaning for {name}")
 

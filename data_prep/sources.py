@@ -17,7 +17,7 @@ from data_prep.read_jsonl import read_jsonl
 from data_prep.read_squad import questions
 from data_prep.read_tables import read_arrow, read_parquet
 from data_prep.read_text import read_text
-from data_prep.records import Record, SourceFile, Span
+from data_prep.records import WHOLE_FILE, Record, SourceFile, Span
 from data_prep.scan import dialect_of, scan_aligned, scan_file
 from data_prep.source_files import check_keys, find_files, find_formats
 
@@ -85,13 +85,13 @@ def _read(source: SourceFile, span: Span) -> Iterator[Record]:
         case "conllu":
             return read_conllu(_blocks(source, span), label, span.first_line)
         case "aligned":
-            return read_aligned(source.aligned, span, label)
+            return read_aligned(source.aligned, span, label, config.encoding)
 
 
 def _blocks(source: SourceFile, span: Span) -> Iterator[bytes]:
-    if source.compression == "none":
-        return file_blocks(source.path, span.start, span.stop)
-    return all_blocks(source.path, source.compression)
+    if span == WHOLE_FILE:
+        return all_blocks(source.path, source.compression, source.config.encoding)
+    return file_blocks(source.path, span.start, span.stop)
 
 
 def _read_squad(source: SourceFile, span: Span) -> Iterator[Record]:
@@ -105,21 +105,18 @@ def _read_csv(source: SourceFile, span: Span) -> Iterator[Record]:
     has_header = config.header if config.header is not None else config.columns is None
     if config.columns is not None:
         columns = config.columns
-    elif source.compression == "none":
-        columns = read_header(
-            file_blocks(source.path, 0, source.size_bytes, _HEADER_BLOCK_BYTES), source.label, dialect
-        )
     else:
-        columns = read_header(all_blocks(source.path, source.compression), source.label, dialect)
-    return read_csv(
-        _blocks(source, span), source.label, dialect, columns, has_header and span.first_line == 1, span.first_line
-    )
+        whole = span == WHOLE_FILE
+        head = _blocks(source, span) if whole else file_blocks(source.path, 0, source.size_bytes, _HEADER_BLOCK_BYTES)
+        columns = read_header(head, source.label, dialect)
+    skip_header = has_header and span.first_line == 1
+    return read_csv(_blocks(source, span), source.label, dialect, columns, skip_header, span.first_line)
 
 
 def _read_items(source: SourceFile, span: Span, key: str | None) -> Iterator[Record]:
     columns = source.config.columns
-    if source.compression != "none":
-        return stream_json(all_blocks(source.path, source.compression), source.label, key, columns)
+    if span == WHOLE_FILE:
+        return stream_json(_blocks(source, span), source.label, key, columns)
     before = b"".join(file_blocks(source.path, span.start - 1, span.start))
     blocks = file_blocks(source.path, span.start, span.stop)
     return read_json(blocks, source.label, span.first_line, columns, begins_array=before == b"[")
