@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from data_prep.errors import BadDataError
+from data_prep.records import checked_text
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -61,19 +62,10 @@ def refuse_lone_surrogates(value: Any, where: str) -> None:
     while pending:
         name, found = pending.pop()
         if isinstance(found, str):
-            _refuse_lone_surrogate(found, f"field {name!r}" if name else "the text", where)
+            checked_text(found, f"field {name!r}" if name else "the text", where)
         elif isinstance(found, dict):
             for key, item in found.items():
-                _refuse_lone_surrogate(key, f"a key of {name!r}" if name else "a key", where)
+                checked_text(key, f"a key of {name!r}" if name else "a key", where)
                 pending.append((f"{name}.{key}" if name else key, item))
         elif isinstance(found, list):
             pending += [(f"{name}[{index}]", item) for index, item in enumerate(found)]
-
-
-def _refuse_lone_surrogate(text: str, what: str, where: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadDataError(f"{where}: {what} holds half of a surrogate pair at character {error.start}") from error
