@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _BORDER, _GONE = -1, -2
+_AT_ONCE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ def learn_merges(
     """
     text = _LinkedText(words, counts)
     merges: list[Merge] = []
-    learned: dict[int, int] = {}
+    learned: dict[int, int] = {}  # pair -> its place in `merges`
     made: set[int] = set()
     while text.queue:
         negative, pair = heapq.heappop(text.queue)
         places = text.places_of(pair)
         count = int(text.weights[places].sum())
-        token = learned.get(pair)
+        rank = learned.get(pair)
+        token = None if rank is None else merges[rank].token
         if token is None:
             if count < min_count:
                 continue
@@ -59,7 +61,7 @@ def learn_merges(
             if token not in made and len(made) == num_tokens:
                 break
             made.add(token)
-            learned[pair] = token
+            learned[pair] = len(merges)
             merges.append(Merge(pair >> 32, pair & 0xFFFFFFFF, token))
         text.merge(pair, places, token, learned, min_count)
     return merges, text.token_counts()
@@ -104,8 +106,8 @@ class _LinkedText:
             bound = self._bounds[pair] = self._bounds.get(pair, 0) + total
             if first:
                 self.queue.append((-bound, pair))
-            elif pair in learned:  # the tokenizer would apply this merge at once
-                heapq.heappush(self.queue, (-(1 << 62), pair))
+            elif pair in learned:  # which a tokenizer would merge at once, the earliest learned first
+                heapq.heappush(self.queue, (learned[pair] - _AT_ONCE, pair))
             elif bound >= min_count:
                 heapq.heappush(self.queue, (-bound, pair))
 

@@ -67,7 +67,8 @@ def _texts(inputs: Iterable[str | Path]) -> Iterator[str]:
             continue
         known = any(suffix.lower() in FORMATS for suffix in entry.suffixes)
         plain = not known and (entry.is_file() or (entry.suffixes and not entry.is_dir()))  # sources, notes, books
-        config = SourceConfig(path=str(entry), format="text" if plain else None)
+        tabs = not plain and {".tsv", ".tab"} & set(entry.suffixes)  # where a quotation mark is mostly just that
+        config = SourceConfig(path=str(entry), format="text" if plain else None, quoting=not tabs)
         for file in itertools.chain.from_iterable(find_sources((config,), "FILES", Path())):
             if file.format == "text":  # with its line breaks: a tokenizer has pieces for these, too
                 lines = text_lines(all_blocks(file.path, file.compression), file.label, 1)
