@@ -91,12 +91,14 @@ def _vocabulary_tensors(model: Any) -> dict[int, Tensor]:
 
 
 def _require_only_known_matrices(model: Any, num_rows: int) -> None:
-    config = model.config.get_text_config()
-    if num_rows in (getattr(config, "max_position_embeddings", None), getattr(config, "hidden_size", None)):
-        return  # shapes do not tell them apart
+    """DataError for a model with another embedding of tokens, such as one for each layer."""
+    if num_rows == getattr(model.config.get_text_config(), "max_position_embeddings", None):
+        return  # sizes do not tell tokens from positions
     known = _vocabulary_tensors(model)
-    for name, parameter in model.named_parameters():
-        if parameter.shape[0] == num_rows and parameter.data_ptr() not in known:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == num_rows:
+            if module.weight.data_ptr() in known:
+                continue
             raise DataError(
                 f"model type {model.config.model_type} cannot take new tokens: {name} has rows for tokens, too; "
                 "prepare the data with the model's own tokenizer"

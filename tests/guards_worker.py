@@ -11,14 +11,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from equivalence_cases import Case, MemoryStore, case_config, make_model, memory_store
+from safetensors.torch import load_file
 
-from data_prep.token_store import RowSource, StoreError
+from data_prep.token_store import RowSource, StoreError, TokenStore, open_rows
 from engine.attention import register_packed_attention
 from engine.batches import MicroBatches
+from engine.config import ModelSection
 from engine.distributed import RunFolder, StopSignal, leave, start_ranks
 from engine.ds_config import resolve_ds_config, shipped_ds_configs
 from engine.errors import NumericalStopError
 from engine.evaluate import evaluate
+from engine.model import StoreFacts, build_model
 from engine.setup import build_engine, quiet_libraries
 from engine.train import Progress, Training, train_step
 from engine.zero_state import owned_slices, state_view
@@ -202,6 +205,54 @@ def golden(out_dir: Path, ranks) -> dict[str, Any]:
     return results
 
 
+def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
+    """Train from an extended tokenizer: the gathered first rows against the means, and how far steps move them."""
+    store = TokenStore.open(Path((out_dir / "store.txt").read_text()))
+    facts = StoreFacts(store.vocab_size, store.pad_id, store.bos_id, store.eos_id, (), store.tokenizer_dir)
+    section = ModelSection(path=str(out_dir / "model"), activation_checkpointing=False)
+    model = build_model(section, "causal_lm", facts, 5)
+    old = load_file(out_dir / "model" / "model.safetensors")
+    pieces = json.loads((store.tokenizer_dir / "extension.json").read_text())["pieces"]
+    first = min(map(int, pieces))
+    config = case_config(Case("new_rows", bf16=True), out_dir)
+    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
+    fill()
+    rows = open_rows(store, 64)
+    training = Training(config, ranks, RunFolder(out_dir, ranks.rank), engine, parameters, store, rows, None, 10, {})
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    expected = {
+        name: torch.stack(
+            [old[name][ids].double().mean(0) for _, ids in sorted(pieces.items(), key=lambda p: int(p[0]))]
+        )
+        for name in names
+    }
+    start = {name: gathered_masters(training, name)[first : store.vocab_size] for name in names}
+    progress = Progress()
+    engine.train()
+    losses = [train_step(training, progress, StopSignal())[0]["loss"] for _ in range(3)]
+    stop = {name: gathered_masters(training, name)[first : store.vocab_size] for name in names}
+    used = np.concatenate([store.tokens(document) for document in range(store.num_documents)])
+    result = {
+        "new": len(pieces), "rows": model.config.vocab_size, "losses": losses,
+        "used_in_store": len(np.unique(used[used >= first])),
+        "differences": {name: float((start[name] - expected[name]).abs().max()) for name in names},
+        "moved": {name: float((stop[name] - start[name]).abs().max()) for name in names},
+    }  # fmt: skip
+    engine.destroy()
+    return result
+
+
+def gathered_masters(training: Training, name: str) -> torch.Tensor:
+    """The whole fp32 master of a matrix, from the parts of all ranks."""
+    shape = training.parameters[name].ds_shape
+    whole = torch.zeros(shape.numel())
+    for piece in owned_slices(training.engine, training.parameters):
+        if piece.name == name:
+            whole[piece.start : piece.stop] = state_view(training.engine, piece, "master").cpu()
+    dist.all_reduce(whole)
+    return whole.reshape(shape)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     register_packed_attention()
@@ -221,6 +272,7 @@ def main() -> None:
             dropout,
             shipped,
             golden,
+            new_rows,
         )
     }
     if ranks.rank == 0:

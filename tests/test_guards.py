@@ -8,18 +8,41 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from data_fixtures import byte_level_folder, prepared, section, sentences, write_jsonl
 from equivalence_cases import make_model, memory_store, reference_gradients
 from ranks import run_ranks
 
+from data_prep.extend_tokenizer import extend_tokenizer
+from data_prep.tokenizer import open_tokenizer
 from engine.evaluate import macro_f1
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 pytestmark = pytest.mark.ranks
 
 
+def extended_store(out_dir: Path) -> None:
+    """A tokenizer with new pieces, a token store made with it, and a model of the old vocabulary with rows to spare."""
+    base = byte_level_folder(out_dir / "base")
+    texts = [f"hyperparameter sweep {text} hyperparameter schedule" for text in sentences(120, seed=21)]
+    extend_tokenizer(str(base), texts, out_dir / "tokenizer", 80)
+    records = write_jsonl(out_dir / "records.jsonl", [{"text": text} for text in texts])
+    store, _ = prepared(section(out_dir, out_dir / "tokenizer", records))
+    (out_dir / "store.txt").write_text(str(store.path))
+    torch.manual_seed(7)
+    old_rows = 64 * -(-open_tokenizer(str(base)).vocab_size // 64)
+    assert old_rows < store.vocab_size
+    config = transformers.LlamaConfig(
+        vocab_size=old_rows, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(out_dir / "model")
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out_dir = tmp_path_factory.mktemp("guards")
+    extended_store(out_dir)
     run_ranks(2, str(Path(__file__).parent / "guards_worker.py"), str(out_dir))
     return json.loads((out_dir / "results.json").read_text())
 
@@ -124,3 +147,16 @@ def test_dropout_is_a_function_of_the_step(results: dict[str, Any]) -> None:
     same, again, other_step, none = results["dropout"]["losses"]
     assert same == again
     assert len({same, other_step, none}) == 3
+
+
+def test_rows_of_new_tokens_are_gathered_as_the_means_of_their_pieces(results: dict[str, Any]) -> None:
+    """ZeRO-3 with offload, bf16 weights and fp32 masters: what every rank holds a part of is what a sum says."""
+    result = results["new_rows"]
+    assert result["new"] > 20
+    assert result["rows"] % 64 == 0
+    assert result["used_in_store"] > 20
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert result["differences"][name] <= 1e-6
+        assert result["moved"][name] > 0, "they are trained"
+    assert all(np.isfinite(result["losses"]))
+    assert result["losses"][-1] < result["losses"][0]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, FulltuneError, MissingInputError, RefusedForSecurityError
 from engine.model import StoreFacts, build_model
+from engine.vocabulary import extend_vocabulary, read_extension
 
 FACTS = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=())
 LABELS = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=("bad", "good", "great"))
@@ -195,3 +197,155 @@ def test_activation_checkpointing_is_on_when_asked() -> None:
     model = build_model(section(init="random", config=LLAMA, activation_checkpointing=True), "causal_lm", FACTS, 1)
     assert model.is_activation_checkpointing
     assert isinstance(model, transformers.PreTrainedModel)
+
+
+# New tokens: rows made of old ones.
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+GPT2_SIZES = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 24}
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+PIECES = [[5, 6], [7], [3, 4, 60, 9], [61, 8]]  # the last one is spelled with the first new token
+
+
+def tiny(family: str, vocab_size: int) -> Any:
+    """A model with random weights and biases, as a folder would give it."""
+    torch.manual_seed(11)
+    common = ENDS | {"vocab_size": vocab_size}
+    made = {
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **SIZES)),
+        "llama_tied": lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**common, **SIZES, tie_word_embeddings=True)
+        ),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**common, **GPT2_SIZES)),
+        "bert_mlm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**common, **SIZES)),
+        "bert_labels": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**common, **SIZES)),
+        "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**common, **T5_SIZES)),
+        "t5_untied": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**common, **T5_SIZES, tie_word_embeddings=False)
+        ),
+        "t5_labels": lambda: transformers.T5ForSequenceClassification(transformers.T5Config(**common, **T5_SIZES)),
+    }[family]()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+def extension_folder(folder: Path, first: int, pieces: list[list[int]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    values = {str(first + place): ids for place, ids in enumerate(pieces)}
+    (folder / "extension.json").write_text(json.dumps({"format": 1, "base_vocab_size": first, "pieces": values}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama_tied", "gpt2", "bert_mlm", "bert_labels", "t5", "t5_untied", "t5_labels"]
+)
+@pytest.mark.parametrize(("num_rows", "expected_rows"), [(61, 65), (62, 65), (64, 128), (72, 72)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_rows_are_the_means_of_their_pieces(
+    tmp_path: Path, family: str, num_rows: int, expected_rows: int, dtype: torch.dtype
+) -> None:
+    """However many rows the model had to spare, and wherever it keeps numbers for tokens."""
+    model = tiny(family, num_rows).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    was_tied = {name for name, _ in model.named_parameters()}
+    extension = read_extension(extension_folder(tmp_path, 61, PIECES))
+    assert extension is not None
+    extend_vocabulary(model, extension)
+    after = model.state_dict()
+    over_tokens = {name for name, value in before.items() if value.shape[0] == num_rows}
+    assert len(over_tokens) >= 1
+    for name, value in before.items():
+        if name not in over_tokens:
+            assert torch.equal(after[name], value), name
+            continue
+        wanted = [row.float().numpy() for row in value[:61]]
+        for ids in PIECES:
+            mean = np.mean([wanted[index] for index in ids], axis=0, dtype=np.float64)
+            wanted.append(torch.from_numpy(np.asarray(mean, dtype=np.float32)).to(dtype).float().numpy())
+        assert after[name].dtype == dtype
+        assert torch.equal(after[name][:61], value[:61])
+        assert np.allclose(
+            after[name][61:65].float().numpy(), wanted[61:], rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-6
+        )
+        assert len(after[name]) == expected_rows
+        spare = after[name][65:].float()
+        if num_rows > 65:
+            assert torch.equal(spare, value[65:].float()), "rows of no token stay as they were"
+        elif len(spare):
+            assert np.allclose(spare.numpy(), np.mean(wanted[:61], axis=0), rtol=1e-2, atol=1e-2)
+    assert {name for name, _ in model.named_parameters()} == was_tied
+    assert model.config.vocab_size == expected_rows
+    again = {name: value.clone() for name, value in after.items()}
+    with torch.no_grad():
+        model.get_input_embeddings().weight[61:65] += 1  # as training does
+    trained = model.get_input_embeddings().weight.clone()
+    extend_vocabulary(model, extension)
+    assert torch.equal(model.get_input_embeddings().weight, trained), "rows are made once"
+    assert again.keys() == model.state_dict().keys()
+
+
+def facts_with(folder: Path, vocab_size: int) -> StoreFacts:
+    return StoreFacts(vocab_size, pad_id=0, bos_id=1, eos_id=2, label_names=(), tokenizer_dir=folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_with_new_tokens_is_the_same_on_every_rank_and_knows_them_later(tmp_path: Path, tied: bool) -> None:
+    tiny("llama_tied" if tied else "llama", 61).save_pretrained(tmp_path / "model")
+    tokenizer = extension_folder(tmp_path / "tokenizer", 61, PIECES)
+    one, two = (
+        build_model(section(path=str(tmp_path / "model")), "causal_lm", facts_with(tokenizer, 65), seed)
+        for seed in (1, 2)
+    )
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    assert (one.lm_head.weight is one.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        one.model.embed_tokens.weight[62] = 3.0
+    one.save_pretrained(tmp_path / "trained")
+    stored = json.loads((tmp_path / "trained" / "config.json").read_text())
+    assert stored["vocab_size"] == 65
+    later = build_model(section(path=str(tmp_path / "trained")), "causal_lm", facts_with(tokenizer, 65), 1)
+    assert torch.equal(later.model.embed_tokens.weight, one.model.embed_tokens.weight), "what was trained is kept"
+    # a second extension on top: only its own rows are made
+    longer = extension_folder(tmp_path / "longer", 61, [*PIECES, [62, 1]])
+    most = build_model(section(path=str(tmp_path / "trained")), "causal_lm", facts_with(longer, 66), 1)
+    rows = most.model.embed_tokens.weight
+    assert torch.equal(rows[:65], one.model.embed_tokens.weight)
+    assert torch.allclose(rows[65], (rows[62] + rows[1]) / 2)
+
+
+def test_fresh_models_have_rows_for_new_tokens_and_never_get_them_again(tmp_path: Path) -> None:
+    tokenizer = extension_folder(tmp_path / "tokenizer", 61, PIECES)
+    tiny("llama", 61).save_pretrained(tmp_path / "model")
+    for values in ({"config": LLAMA}, {"path": str(tmp_path / "model")}):
+        model = build_model(section(init="random", **values), "causal_lm", facts_with(tokenizer, 65), 1)
+        assert model.config.vocab_size == 65
+        model.save_pretrained(tmp_path / "fresh")
+        again = build_model(section(path=str(tmp_path / "fresh")), "causal_lm", facts_with(tokenizer, 65), 1)
+        assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_extensions_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    make = section(path=str(saved))
+    extension_folder(tokenizer, 70, [[1]])
+    with pytest.raises(DataError, match="the store's tokenizer has 71 tokens, the model 61 embeddings"):
+        build_model(make, "causal_lm", facts_with(tokenizer, 71), 1)
+    extension_folder(tokenizer, 61, [[1]])
+    with pytest.raises(DataError, match="spells tokens up to 61, the tokenizer has 63"):
+        build_model(make, "causal_lm", facts_with(tokenizer, 63), 1)
+    for ids in ([], [-1], [62], [61]):
+        extension_folder(tokenizer, 61, [ids])
+        with pytest.raises(DataError, match="token 61 is not spelled in smaller ids"):
+            build_model(make, "causal_lm", facts_with(tokenizer, 62), 1)
+    for text in ("{", "[]", '{"format": 2}', '{"format": 1, "base_vocab_size": 61, "pieces": {"62": [1]}}'):
+        (tokenizer / "extension.json").write_text(text)
+        with pytest.raises(DataError, match="not the extension of a tokenizer"):
+            build_model(make, "causal_lm", facts_with(tokenizer, 62), 1)
+    model = tiny("bert_mlm", 61)
+    model.per_token = torch.nn.Embedding(61, 3)
+    good = read_extension(extension_folder(tokenizer, 61, [[1]]))
+    assert good is not None
+    with pytest.raises(DataError, match="per_token has rows for tokens, too"):
+        extend_vocabulary(model, good)
