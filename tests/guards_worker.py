@@ -233,7 +233,7 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
     stop = {name: gathered_masters(training, name)[first : store.vocab_size] for name in names}
     used = np.concatenate([store.tokens(document) for document in range(store.num_documents)])
     result = {
-        "new": len(pieces), "rows": model.config.vocab_size, "losses": losses,
+        "new": len(pieces), "rows": model.config.vocab_size, "vocab_size": store.vocab_size, "losses": losses,
         "used_in_store": len(np.unique(used[used >= first])),
         "differences": {name: float((start[name] - expected[name]).abs().max()) for name in names},
         "moved": {name: float((stop[name] - start[name]).abs().max()) for name in names},
