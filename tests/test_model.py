@@ -330,7 +330,7 @@ def test_extensions_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> 
     tokenizer = tmp_path / "tokenizer"
     make = section(path=str(saved))
     extension_folder(tokenizer, 70, [[1]])
-    with pytest.raises(DataError, match="the store's tokenizer has 71 tokens, the model 61 embeddings"):
+    with pytest.raises(DataError, match="tokenizer has 70 tokens, the model 61 embeddings"):
         build_model(make, "causal_lm", facts_with(tokenizer, 71), 1)
     extension_folder(tokenizer, 61, [[1]])
     with pytest.raises(DataError, match="spells tokens up to 61, the tokenizer has 63"):
