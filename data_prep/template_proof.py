@@ -8,7 +8,6 @@ of its own that a hostile template can only bring down with itself, and handed t
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from data_prep.template_marks import Generation, Turn
 from data_prep.template_messages import Forms
 from data_prep.template_probes import PROBE, RenderedProbe, render_probes
 from data_prep.template_render import ChatTemplate
-from data_prep.template_sandbox import chat_environment, limits, parse_template
+from data_prep.template_sandbox import CPU_LIMIT_SECONDS, chat_environment, limits, parse_template
 from data_prep.template_spans import (
     Headers,
     block_spans,
@@ -36,8 +35,6 @@ from data_prep.template_spans import (
     turn_span,
 )
 
-_CHILD_CPU_SECONDS = 5
-_CHILD_MEMORY_BYTES = 2 << 30
 _ADVICE = (
     "put {% generation %} and {% endgeneration %} around what the assistant says, in a file for data.chat.template"
 )
@@ -298,9 +295,11 @@ def prove_apart(
     control_strings: Sequence[str],
     added_strings: Sequence[str],
     now: datetime,
+    cpu_seconds: float = CPU_LIMIT_SECONDS,
 ) -> Plan:
     """`prove` in a process of its own, with bounded CPU time and memory; takes about a tenth of a second."""
-    request = json.dumps([source, dict(special_tokens), list(control_strings), list(added_strings), now.isoformat()])
+    arguments = [source, dict(special_tokens), list(control_strings), list(added_strings), now.isoformat()]
+    request = json.dumps([cpu_seconds, *arguments])
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     child = subprocess.run(
@@ -324,12 +323,13 @@ _ERRORS: tuple[type[PreparationError], ...] = (BadDataError, DataConfigError, Re
 
 
 def _child() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (_CHILD_CPU_SECONDS, _CHILD_CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (_CHILD_MEMORY_BYTES, _CHILD_MEMORY_BYTES))
-    source, special_tokens, control, added, now = json.loads(sys.stdin.buffer.read().decode("utf-8", "surrogatepass"))
+    cpu_seconds, source, special_tokens, control, added, now = json.loads(
+        sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
+    )
     answer: dict[str, Any]
     try:
-        answer = asdict(prove(source, special_tokens, control, added, datetime.fromisoformat(now)))
+        with limits(cpu_seconds):
+            answer = asdict(prove(source, special_tokens, control, added, datetime.fromisoformat(now)))
     except _ERRORS as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps(answer))
