@@ -9,6 +9,7 @@ stands for is noted as it is written: the item of that round, or None behind the
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jinja2
@@ -21,9 +22,9 @@ START = "\ufdd1"
 STOP = "\ufdd2"
 BREAK = "\ufdd3"  # put into contents, to break up the string of a control token
 
-MARKS = TURN + START + STOP + BREAK
+BLOCK_MARKS = (START, STOP)
 
-_ANY_MARK = re.compile(f"[{TURN}{START}{STOP}]")
+_BLOCK_MARK = re.compile(f"([{START}{STOP}])")
 #: Filter names that no template can write.
 _TURN_FILTER, _AFTER_FILTER = "mark a turn", "mark the end"
 
@@ -120,26 +121,39 @@ class Block(NamedTuple):
     stop: int
 
 
-def find_turns(raw: str, noted: Sequence[Any], messages: Sequence[Any]) -> dict[int, Turn] | None:
-    """The turns by message. None if the marks are not those that were written, or a message is written twice.
+def split_at_turns(pieces: list[str]) -> list[str]:
+    """The texts between turn marks, from the pieces that a template writes one after the other."""
+    parts = []
+    start = 0
+    for _ in range(pieces.count(TURN)):
+        stop = pieces.index(TURN, start)
+        parts.append("".join(pieces[start:stop]))
+        start = stop + 1
+    parts.append("".join(pieces[start:]))
+    return parts
 
-    Starts count the characters of `raw` without turn marks.
+
+def find_turns(
+    parts: Sequence[str], noted: Sequence[Any], messages: Sequence[Any], wanted: Iterable[int]
+) -> dict[int, Turn] | None:
+    """Those of the wanted messages' turns that are written, in any order.
+
+    None if the marks are not those that were written, or a wanted message is written twice.
     """
-    parts = raw.split(TURN)
     if len(parts) != len(noted) + 1:
         return None
+    starts = [0, *accumulate(map(len, parts))]
+    if len(noted) == len(messages) + 1 and noted[-1] is None and noted[:-1] == messages:  # one loop over all of them
+        return {index: Turn(index, starts[index + 1], parts[index + 1]) for index in wanted if parts[index + 1]}
     turns: dict[int, Turn] = {}
-    start = len(parts[0])
-    usual = len(noted) == len(messages) + 1 and noted[-1] is None and noted[:-1] == messages  # one loop over all
-    indices: Iterable[int | None] = range(len(messages)) if usual else _indices(noted, messages)
-    for index, text in zip(indices, parts[1:], strict=False):
-        if index is not None and text:
-            if index in turns and not turns[index].text.isspace():
-                if not text.isspace():
-                    return None
-            else:
-                turns[index] = Turn(index, start, text)
-        start += len(text)
+    wanted = set(wanted)
+    for place, index in enumerate(_indices(noted, messages), 1):
+        text = parts[place]
+        if index is not None and text and index in wanted:
+            if index not in turns or turns[index].text.isspace():
+                turns[index] = Turn(index, starts[place], text)
+            elif not text.isspace():
+                return None
     return turns
 
 
@@ -157,31 +171,27 @@ def _indices(noted: Sequence[Any], messages: Sequence[Any]) -> Iterator[int | No
         yield found
 
 
-def find_blocks(raw: str, noted: Sequence[Any], messages: Sequence[Any]) -> list[Block] | None:
-    """The generation blocks in their order; None if the marks in `raw` are not those that were written."""
-    if raw.count(TURN) != len(noted):
+def find_blocks(parts: Sequence[str], noted: Sequence[Any], messages: Sequence[Any]) -> list[Block] | None:
+    """The generation blocks in their order; None if the marks are not those that were written."""
+    if len(parts) != len(noted) + 1:
         return None
-    indices = _indices(noted, messages)
     blocks: list[Block] = []
-    current: int | None = None
     opened: int | None = None
-    position = previous = 0
-    for found in _ANY_MARK.finditer(raw):
-        position += found.start() - previous
-        previous = found.end()
-        mark = found.group()
-        if mark == TURN:
-            current = next(indices)
-        elif mark == START and opened is None:
-            opened = position
-        elif mark == STOP and opened is not None:
-            blocks.append(Block(current, opened, position))
-            opened = None
-        else:
-            return None
+    position = 0
+    for index, part in zip([None, *_indices(noted, messages)], parts, strict=True):
+        for text in _BLOCK_MARK.split(part):
+            if text == START and opened is None:
+                opened = position
+            elif text == STOP and opened is not None:
+                blocks.append(Block(index, opened, position))
+                opened = None
+            elif text in (START, STOP):
+                return None
+            else:
+                position += len(text)
     return None if opened is not None else blocks
 
 
-def without_marks(raw: str) -> str:
-    """The text without turn and block marks."""
-    return _ANY_MARK.sub("", raw)
+def without_marks(parts: Sequence[str]) -> str:
+    """The text of a template with generation blocks, without their marks."""
+    return _BLOCK_MARK.sub("", "".join(parts))

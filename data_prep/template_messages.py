@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.errors import BadDataError
 from data_prep.examples import Message
-from data_prep.template_marks import BREAK, MARKS
+from data_prep.template_marks import BREAK
 
 #: Names that records have for the reasoning before an answer; transformers fills the first two from any of them.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -32,42 +32,52 @@ class Forms:
 class ControlText:
     """Finds the strings of control tokens in texts, and breaks them up so that they stay text.
 
-    The noncharacters that serve as marks are found with them, and refused when they come to be broken up.
     `understood` are control strings that the template itself looks for in an answer, such as the ends of a
-    reasoning block: in the assistant's words they keep their meaning.
+    reasoning block: in the assistant's words they keep their meaning. `forbidden` characters are found too,
+    and refused when they come to be broken up.
     """
 
-    def __init__(self, control: Iterable[str], understood: Iterable[str]):
-        known = (set(control) - {""}) | set(MARKS)
-        self._anywhere, self._overlapping = _patterns(known)
-        self._in_answer, self._overlapping_answer = _patterns(known - set(understood))
+    def __init__(self, control: Iterable[str], understood: Iterable[str], forbidden: Iterable[str]):
+        known = set(control) - {""}
+        self._forbidden = re.compile("[" + "".join({BREAK, *forbidden}) + "]")
+        self._anywhere = _Strings(known, forbidden)
+        self._in_answer = _Strings(known - set(understood), forbidden)
 
     def found_in(self, text: str, role: str) -> bool:
         """Whether a text of a turn of this role holds a control string."""
-        return (self._in_answer if role == "assistant" else self._anywhere).search(text) is not None
+        strings = self._in_answer if role == "assistant" else self._anywhere
+        for first in strings.first_characters:  # most texts hold none, and this is far faster than the pattern
+            if first in text:
+                return strings.pattern.search(text) is not None
+        return False
 
     def broken(self, text: str, role: str) -> str:
         """The text with a mark behind the first character of every control string in it.
 
-        Raises ValueError for a noncharacter that is a mark.
+        Raises ValueError for a forbidden character.
         """
-        if forbidden := next((mark for mark in MARKS if mark in text), None):
-            raise ValueError(f"holds the noncharacter U+{ord(forbidden):04X}, which no text may hold")
-        pattern = self._overlapping_answer if role == "assistant" else self._overlapping
-        cuts = [match.start() + 1 for match in pattern.finditer(text)]
+        if found := self._forbidden.search(text):
+            raise ValueError(f"holds the noncharacter U+{ord(found.group()):04X}, which no text may hold")
+        strings = self._in_answer if role == "assistant" else self._anywhere
+        cuts = [match.start() + 1 for match in strings.overlapping.finditer(text)]
         pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return BREAK.join(pieces)
 
     def at(self, text: str, start: int) -> int | None:
         """The end of the longest control string that begins at `start`."""
-        match = self._anywhere.match(text, start)
+        match = self._anywhere.pattern.match(text, start)
         return match.end() if match else None
 
 
-def _patterns(strings: set[str]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Finds one of the strings; finds all of them, also where they overlap."""
-    either = "|".join(re.escape(text) for text in sorted(strings, key=lambda text: (-len(text), text)))
-    return re.compile(either), re.compile(f"(?={either})")
+class _Strings:
+    """Patterns for a set of strings: one of them, and all of them also where they overlap."""
+
+    def __init__(self, strings: set[str], forbidden: Iterable[str]):
+        every = sorted({*strings, *forbidden}, key=lambda text: (-len(text), text))
+        either = "|".join(map(re.escape, every)) or "(?!)"
+        self.first_characters = tuple(sorted({text[0] for text in every}))
+        self.pattern = re.compile(either)
+        self.overlapping = re.compile(f"(?={either})")
 
 
 def prepare_messages(

@@ -95,19 +95,19 @@ class RenderedProbe:
 def render_probes(marked: ChatTemplate, unmarked: ChatTemplate, letter: str) -> Iterator[RenderedProbe]:
     """Those of the probes that the template takes and writes the words of."""
     for key, probe in enumerate(make_probes(letter)):
-        messages, tools, _, _ = prepare_messages(probe.messages, probe.tools, _OPEN, ControlText((), ()), PROBE)
+        messages, tools, _, _ = prepare_messages(probe.messages, probe.tools, _OPEN, ControlText((), (), ()), PROBE)
         try:
-            text = unmarked.render(messages, tools, False, PROBE)
+            text = "".join(unmarked.render(messages, tools, False, PROBE))
         except BadDataError:
             continue
         if tools is not None and "find_place" not in text:
             continue
         if not _in_order(probe.words, text) or (probe.kind == "parts" and _PRINTED_PARTS.search(text)):
             continue
-        raw = marked.render(messages, tools, False, PROBE)
-        turns = None if marked.blocks else find_turns(raw, marked.noted, messages)
-        blocks = find_blocks(raw, marked.noted, messages) if marked.blocks else None
-        yield RenderedProbe(key, probe, messages, tools, text, turns, blocks, without_marks(raw) == text)
+        parts = marked.render(messages, tools, False, PROBE)
+        turns = None if marked.blocks else find_turns(parts, marked.noted, messages, range(len(messages)))
+        blocks = find_blocks(parts, marked.noted, messages) if marked.blocks else None
+        yield RenderedProbe(key, probe, messages, tools, text, turns, blocks, without_marks(parts) == text)
 
 
 def _in_order(words: Sequence[str], text: str) -> bool:

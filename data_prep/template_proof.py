@@ -211,7 +211,7 @@ def _render(
     unmarked: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool
 ) -> str | None:
     try:
-        return unmarked.render(messages, tools, prompt, PROBE)
+        return "".join(unmarked.render(messages, tools, prompt, PROBE))
     except BadDataError:
         return None
 

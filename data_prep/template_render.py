@@ -10,7 +10,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 
 from data_prep.errors import BadDataError, RefusedError
-from data_prep.template_marks import Generation, PlainGeneration, has_blocks, mark_turns
+from data_prep.template_marks import Generation, PlainGeneration, has_blocks, mark_turns, split_at_turns
 from data_prep.template_sandbox import (
     OUTPUT_LIMIT_CHARACTERS,
     OutOfTime,
@@ -39,16 +39,13 @@ class ChatTemplate:
         except OutOfTime:
             raise RefusedError("chat template: compiling it takes too long") from None
         self._environment = environment
-        self._variables = {
-            **environment.globals,
-            "documents": None,
-            **special_tokens,
-        }
+        self._variables = {**environment.globals, "documents": None, **special_tokens}
+        self._context: Context | None = None
 
     def render(
         self, messages: Sequence[Any], tools: Sequence[Any] | None, add_generation_prompt: bool, where: str
-    ) -> str:
-        """The text of a conversation, with the marks of a marked template in it. Needs `limits` around it.
+    ) -> list[str]:
+        """The text of a conversation, cut where a marked template has turn marks. Needs `limits` around it.
 
         Raises, naming `where`: BadDataError if the template refuses it, RefusedError if it leaves the sandbox.
         """
@@ -59,9 +56,13 @@ class ChatTemplate:
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
-        context = Context(self._environment, variables, None, {})
+        # Making a context takes as long as a short render; one that a render has left in order serves again.
+        context, self._context = self._context or Context(self._environment, variables, None, {}), None
+        context.parent = variables
+        context.vars.clear()
+        context.exported_vars.clear()
         try:
-            text = "".join(self._template.root_render_func(context))
+            pieces = list(self._template.root_render_func(context))
         except SecurityError as error:
             raise RefusedError(f"{where}: the chat template tries what its sandbox forbids: {error}") from error
         except (OutOfTime, MemoryError, RecursionError) as error:
@@ -73,9 +74,12 @@ class ChatTemplate:
             raise BadDataError(
                 f"{where}: line {line} of the chat template fails on this conversation: {type(error).__name__}: {error}"
             ) from error
-        if len(text) > OUTPUT_LIMIT_CHARACTERS and len(text) > 64 * sum(map(_num_characters, (*messages, tools))):
-            raise RefusedError(f"{where}: the chat template writes {len(text)} characters for this conversation")
-        return text
+        self._context = context
+        parts = split_at_turns(pieces)
+        size = sum(map(len, parts))
+        if size > OUTPUT_LIMIT_CHARACTERS and size > 64 * sum(map(_num_characters, (*messages, tools))):
+            raise RefusedError(f"{where}: the chat template writes {size} characters for this conversation")
+        return parts
 
     def _line_of(self, traceback: TracebackType | None) -> int | str:
         line: int | str = "?"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.examples import ChatExample, Message
-from data_prep.template_marks import BREAK, TURN, Turn, find_blocks, find_turns, without_marks
+from data_prep.template_marks import BLOCK_MARKS, BREAK, Turn, find_blocks, find_turns, without_marks
 from data_prep.template_messages import ControlText, prepare_messages
 from data_prep.template_proof import Plan, prove
 from data_prep.template_render import ChatTemplate
@@ -94,7 +94,7 @@ class ChatFormat:
         self._chat = chat
         self._headers = self.plan.make_headers()
         self._forms = self.plan.forms
-        self._control = ControlText(self.plan.control, self.plan.understood)
+        self._control = ControlText(self.plan.control, self.plan.understood, BLOCK_MARKS if self.plan.blocks else ())
         self._all_proven = {"reasoning", "parts"} <= set(self.plan.kinds) and any(
             kind.startswith("tool calls") for kind in self.plan.kinds
         )
@@ -113,20 +113,20 @@ class ChatFormat:
         messages, tools, broken, plain = prepare_messages(
             example.messages, example.tools, self._forms, self._control, where
         )
-        raw = self._marked.render(messages, tools, False, where)
+        parts = self._marked.render(messages, tools, False, where)
         trained = self._trained(example, messages)
         self._num_rendered += 1
         check = self._num_rendered % _CHECKED_EVERY == 0 or (not plain and not self._all_proven)
         spans: list[tuple[int, int]] = []
         num_stops = 0
         if self.plan.unproven:
-            text = without_marks(raw)
+            text = without_marks(parts)
         elif self.plan.blocks:
-            text, spans, num_stops = self._block_spans(raw, messages, trained, where)
+            text, spans, num_stops = self._block_spans(parts, messages, trained, where)
             if check:
                 self._check_text(text, messages, tools, where)
         else:
-            text, spans, num_stops = self._turn_spans(raw, messages, tools, trained, check, where)
+            text, spans, num_stops = self._turn_spans(parts, messages, tools, trained, check, where)
         if self._chat.train_on_prompt:
             spans = [(0, len(text))] if text else []
         if broken:
@@ -156,17 +156,17 @@ class ChatFormat:
 
     def _turn_spans(
         self,
-        raw: str,
+        parts: Sequence[str],
         messages: Sequence[Message],
         tools: Sequence[Any] | None,
         trained: Sequence[int],
         check: bool,
         where: str,
     ) -> tuple[str, list[tuple[int, int]], int]:
-        turns = find_turns(raw, self._marked.noted, messages)
+        turns = find_turns(parts, self._marked.noted, messages, trained)
         if turns is None:
             raise BadDataError(f"{where}: {_LOST}")
-        text = raw.replace(TURN, "")
+        text = "".join(parts)
         spans: list[tuple[int, int]] = []
         answers: list[tuple[Turn, int, int]] = []
         num_stops = 0
@@ -196,12 +196,12 @@ class ChatFormat:
         return text, spans, num_stops
 
     def _block_spans(
-        self, raw: str, messages: Sequence[Message], trained: Sequence[int], where: str
+        self, parts: Sequence[str], messages: Sequence[Message], trained: Sequence[int], where: str
     ) -> tuple[str, list[tuple[int, int]], int]:
-        blocks = find_blocks(raw, self._marked.noted, messages)
+        blocks = find_blocks(parts, self._marked.noted, messages)
         if blocks is None:
             raise BadDataError(f"{where}: {_LOST}")
-        text = without_marks(raw)
+        text = without_marks(parts)
         found = block_spans(blocks, messages)
         spans: list[tuple[int, int]] = []
         num_stops = 0
@@ -235,7 +235,7 @@ class ChatFormat:
     def _plain_render(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool, where: str) -> str:
         if self._unmarked is None:
             self._unmarked = ChatTemplate(*self._arguments, marked=False)
-        return self._unmarked.render(messages, tools, prompt, where)
+        return "".join(self._unmarked.render(messages, tools, prompt, where))
 
     def _prefix_render(
         self, tools: Sequence[Any] | None, where: str

@@ -21,7 +21,7 @@ MESSAGES = talk("ua", "hello", "there").messages
 
 def render(template: str, cpu_seconds: float = 0.5, memory_bytes: int = 200 << 20) -> str:
     with limits(cpu_seconds, memory_bytes):
-        return ChatTemplate(template, SPECIAL, NOW, marked=True).render(MESSAGES, None, False, "a.jsonl:1")
+        return "".join(ChatTemplate(template, SPECIAL, NOW, marked=True).render(MESSAGES, None, False, "a.jsonl:1"))
 
 
 @pytest.mark.parametrize(
@@ -203,4 +203,4 @@ def test_short_cuts_of_the_sandbox_change_no_result() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     theirs = render_jinja_template([MESSAGES], chat_template=template)[0][0]
-    assert render(template).replace("\ufdd0", "") == theirs
+    assert render(template) == theirs

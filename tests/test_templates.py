@@ -313,13 +313,30 @@ def test_control_strings_of_answers_that_the_template_reads_keep_their_meaning()
     assert literals(chat.render(talk("ua", "why</think>so", "b"), "a:1")) == ["</think>"]
 
 
-@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"])
-@pytest.mark.parametrize("template", [CHATML, MISTRAL])
-def test_noncharacters_are_refused(mark: str, template: str) -> None:
+PARTED = CHATML.replace("+ message.content +", "}}{{- message.content }}{{-").replace("'\\n' }}{{", "'\\n' -}}{{")
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTED, MISTRAL])
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd1x\ufdd2"])
+def test_the_characters_of_marks_do_no_harm_in_content(mark: str, template: str) -> None:
+    """They are kept as they are, or refused where they would be taken for marks."""
     chat = chat_format(template)
-    for example in (talk("ua", f"x{mark}y", "b"), talk("ua", "a", f"{mark}</s>")):
-        with pytest.raises(BadDataError, match=f"a:9: .*noncharacter U\\+{ord(mark):04X}"):
-            chat.render(example, "a:9")
+    kept = 0
+    for example in (
+        talk("ua", mark, "b"),
+        talk("ua", f"x{mark}y", "b"),
+        talk("ua", "a", f"{mark}z"),
+        talk("ua", "</s>", mark),
+    ):
+        try:
+            rendered = chat.render(example, "a:9")
+        except BadDataError as error:
+            assert "a:9: " in str(error) and ("noncharacter U+FDD" in str(error) or "told apart" in str(error))
+        else:
+            kept += 1
+            assert rendered.text == theirs(template, example)[0]
+            assert trained(rendered)[0].strip().startswith(example.messages[1]["content"])
+    assert kept >= 2 or template == MISTRAL
 
 
 def test_a_plan_saves_the_proof() -> None:
