@@ -20,12 +20,13 @@ class Forms:
     """In which of the forms that records come in the template takes things.
 
     contents: "text", "parts" (a list of {"type": "text", "text": ...}); arguments of tool calls: "object",
-    "text" (JSON as text). `tool_calls` and `tools` say whether the template writes them at all.
+    "text" (JSON as text); call_contents: what stands for no content beside tool calls, "empty" or "none".
+    Without any form of arguments the template writes no tool calls. tools: it writes those that are declared.
     """
 
     contents: tuple[str, ...]
     arguments: tuple[str, ...]
-    tool_calls: bool
+    call_contents: tuple[str, ...]
     tools: bool
 
 
@@ -156,9 +157,11 @@ def _formed(message: Message, forms: Forms, control: ControlText, what: str) -> 
     elif isinstance(content, str) and "text" not in forms.contents:
         message["content"] = [{"type": "text", "text": content}]
     if message.get("tool_calls"):
-        if not forms.tool_calls:
+        if not forms.arguments:
             raise BadDataError(f"{what}: the chat template does not write tool calls")
         message["tool_calls"] = [_formed_call(call, forms) for call in message["tool_calls"]]
+        if not content and len(forms.call_contents) == 1:
+            message["content"] = "" if forms.call_contents == ("empty",) else None
     return message
 
 

@@ -13,7 +13,7 @@ from data_prep.template_messages import ControlText, Forms, prepare_messages
 from data_prep.template_render import ChatTemplate
 
 PROBE = "a conversation made up to test the chat template"
-_OPEN = Forms(("text", "parts"), ("object", "text"), True, True)
+_OPEN = Forms(("text", "parts"), ("object", "text"), ("empty", "none"), True)
 #: How a template shows that it printed a list of parts instead of reading it.
 _PRINTED_PARTS = re.compile("[\"']type[\"']: ?[\"']text")
 
@@ -67,14 +67,16 @@ def make_probes(letter: str) -> Iterator[Probe]:
                 tuple(w[:4]))  # fmt: skip
     for form in ("object", "text"):
         arguments: Any = {"place": w[1]} if form == "object" else json.dumps({"place": w[1]})
-        for content in ("", None):
+        written = w[1] if form == "object" else arguments
+        for name, content in (("empty", ""), ("none", None)):
             function = {"name": "find_place", "arguments": arguments}
             calls = [{"id": "call00001", "type": "function", "function": function}]
             call = {"role": "assistant", "content": content, "tool_calls": calls}
             result = {"role": "tool", "name": "find_place", "tool_call_id": "call00001", "content": w[2]}
-            first, last = talk("", "ua", [w[0], w[3]]).messages, talk("", "ua", [w[4], w[5]]).messages
-            messages = [first[0], call, result, first[1], last[0], call, result, last[1]]
-            yield Probe(f"tool calls, {form}", messages, (w[0], w[1] if form == "object" else arguments, *w[2:6]))
+            once = [*talk("", "u", w[:1]).messages, call, result, *talk("", "a", w[3:4]).messages]
+            twice = [*once, *talk("", "u", w[4:5]).messages, call, result, *talk("", "a", w[5:6]).messages]
+            yield Probe(f"call, {form}, {name}", once, (w[0], written, w[2], w[3]))
+            yield Probe(f"calls, {form}, {name}", twice, (w[0], written, *w[2:5], written, w[2], w[5]))
     yield Probe("tools", talk("", "ua", w[:2]).messages, (w[0], w[1]), [_TOOL])
 
 
@@ -101,6 +103,8 @@ def render_probes(marked: ChatTemplate, unmarked: ChatTemplate, letter: str) -> 
         except BadDataError:
             continue
         if tools is not None and "find_place" not in text:
+            continue
+        if probe.kind.endswith("none") and "None" in text:
             continue
         if not _in_order(probe.words, text) or (probe.kind == "parts" and _PRINTED_PARTS.search(text)):
             continue

@@ -35,6 +35,7 @@ from data_prep.template_spans import (
     turn_span,
 )
 
+_CUTTING_METHODS = frozenset({"split", "rsplit", "partition", "rpartition", "replace"})
 _ADVICE = (
     "put {% generation %} and {% endgeneration %} around what the assistant says, in a file for data.chat.template"
 )
@@ -46,7 +47,8 @@ class Plan:
 
     headers: [role, text before the trained characters] pairs. stops: strings that answers end with.
     control: strings that no content may turn into tokens; understood: those of them that the template itself
-    looks for in answers. kinds: the kinds of conversation that passed. blocks: it has generation blocks.
+    looks for in answers. kinds: the kinds of conversation that passed, failed: those that the template writes
+    but that did not pass. blocks: it has generation blocks. The rest is as in `Forms`.
     """
 
     unproven: str = ""
@@ -56,15 +58,16 @@ class Plan:
     control: tuple[str, ...] = ()
     understood: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
     contents: tuple[str, ...] = ("text",)
     arguments: tuple[str, ...] = ("object", "text")
-    tool_calls: bool = False
+    call_contents: tuple[str, ...] = ("empty", "none")
     tools: bool = False
 
     @property
     def forms(self) -> Forms:
         """The forms of content it takes."""
-        return Forms(self.contents, self.arguments, self.tool_calls, self.tools)
+        return Forms(self.contents, self.arguments, self.call_contents, self.tools)
 
     def make_headers(self) -> Headers:
         """The headers, ready for the search."""
@@ -108,8 +111,8 @@ def prove(
             control=control,
             understood=tuple(text for text in control if any(text in known for known in _sought(source, now))),
             contents=tuple(form for form, kind in (("text", "turns"), ("parts", "parts")) if kind in kinds),
-            arguments=tuple(form for form in ("object", "text") if f"tool calls, {form}" in kinds),
-            tool_calls=any(kind.startswith("tool calls") for kind in kinds),
+            arguments=tuple(form for form in ("object", "text") if any(f"call, {form}" in kind for kind in kinds)),
+            call_contents=tuple(form for form in ("empty", "none") if any(f", {form}" in kind for kind in kinds)),
             tools="tools" in kinds,
         )
         if marked.blocks:
@@ -125,14 +128,14 @@ def _sought(source: str, now: datetime) -> set[str]:
         if any(operand.op in ("in", "notin") for operand in compare.ops) and isinstance(compare.expr, nodes.Const):
             found.add(str(compare.expr.value))
     for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _CUTTING_METHODS:
             found.update(arg.value for arg in call.args if isinstance(arg, nodes.Const) and isinstance(arg.value, str))
     return found
 
 
 def _prove_blocks(plan: Plan, rendered: Sequence[RenderedProbe], base: Sequence[str]) -> Plan:
     """Check that generation blocks hold the answers."""
-    kinds = []
+    failed: dict[str, None] = {}
     for each in rendered:
         answers = {index for index, message in enumerate(each.messages) if message["role"] == "assistant"}
         spans = block_spans(each.blocks or (), each.messages)
@@ -145,15 +148,23 @@ def _prove_blocks(plan: Plan, rendered: Sequence[RenderedProbe], base: Sequence[
             fault = "its generation blocks do not hold what the assistant says"
         if fault and each.probe.kind in base:
             return replace(plan, unproven=f"{fault}; correct them in a file for data.chat.template")
-        if not fault:
-            kinds.append(each.probe.kind)
+        if fault:
+            failed[each.probe.kind] = None
     stops = {
         ending
         for each in rendered
         if each.probe.kind in base
         for ending in _endings(plan, each, block_spans(each.blocks or (), each.messages))
     }
-    return replace(plan, kinds=tuple(dict.fromkeys(kinds)), stops=tuple(sorted(stops)))
+    kinds = [each.probe.kind for each in rendered if each.probe.kind not in failed]
+    return replace(_with_stops(plan, stops), kinds=tuple(dict.fromkeys(kinds)), failed=tuple(failed))
+
+
+def _with_stops(plan: Plan, stops: set[str]) -> Plan:
+    """The plan with what ends answers, which nothing in an answer may pass for."""
+    return replace(
+        plan, stops=tuple(sorted(stops)), understood=tuple(text for text in plan.understood if text not in stops)
+    )
 
 
 def _endings(plan: Plan, each: RenderedProbe, spans: Mapping[int, tuple[int, int]]) -> Iterator[str]:
@@ -183,7 +194,7 @@ def _prove_turns(plan: Plan, rendered: Sequence[RenderedProbe], unmarked: ChatTe
         for each in kinds.get(kind, ())
         for ending in _endings(plan, each, {i: (t.start, t.start + len(t.text)) for i, t in _answers(each).items()})
     )
-    plan = replace(plan, stops=tuple(sorted(set(ends))))
+    plan = _with_stops(plan, set(ends))
     proven: list[str] = []
     for kind, probes in kinds.items():
         fault = next(("its turns cannot be marked" for each in probes if not each.clean or each.turns is None), None)
@@ -199,7 +210,7 @@ def _prove_turns(plan: Plan, rendered: Sequence[RenderedProbe], unmarked: ChatTe
             fault = learned
         if fault and kind in base:
             return replace(plan, unproven=f"{fault}; {_ADVICE}")
-    return replace(plan, kinds=tuple(proven))
+    return replace(plan, kinds=tuple(proven), failed=tuple(kind for kind in kinds if kind not in proven))
 
 
 def _answers(each: RenderedProbe) -> dict[int, Turn]:

@@ -62,7 +62,7 @@ class ChatTemplate:
         context.vars.clear()
         context.exported_vars.clear()
         try:
-            pieces = list(self._template.root_render_func(context))
+            parts = split_at_turns(list(self._template.root_render_func(context)))
         except SecurityError as error:
             raise RefusedError(f"{where}: the chat template tries what its sandbox forbids: {error}") from error
         except (OutOfTime, MemoryError, RecursionError) as error:
@@ -75,7 +75,6 @@ class ChatTemplate:
                 f"{where}: line {line} of the chat template fails on this conversation: {type(error).__name__}: {error}"
             ) from error
         self._context = context
-        parts = split_at_turns(pieces)
         size = sum(map(len, parts))
         if size > OUTPUT_LIMIT_CHARACTERS and size > 64 * sum(map(_num_characters, (*messages, tools))):
             raise RefusedError(f"{where}: the chat template writes {size} characters for this conversation")

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -245,6 +246,7 @@ def compile_tree(environment: jinja2.Environment, tree: nodes.Template) -> jinja
 
 
 _limited = False
+_data_known = (-2.0, 0)
 
 
 def limits_active() -> bool:
@@ -256,7 +258,7 @@ def limits_active() -> bool:
 def limits(cpu_seconds: float = CPU_LIMIT_SECONDS, memory_bytes: int = MEMORY_LIMIT_BYTES) -> Iterator[None]:
     """Bound what the templates rendered inside may use: CPU time of this process, and memory above what it has.
 
-    Put it around a batch: entering costs some 20 microseconds, a render inside nothing. Within another `limits`
+    Put it around a batch: entering costs a few microseconds, a render inside nothing. Within another `limits`
     the outer one holds. Too much time raises OutOfTime where the template is, or, if that lies in one long call
     of the interpreter, ends the process (SIGPROF) a second later. Too much memory is a MemoryError.
     Time is bounded in the main thread only: signals go nowhere else.
@@ -277,6 +279,8 @@ def limits(cpu_seconds: float = CPU_LIMIT_SECONDS, memory_bytes: int = MEMORY_LI
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds + 1)
             signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds)
         yield
+    except OutOfTime:  # it came up between two renders
+        raise RefusedError("chat template: it takes too much time") from None
     finally:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -286,9 +290,17 @@ def limits(cpu_seconds: float = CPU_LIMIT_SECONDS, memory_bytes: int = MEMORY_LI
         _limited = False
 
 
+_data_known = (-2.0, 0)
+
+
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:
     raise OutOfTime
 
 
 def _data_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    """The memory that RLIMIT_DATA counts, as of this second: asking costs more than a render."""
+    global _data_known
+    now = time.monotonic()
+    if now - _data_known[0] > 1:
+        _data_known = now, int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    return _data_known[1]

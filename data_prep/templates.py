@@ -95,9 +95,6 @@ class ChatFormat:
         self._headers = self.plan.make_headers()
         self._forms = self.plan.forms
         self._control = ControlText(self.plan.control, self.plan.understood, BLOCK_MARKS if self.plan.blocks else ())
-        self._all_proven = {"reasoning", "parts"} <= set(self.plan.kinds) and any(
-            kind.startswith("tool calls") for kind in self.plan.kinds
-        )
         self._num_rendered = 0
 
     def render(self, example: ChatExample, where: str) -> Rendered:
@@ -116,7 +113,7 @@ class ChatFormat:
         parts = self._marked.render(messages, tools, False, where)
         trained = self._trained(example, messages)
         self._num_rendered += 1
-        check = self._num_rendered % _CHECKED_EVERY == 0 or (not plain and not self._all_proven)
+        check = self._num_rendered % _CHECKED_EVERY == 0 or (not plain and bool(self.plan.failed))
         spans: list[tuple[int, int]] = []
         num_stops = 0
         if self.plan.unproven:
@@ -151,7 +148,7 @@ class ChatFormat:
             chosen = chosen[-1:]
         if example.trained is None:
             return chosen
-        said = [*example.trained, *[None] * (len(messages) - len(example.trained))]
+        said = [*example.trained, *[None] * len(messages)][: len(messages)]
         return [index for index, trained in enumerate(said) if (index in chosen if trained is None else trained)]
 
     def _turn_spans(
@@ -177,13 +174,16 @@ class ChatFormat:
             found = None if turn is None else turn_span(turn, role, self._headers)
             if turn is None or found is None:
                 raise BadDataError(
-                    f"{where}: the chat template does not write messages[{index}] ({role}) as it writes other turns"
+                    f"{where}: the chat template does not write messages[{index}] ({role}) as it writes other turns;"
+                    " put {% generation %} around the assistant's words in it"
                 )
             start, stop, stopped = found
             content = message.get("content")
-            if not (type(content) is str and content and text.find(content, start, stop) >= 0):
+            if len(message) > 2 or not (type(content) is str and content and text.find(content, start, stop) >= 0):
                 check |= self._check_words(message, text[start:stop], index, where)
             num_stops += stopped
+            if spans and start < spans[-1][1]:
+                raise BadDataError(f"{where}: the chat template writes messages[{index}] before an earlier turn")
             if stop > start:
                 spans.append((start, stop))
             if role == "assistant":
@@ -220,13 +220,17 @@ class ChatFormat:
         return text, spans, num_stops
 
     def _check_words(self, message: Message, span: str, index: int, where: str) -> bool:
-        """Whether a span shows the message only in part; BadDataError if not even its last words."""
+        """Whether a span shows the message only in part; BadDataError if it lacks the last words or a tool call."""
+        for call in message.get("tool_calls") or ():
+            named = call.get("function", call) if isinstance(call, dict) else {}
+            if str(named.get("name", "")) not in span:
+                raise BadDataError(f"{where}: the chat template does not write the tool calls of messages[{index}]")
         content = message.get("content")
         if isinstance(content, str) and content.strip() in span:
             return False
         if last_words(message, self.plan.understood) not in span:
             raise BadDataError(f"{where}: the chat template does not write what messages[{index}] says")
-        return True
+        return content is not None
 
     def _check_text(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> None:
         if self._plain_render(messages, tools, False, where) != text:

@@ -5,7 +5,20 @@ from typing import Any
 
 import jinja2
 import pytest
-from chat_templates import CHATML, COLLECTED, LLAMA2, LLAMA3, MISTRAL, chat_format, control_strings, talk, trl_templates
+from chat_templates import (
+    CHATML,
+    COLLECTED,
+    CONTROL,
+    LLAMA2,
+    LLAMA3,
+    MISTRAL,
+    chat_format,
+    control_strings,
+    talk,
+    trl_templates,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep.errors import BadDataError, DataConfigError
@@ -16,6 +29,7 @@ from data_prep.templates import PLAIN_TEMPLATE, ChatFormat, Rendered
 PLAIN = PLAIN_TEMPLATE.replace("{%- if bos_first %}{{ bos_token }}{% endif %}\n", "")
 OWN = {"chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2, "mistral": MISTRAL, "collected": COLLECTED, "plain": PLAIN}
 TRIMS = {"llama3", "llama2", "collected"}
+FORMATS = {name: chat_format(template) for name, template in OWN.items()}
 STOP = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": " </s>", "mistral": "</s>", "collected": "<|im_end|>",
         "plain": "</s>"}  # fmt: skip
 GAP = {"llama2": " ", "mistral": " ", "plain": " "}
@@ -56,7 +70,7 @@ def conversations(number: int = 24, systems: bool = True) -> list[ChatExample]:
 
 @pytest.mark.parametrize("name", OWN)
 def test_text_is_transformers_own_and_targets_are_the_answers(name: str) -> None:
-    chat = chat_format(OWN[name])
+    chat = FORMATS[name]
     for example in conversations(systems=name != "mistral"):
         rendered = chat.render(example, "a.jsonl:1")
         assert rendered.text == theirs(OWN[name], example)[0]
@@ -68,12 +82,43 @@ def test_text_is_transformers_own_and_targets_are_the_answers(name: str) -> None
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_text_before_an_answer_is_what_inference_sends(name: str) -> None:
-    chat = chat_format(OWN[name])
+    chat = FORMATS[name]
     for example in conversations(systems=False):
         rendered = chat.render(example, "a.jsonl:1")
         for number, (start, _) in enumerate(rendered.spans):
             prompt = chat.prompt_text(example.messages[: 2 * number + 1], True, "a.jsonl:1")
             assert rendered.text[:start] == prompt
+
+
+def two_renders(template: str, example: ChatExample) -> list[tuple[int, int]]:
+    """The spans that prefixes of the conversation show, each rendered for itself by transformers."""
+    spans = []
+    for index, turn in enumerate(example.messages):
+        if turn["role"] == "assistant":
+            before = render_jinja_template([example.messages[:index]], chat_template=template, add_generation_prompt=True,
+                                           bos_token="<s>", eos_token="</s>")[0][0]  # fmt: skip
+            after = theirs(template, ChatExample(example.messages[: index + 1]))[0]
+            spans.append((len(before), len(after.rstrip())))
+    return spans
+
+
+WORDS = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "assistant", "user\n", "</s>", "<s>", "[INST] ", " [/INST]", "User: ", "\n", " ", "a", "é", "Assistant:"]
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(OWN)), st.lists(st.lists(WORDS, max_size=5).map("".join), min_size=1, max_size=8))
+def test_spans_are_those_of_prefix_renders_whatever_the_contents(name: str, contents: list[str]) -> None:
+    contents = contents if len(contents) % 2 == 0 else [*contents[:-1], "x", "y"]
+    example = talk("ua" * (len(contents) // 2), *contents)
+    rendered = FORMATS[name].render(example, "a:1")
+    assert rendered.text == theirs(OWN[name], example)[0]
+    assert rendered.spans == two_renders(OWN[name], example)
+    assert rendered.num_stops == len(contents) // 2
+    shown = "".join(dict.fromkeys(literals(rendered)))
+    assert all(found in CONTROL for found in literals(rendered))
+    assert shown or not any(text in content.strip() for content in contents for text in CONTROL)
 
 
 @pytest.mark.skipif(not trl_templates(), reason="needs TRL's chat templates")
@@ -285,7 +330,7 @@ def literals(rendered: Rendered) -> list[str]:
 
 @pytest.mark.parametrize("name", OWN)
 def test_control_strings_in_content_stay_text_and_change_nothing_else(name: str) -> None:
-    chat = chat_format(OWN[name])
+    chat = FORMATS[name]
     plain = chat.render(talk("uaua", "say STOP now", "STOP", "éSTOPSTOP", " xSTOP"), "a:1")
     rendered = chat.render(talk("uaua", "say </s> now", "</s>", "é</s></s>", " x</s>"), "a:1")
     assert rendered.text == plain.text.replace("STOP", "</s>")
