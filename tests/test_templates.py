@@ -264,6 +264,14 @@ def test_training_on_the_prompt_trains_everything() -> None:
     assert (rendered.num_answers, rendered.num_stops) == (1, 1)
 
 
+def test_one_turn_may_stand_in_a_conversation_many_times() -> None:
+    """As the same object, and behind a system turn that the template's loop leaves out."""
+    system, user, answer = talk("sua", "be", "more", "no").messages
+    rendered = FORMATS["llama2"].render(ChatExample([system, user, answer, user, answer, user, answer]), "a:1")
+    assert trained(rendered) == [" no </s>"] * 3
+    assert [rendered.text[:start].count("[INST]") for start, _ in rendered.spans] == [1, 2, 3]
+
+
 def test_answers_without_a_stop_token_are_counted() -> None:
     template = CHATML.replace("'<|im_end|>' + '\\n'", "('<|im_end|>' if message.role == 'user' else '.') + '\\n'")
     rendered = chat_format(template).render(talk("uaua", *"abcd"), "a:1")
