@@ -24,7 +24,7 @@ from data_prep.shapes import Shape
 from data_prep.sources import check_unchanged
 from data_prep.store_folder import link_content, publish
 from data_prep.store_writer import describe_files, write_content
-from data_prep.template_proof import prove_apart
+from data_prep.template_child import prove_apart
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 from data_prep.tokenizer import Tokenizer
 from data_prep.worker import HashRange, Job, SplitJob, Task, Work, id_type

@@ -3,28 +3,23 @@
 Small conversations with made-up words are rendered with and without their answers. From them come the
 headers that turns begin with, the stop tokens, and the forms of content the template takes; then every
 conversation must pass `find_fault`. The result is a `Plan`, plain JSON values: it is made once, in a process
-of its own that a hostile template can only bring down with itself, and handed to all others.
+of its own (template_child.py), and handed to all others.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from jinja2 import nodes
 
-from data_prep.errors import BadDataError, DataConfigError, PreparationError, RefusedError
+from data_prep.errors import BadDataError
 from data_prep.examples import Message
 from data_prep.template_marks import Generation, Turn
 from data_prep.template_messages import Forms
 from data_prep.template_probes import PROBE, RenderedProbe, render_probes
 from data_prep.template_render import ChatTemplate
-from data_prep.template_sandbox import CPU_LIMIT_SECONDS, chat_environment, limits, parse_template
+from data_prep.template_sandbox import chat_environment, limits, parse_template
 from data_prep.template_spans import (
     Headers,
     block_spans,
@@ -298,53 +293,3 @@ def _fault_of(each: RenderedProbe, headers: Headers, unmarked: ChatTemplate) -> 
     return find_fault(
         lambda m, prompt: _render(unmarked, m, each.tools, prompt), each.messages, each.text, spans, headers
     )
-
-
-def prove_apart(
-    source: str,
-    special_tokens: Mapping[str, str],
-    control_strings: Sequence[str],
-    added_strings: Sequence[str],
-    now: datetime,
-    cpu_seconds: float = CPU_LIMIT_SECONDS,
-) -> Plan:
-    """`prove` in a process of its own, with bounded CPU time and memory; takes about a tenth of a second."""
-    arguments = [source, dict(special_tokens), list(control_strings), list(added_strings), now.isoformat()]
-    request = json.dumps([cpu_seconds, *arguments])
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    child = subprocess.run(
-        [sys.executable, "-m", "data_prep.template_proof"],
-        input=request.encode("utf-8", "surrogatepass"),
-        capture_output=True,
-        env=environment,
-        check=False,
-    )
-    if child.returncode != 0:
-        last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        why = f"signal {-child.returncode}" if child.returncode < 0 else last
-        raise RefusedError(f"chat template: it takes too much time or memory, or breaks the interpreter ({why})")
-    answer = json.loads(child.stdout)
-    if "error" in answer:
-        raise {kind.__name__: kind for kind in _ERRORS}[answer["error"]](answer["message"])
-    return plan_from_json(answer)
-
-
-_ERRORS: tuple[type[PreparationError], ...] = (BadDataError, DataConfigError, RefusedError)
-
-
-def _child() -> None:
-    cpu_seconds, source, special_tokens, control, added, now = json.loads(
-        sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
-    )
-    answer: dict[str, Any]
-    try:
-        with limits(cpu_seconds):
-            answer = asdict(prove(source, special_tokens, control, added, datetime.fromisoformat(now)))
-    except _ERRORS as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    _child()

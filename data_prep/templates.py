@@ -4,7 +4,7 @@ What is trained, and how that is known, says template_spans.py; how a template i
 template_proof.py; what a template may do, template_sandbox.py.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -264,17 +264,3 @@ class ChatFormat:
             if stop is not None:
                 literal.append((start, stop))
         return Rendered(clean, moved, num_answers, num_stops, literal)
-
-
-def mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens hold a character of one of the ascending `spans`; `offsets` ascend too.
-
-    A token that begins before a span and reaches into it counts: where a template ends its header with a
-    blank, the answer's first word is one token with that blank, and it must not go untrained.
-    """
-    marks = [False] * len(offsets)
-    for start, stop in spans:
-        first = bisect_right(offsets, start, key=lambda offset: offset[1])
-        last = bisect_left(offsets, stop, key=lambda offset: offset[0])
-        marks[first:last] = [True] * (last - first)
-    return marks

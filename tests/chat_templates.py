@@ -6,9 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from data_prep.config import ChatConfig
 from data_prep.examples import ChatExample
-from data_prep.templates import ChatFormat
+from data_prep.templates import PLAIN_TEMPLATE, ChatFormat, Rendered
 
 NOW = datetime.now()  # transformers' clock cannot be set
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -110,3 +112,28 @@ def talk(roles: str, *contents: str) -> ChatExample:
     """A conversation: one letter of `roles` (s, u, a, t) and one content for each turn."""
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return ChatExample([{"role": names[r], "content": text} for r, text in zip(roles, contents, strict=True)])
+
+
+PLAIN = PLAIN_TEMPLATE.replace("{%- if bos_first %}{{ bos_token }}{% endif %}\n", "")
+OWN = {"chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2, "mistral": MISTRAL, "collected": COLLECTED, "plain": PLAIN}
+TRIMS = {"llama3", "llama2", "collected"}
+FORMATS = {name: chat_format(template) for name, template in OWN.items()}
+STOP = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": " </s>", "mistral": "</s>", "collected": "<|im_end|>",
+        "plain": "</s>"}  # fmt: skip
+GAP = {"llama2": " ", "mistral": " ", "plain": " "}
+
+
+def trained(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:stop] for start, stop in rendered.spans]
+
+
+def theirs(template: str, example: ChatExample, masks: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    texts, spans = render_jinja_template(
+        [example.messages], tools=example.tools, chat_template=template, return_assistant_tokens_mask=masks,
+        bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    return texts[0], spans[0] if masks else []
+
+
+def literals(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:stop] for start, stop in rendered.literal_spans]

@@ -12,7 +12,8 @@ import pytest
 from chat_templates import CHATML, CONTROL, NOW, SPECIAL, chat_format, talk
 
 from data_prep.errors import BadDataError, DataConfigError, PreparationError, RefusedError
-from data_prep.template_proof import Plan, prove, prove_apart
+from data_prep.template_child import prove_apart
+from data_prep.template_proof import Plan, prove
 from data_prep.template_render import ChatTemplate
 from data_prep.template_sandbox import limits, limits_active
 
@@ -149,7 +150,7 @@ def test_a_process_of_its_own_finds_the_same_plan_and_the_same_faults() -> None:
 
 
 def test_proving_starts_without_heavy_imports() -> None:
-    code = "import sys, data_prep.template_proof as p; print([m for m in ('pydantic', 'numpy', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
+    code = "import sys, data_prep.template_child as p; print([m for m in ('pydantic', 'numpy', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
     assert shown.stdout.strip() == "[]"

@@ -1,50 +1,43 @@
 """Chat templates: one render gives the text of transformers and exactly what the assistant says."""
 
+import json
 import random
+from dataclasses import asdict
 from typing import Any
 
 import jinja2
 import pytest
 from chat_templates import (
     CHATML,
-    COLLECTED,
     CONTROL,
-    LLAMA2,
+    FORMATS,
+    GAP,
     LLAMA3,
     MISTRAL,
+    NOW,
+    OWN,
+    PLAIN,
+    SPECIAL,
+    STOP,
+    TRIMS,
     chat_format,
     control_strings,
+    literals,
     talk,
+    theirs,
+    trained,
     trl_templates,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from data_prep.config import ChatConfig
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.examples import ChatExample
+from data_prep.template_proof import plan_from_json
 from data_prep.template_sandbox import limits
-from data_prep.templates import PLAIN_TEMPLATE, ChatFormat, Rendered
-
-PLAIN = PLAIN_TEMPLATE.replace("{%- if bos_first %}{{ bos_token }}{% endif %}\n", "")
-OWN = {"chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2, "mistral": MISTRAL, "collected": COLLECTED, "plain": PLAIN}
-TRIMS = {"llama3", "llama2", "collected"}
-FORMATS = {name: chat_format(template) for name, template in OWN.items()}
-STOP = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": " </s>", "mistral": "</s>", "collected": "<|im_end|>",
-        "plain": "</s>"}  # fmt: skip
-GAP = {"llama2": " ", "mistral": " ", "plain": " "}
-
-
-def trained(rendered: Rendered) -> list[str]:
-    return [rendered.text[start:stop] for start, stop in rendered.spans]
-
-
-def theirs(template: str, example: ChatExample, masks: bool = False) -> tuple[str, list[tuple[int, int]]]:
-    texts, spans = render_jinja_template(
-        [example.messages], tools=example.tools, chat_template=template, return_assistant_tokens_mask=masks,
-        bos_token="<s>", eos_token="</s>",
-    )  # fmt: skip
-    return texts[0], spans[0] if masks else []
+from data_prep.templates import ChatFormat
 
 
 def conversations(number: int = 24, systems: bool = True) -> list[ChatExample]:
@@ -171,59 +164,6 @@ def test_a_history_that_loses_its_reasoning_is_trained_as_it_is_shown() -> None:
     assert trained(chat.render(keyed, "a:1")) == ["<think>\nlate\n</think>\n\ntwo<|im_end|>"]
 
 
-CALL = {"name": "find", "arguments": {"place": "Rome"}}
-
-
-@pytest.mark.parametrize(
-    ("stem", "said"),
-    [
-        ("qwen2_5", '<tool_call>\n{"name": "find", "arguments": {"place": "Rome"}}\n</tool_call><|im_end|>'),
-        ("llama3_1", '{"name": "find", "parameters": {"place": "Rome"}}<|eot_id|>'),
-        ("gptoss", ' to=functions.find<|channel|>commentary json<|message|>{"place": "Rome"}<|call|>'),
-    ],
-)
-@pytest.mark.parametrize("as_text", [False, True])
-def test_tool_calls_are_trained_in_the_form_the_template_takes(stem: str, said: str, as_text: bool) -> None:
-    path = {path.stem: path for path in trl_templates()}.get(stem)
-    if path is None:
-        pytest.skip("needs TRL's chat templates")
-    template = path.read_text(encoding="utf-8")
-    chat = chat_format(template, control_strings(template))
-    call = {"type": "function", "function": {**CALL, "arguments": '{"place": "Rome"}'} if as_text else CALL}
-    tools = [{"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {
-        "type": "object", "properties": {"place": {"type": "string", "description": "it"}}}}}]  # fmt: skip
-    messages = [
-        *talk("u", "Where?").messages,
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": "find", "content": "here"},
-        *talk("a", "There.").messages,
-    ]
-    rendered = chat.render(ChatExample(messages, tools), "a:1")
-    assert trained(rendered)[0].strip() == said.strip()
-    assert "There." in trained(rendered)[1]
-    if not as_text:
-        assert rendered.text == theirs(template, ChatExample(messages, tools))[0]
-
-
-def test_what_the_template_would_drop_is_refused() -> None:
-    chat = chat_format(CHATML)
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
-    with pytest.raises(BadDataError, match=r"a:7: messages\[1\]: the chat template does not write tool calls"):
-        chat.render(ChatExample([*talk("u", "x").messages, call]), "a:7")
-    with pytest.raises(BadDataError, match="a:7: the chat template does not write the tools"):
-        chat.render(ChatExample(talk("ua", "x", "y").messages, [{"name": "f"}]), "a:7")
-    image = ChatExample([{"role": "user", "content": [{"type": "image"}]}, *talk("a", "y").messages])
-    with pytest.raises(BadDataError, match=r"messages\[0\].content: only parts of type text can be trained, not image"):
-        chat.render(image, "a:7")
-    parts = ChatExample([{"role": "user", "content": [{"type": "text", "text": "x"}]}, *talk("a", "y").messages])
-    assert chat.render(parts, "a:7") == chat.render(talk("ua", "x", "y"), "a:7")
-    shows_half = CHATML.replace("message.content", "message.content[:20]")
-    with pytest.raises(BadDataError, match=r"a:7: the chat template does not write what messages\[1\] says"):
-        chat_format(shows_half).render(talk("ua", "x", "y" * 30), "a:7")
-    with pytest.raises(BadDataError, match=r"a:7: .*messages\[1\].tool_calls: a object cannot be written"):
-        chat.render(ChatExample([*talk("u", "x").messages, {**call, "tool_calls": [object()]}]), "a:7")
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -332,69 +272,11 @@ def test_the_plain_template_is_the_documented_one() -> None:
         chat.render(talk("ut", "x", "y"), "a:1")
 
 
-def literals(rendered: Rendered) -> list[str]:
-    return [rendered.text[start:stop] for start, stop in rendered.literal_spans]
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_control_strings_in_content_stay_text_and_change_nothing_else(name: str) -> None:
-    chat = FORMATS[name]
-    plain = chat.render(talk("uaua", "say STOP now", "STOP", "éSTOPSTOP", " xSTOP"), "a:1")
-    rendered = chat.render(talk("uaua", "say </s> now", "</s>", "é</s></s>", " x</s>"), "a:1")
-    assert rendered.text == plain.text.replace("STOP", "</s>")
-    assert literals(rendered) == ["</s>"] * 5
-    assert [said.replace("STOP", "</s>") for said in trained(plain)] == trained(rendered)
-    assert rendered[2:4] == plain[2:4]
-
-
-def test_control_strings_are_found_wherever_they_hide() -> None:
-    chat = chat_format(CHATML, control=("<|im_start|>", "<|im_end|>", "aba"))
-    assert literals(chat.render(talk("ua", "ababa", "x"), "a:1")) == ["aba", "aba"]
-    spread = ChatExample(
-        [{"role": "user", "content": [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]}]
-    )
-    with pytest.raises(BadDataError, match=r"messages\[0\].content: the string of a control token is spread"):
-        chat.render(spread, "a:1")
-    with pytest.raises(BadDataError, match="holds the string of a control token"):
-        chat.prompt_text(talk("u", "<|im_end|>").messages, True, "a:1")
-
-
-def test_control_strings_of_answers_that_the_template_reads_keep_their_meaning() -> None:
-    reads = CHATML.replace("message.content", "message.content.split('</think>')[-1]")
-    chat = chat_format(reads, control=("<|im_start|>", "<|im_end|>", "</think>"))
-    assert trained(chat.render(talk("ua", "a", "why</think>so"), "a:1")) == ["so<|im_end|>"]
-    assert literals(chat.render(talk("ua", "why</think>so", "b"), "a:1")) == ["</think>"]
-
-
-PARTED = CHATML.replace("+ message.content +", "}}{{- message.content }}{{-").replace("'\\n' }}{{", "'\\n' -}}{{")
-
-
-@pytest.mark.parametrize("template", [CHATML, PARTED, MISTRAL])
-@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd1x\ufdd2"])
-def test_the_characters_of_marks_do_no_harm_in_content(mark: str, template: str) -> None:
-    """They are kept as they are, or refused where they would be taken for marks."""
-    chat = chat_format(template)
-    kept = 0
-    for example in (
-        talk("ua", mark, "b"),
-        talk("ua", f"x{mark}y", "b"),
-        talk("ua", "a", f"{mark}z"),
-        talk("ua", "</s>", mark),
-    ):
-        try:
-            rendered = chat.render(example, "a:9")
-        except BadDataError as error:
-            assert "a:9: " in str(error) and ("noncharacter U+FDD" in str(error) or "told apart" in str(error))
-        else:
-            kept += 1
-            assert rendered.text == theirs(template, example)[0]
-            assert trained(rendered)[0].strip().startswith(example.messages[1]["content"])
-    assert kept >= 2 or template == MISTRAL
-
-
 def test_a_plan_saves_the_proof() -> None:
     first = chat_format(LLAMA3)
-    again = ChatFormat(LLAMA3, *first._arguments[1:2], first.plan.control, first._arguments[2], first._chat, first.plan)
+    again = ChatFormat(
+        LLAMA3, SPECIAL, CONTROL, NOW, ChatConfig(), plan_from_json(json.loads(json.dumps(asdict(first.plan))))
+    )
     example = conversations(1)[0]
     assert again.render(example, "a:1") == first.render(example, "a:1")
 
