@@ -148,8 +148,9 @@ class ChatFormat:
             chosen = chosen[-1:]
         if example.trained is None:
             return chosen
+        default = set(chosen)
         said = [*example.trained, *[None] * len(messages)][: len(messages)]
-        return [index for index, trained in enumerate(said) if (index in chosen if trained is None else trained)]
+        return [index for index, trained in enumerate(said) if (index in default if trained is None else trained)]
 
     def _turn_spans(
         self,
