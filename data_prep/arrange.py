@@ -18,6 +18,7 @@ from data_prep.pack import pack_rows, wrap_rows
 from data_prep.row_files import RowFiles, unsigned_type
 from data_prep.token_store import TokenStore
 from data_prep.truncate import Truncation
+from data_prep.worker import overlong_message
 
 _WINDOW_ROWS = 4096  # packing apart loses about one row of them
 _WINDOW_DOCUMENTS = (1 << 16, 1 << 21)  # fewest and most; each takes some 60 bytes of memory
@@ -264,11 +265,3 @@ def _require_text(sources: Sequence[Mapping[str, Any]]) -> None:
                 f"data.packing: wrap is for plain text, but {source['name']} holds {source['shape']} records: answers"
                 " would be cut from their prompts where a row ends; use best_fit"
             )
-
-
-def overlong_message(where: str, num_tokens: int, row_tokens: int) -> str:
-    """The one line for a record that fits no row."""
-    return (
-        f"{where}: {num_tokens} tokens do not fit a row of {row_tokens} (data.row_tokens);"
-        " raise it, or set data.overlong to drop, split or truncate"
-    )

@@ -1,6 +1,7 @@
 """Rows of every packing and policy: what goes in comes out, once, and the ledger says where the rest went."""
 
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import tokenizers
 from data_fixtures import byte_level_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_fixtures import SourceDocuments, make_store, random_documents
+from store_fixtures import SourceDocuments, make_store, random_documents, write_store
 
 import data_prep.arrange
-from data_prep.arrange import RowPlan
+from data_prep.arrange import RowPlan, write_rows
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.ledger import check_identities, ledger_table
+from data_prep.mixture import rows_per_epoch
 from data_prep.token_store import Rows, TokenStore
 
 
@@ -222,6 +224,36 @@ def test_weights_are_shares_of_tokens_in_whole_rows(tmp_path: Path) -> None:
     _, plain = make_store(tmp_path / "p", sources, RowPlan(16))
     assert plain.epoch_rows == plain.num_rows == 100
     assert plain.digest != rows.digest
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 64), st.floats(1e-3, 1e3)), min_size=1, max_size=6))
+def test_shares_are_those_of_the_weights_to_less_than_a_row(drawn: list[tuple[int, int, float]]) -> None:
+    rows = [count for count, _, _ in drawn]
+    tokens = [count * each for count, each, _ in drawn]
+    sources = [SourceConfig(path="x", weight=weight) for _, _, weight in drawn]
+    counts = rows_per_epoch(rows, tokens, sources)
+    total_weight = sum(weight for _, _, weight in drawn)
+    for count, (_, each, weight) in zip(counts, drawn, strict=True):
+        quota = sum(tokens) * weight / total_weight / each
+        assert count == 1 if quota < 1e-9 else abs(count - quota) < 1 + 1e-6
+    if len(drawn) == 1:
+        assert counts == rows
+
+
+def test_memory_is_that_of_a_window_whatever_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_prep.arrange, "_WINDOW_ROWS", 1)
+    monkeypatch.setattr(data_prep.arrange, "_WINDOW_DOCUMENTS", (1000, 1000))
+    for packing in ("best_fit", "wrap", "none"):
+        peaks = []
+        for copies in (1, 10):
+            documents = random_documents(4000) * copies
+            store = write_store(tmp_path / f"{packing}{copies}", [SourceDocuments("a", documents)])
+            tracemalloc.start()
+            write_rows(store, RowPlan(64, packing))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert peaks[1] < 1.2 * peaks[0], packing
 
 
 def test_a_weighted_source_that_came_to_nothing_is_an_error(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_global_tokens_become_rows(tmp_path: Path) -> None:
     assert "batch.global_tokens 1281 is not a multiple of data.row_tokens 128" in message
 
 
+def test_a_token_budget_takes_the_place_of_micro_rows(tmp_path: Path) -> None:
+    config = parse(tmp_path, MINIMAL, "batch.micro_tokens=4096")
+    assert (config.batch.micro_tokens, config.batch.micro_rows) == (4096, 1)
+    message = refusal(tmp_path, MINIMAL, "batch.micro_tokens=4096", "batch.micro_rows=2")
+    assert "give at most one of batch.micro_rows and batch.micro_tokens" in message
+    message = refusal(tmp_path, MINIMAL, "batch.micro_tokens=127")
+    assert "batch.micro_tokens 127 does not hold a row of 128 tokens" in message
+
+
 def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     config = parse(tmp_path, MINIMAL, "optimizer.betas=[0.9, 0.95]", "evaluation.patience=3", "seed=4")
     assert (config.optimizer.betas, config.evaluation.patience, config.seed) == ((0.9, 0.95), 3, 4)
