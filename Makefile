@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit lint format clean
+.PHONY: help setup bench-deps demo test test-unit lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ $(STAMP): constraints.txt pyproject.toml
 	@echo "installing the pinned versions into $(VENV) (a few minutes the first time; log: $(VENV)/install.log)"
 	@launcher/install.sh $(BIN)/python
 	@touch $@
+
+bench-deps: $(STAMP) ## install what benchmarks/prepare.py compares with (trl, gigatoken)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-input --no-build-isolation -e '.[bench]' -c constraints.txt
 
 demo: $(STAMP) ## train a small model from nothing on this machine: corpus to generated text
 	@$(BIN)/fulltune demo

@@ -1,0 +1,241 @@
+"""Data preparation beside TRL, the raw tokenizers and gigatoken: CPU seconds, memory, packing, size.
+
+    python benchmarks/prepare.py [--quick] [--data FOLDER] [--work FOLDER] [--output FILE]
+
+Everything is run from here, every preparation in a new process, round after round, on the texts of ../shared/data and
+source files of installed packages. What is not installed (`make bench-deps`) is left out: its figures are null.
+Last line: one JSON object. A run without --quick also writes benchmarks/results/<date>-prepare.md.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prepare_measure import ROOT, Usage, run, same_files, store_bytes
+from prepare_report import RULE, print_table, write_report
+
+HERE = Path(__file__).resolve().parent
+CHAT_ROW_TOKENS, TEXT_ROW_TOKENS, TURNS_ROW_TOKENS, OTHER_ROW_TOKENS = 2048, 8192, 65536, 4096
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much input, and how often it is measured."""
+
+    rounds: int
+    conversations: int
+    copies: int
+    slow_text_mb: float
+    text_mb: float
+    short_documents: int
+    row_lengths: tuple[int, ...]
+    pack_documents: int
+    sub_batches: tuple[int, ...]
+
+
+QUICK = Sizes(3, 2500, 3, 1.0, 30.0, 50_000, (8192,), 10**7, (64,))
+FULL = Sizes(3, 10_000, 8, 6.0, 160.0, 1_000_000, (2048, 8192, 32768, 131072), 10**7, (16, 64, 256))
+
+
+@dataclass
+class Bench:
+    """Where inputs and results of one benchmark are. `runs` has the usages of every named preparation."""
+
+    work: Path
+    sizes: Sizes
+    fast: bool
+    runs: dict[str, list[Usage]] = field(default_factory=dict)
+
+    def prepare(self, name: str, source: str, backend: str, row_tokens: int, **options: Any) -> Usage:
+        """Prepare `source` in a new process and store, and note what it took under `name`."""
+        folder = self.work / "stores" / options.pop("store", name)
+        section = {
+            "store_dir": str(folder), "train": [self._source(source)], "tokenizer": str(self.work / "tokenizer"),
+            "row_tokens": row_tokens, "overlong": "truncate" if source.startswith("chat") else "split",
+            "workers": 1, "backend": backend, **options,
+        }  # fmt: skip
+        usage = run([sys.executable, str(HERE / "prepare_run.py"), json.dumps(section)])
+        self.runs.setdefault(name, []).append(usage)
+        print(
+            f"  {name:22s} {usage.cpu_seconds:6.2f} CPU s  {usage.wall_seconds:6.2f} s  {usage.peak_mb:5.0f} MB",
+            flush=True,
+        )
+        return usage
+
+    def _source(self, name: str) -> dict[str, str]:
+        path = self.work / name
+        if name.startswith("text") and path.is_dir():
+            return {"path": str(path), "format": "text", "document": "file"}
+        return {"path": str(path)}
+
+    def forget(self, name: str) -> None:
+        """Remove the store of `name`, so that the next one is not found made."""
+        shutil.rmtree(self.work / "stores" / name, ignore_errors=True)
+
+    def median(self, name: str, start: str) -> float:
+        """Median CPU seconds of `name` beyond the median of `start`, the same preparation of one record."""
+        both = (statistics.median(usage.cpu_seconds for usage in self.runs[key]) for key in (name, start))
+        return next(both) - next(both)
+
+
+def make_inputs(work: Path, data: Path, sizes: Sizes) -> dict[str, int]:
+    """Write tokenizer and inputs; how many of each there are."""
+    arguments = {
+        "--conversations": sizes.conversations, "--copies": sizes.copies, "--slow-text-mb": sizes.slow_text_mb,
+        "--text-mb": sizes.text_mb, "--short-documents": sizes.short_documents,
+    }  # fmt: skip
+    words = [str(word) for pair in arguments.items() for word in pair]
+    counts: dict[str, int] = run([sys.executable, str(HERE / "prepare_inputs.py"), str(data), str(work), *words]).output
+    return counts
+
+
+def measure_rounds(bench: Bench) -> None:
+    """Every preparation once a round, one after the other."""
+    plan = [
+        ("start chat tokenizers", "chat_tiny.jsonl", "tokenizers", CHAT_ROW_TOKENS),
+        ("chat tokenizers", "chat_few.jsonl", "tokenizers", CHAT_ROW_TOKENS),
+        ("start text tokenizers", "text_tiny", "tokenizers", TEXT_ROW_TOKENS),
+        ("text tokenizers", "text_few", "tokenizers", TEXT_ROW_TOKENS),
+    ]
+    if bench.fast:
+        plan += [
+            ("start chat gigatoken", "chat_tiny.jsonl", "gigatoken", CHAT_ROW_TOKENS),
+            ("chat gigatoken", "chat_many.jsonl", "gigatoken", CHAT_ROW_TOKENS),
+            ("chat turns", "chat_turns.jsonl", "gigatoken", TURNS_ROW_TOKENS),
+            ("start text gigatoken", "text_tiny", "gigatoken", TEXT_ROW_TOKENS),
+            ("text gigatoken", "text_many", "gigatoken", TEXT_ROW_TOKENS),
+            ("start jsonl gigatoken", "text_tiny.jsonl", "gigatoken", TEXT_ROW_TOKENS),
+            ("jsonl gigatoken", "text_many.jsonl", "gigatoken", TEXT_ROW_TOKENS),
+        ]
+    else:
+        plan += [("chat turns", "chat_turns.jsonl", "tokenizers", TURNS_ROW_TOKENS)]
+        plan += [("chat many", "chat_many.jsonl", "tokenizers", CHAT_ROW_TOKENS)]
+    for number in range(bench.sizes.rounds):
+        print(f"round {number + 1} of {bench.sizes.rounds}", flush=True)
+        for name, source, backend, row_tokens in plan:
+            bench.forget(name)
+            bench.prepare(name, source, backend, row_tokens)
+
+
+def peer(bench: Bench, what: str, source: str) -> dict[str, Any] | None:
+    """What a peer took, or None with a reason on stderr if it is not installed."""
+    if importlib.util.find_spec(what) is None:
+        print(f"{what} is not installed (make bench-deps): its figures are null", file=sys.stderr)
+        return None
+    words = [what, str(bench.work), str(bench.work / source), "--rounds", str(bench.sizes.rounds)]
+    words += ["--sub-batches", *map(str, bench.sizes.sub_batches)]
+    output: dict[str, Any] = run([sys.executable, str(HERE / "prepare_peers.py"), *words]).output
+    print(f"  {what:22s} {output['seconds']:6.2f} CPU s without start-up, {output['tokens']} tokens", flush=True)
+    return output
+
+
+def compare(bench: Bench, counts: dict[str, int], peers: dict[str, dict[str, Any] | None]) -> dict[str, float | None]:
+    """The ratios that the goals are about."""
+    figures: dict[str, float | None] = dict.fromkeys(
+        ("text_vs_ceiling", "chat_vs_trl", "chat_fast_vs_trl", "text_fast_vs_ceiling", "jsonl_fast_vs_ceiling")
+    )
+    trl, tokenizers, gigatoken = (peers[name] for name in ("trl", "tokenizers", "gigatoken"))
+    if tokenizers is not None:
+        figures["text_vs_ceiling"] = tokenizers["seconds"] / bench.median("text tokenizers", "start text tokenizers")
+    if trl is not None:
+        figures["chat_vs_trl"] = trl["seconds"] / bench.median("chat tokenizers", "start chat tokenizers")
+    if bench.fast and trl is not None:
+        each = bench.median("chat gigatoken", "start chat gigatoken") / counts["many"]
+        figures["chat_fast_vs_trl"] = trl["seconds"] / counts["few"] / each
+    if gigatoken is not None:
+        for name in ("text", "jsonl"):
+            seconds = bench.median(f"{name} gigatoken", f"start {name} gigatoken")
+            figures[f"{name}_fast_vs_ceiling"] = gigatoken["seconds"] / seconds
+    return figures
+
+
+def measure_rest(bench: Bench) -> dict[str, Any]:
+    """Size, memory, linearity, packing, repacking, identical bytes."""
+    backend = "gigatoken" if bench.fast else "tokenizers"
+    many, start = ("chat gigatoken" if bench.fast else "chat many"), f"start chat {backend}"
+    chat = bench.runs[many][-1].output
+    turns = bench.runs["chat turns"][-1].output
+    per_token = [bench.median(name, start) / out["tokens"] for name, out in (("chat turns", turns), (many, chat))]
+    for workers in (1, 2, 5):
+        bench.prepare(f"workers {workers}", "chat_parts", "tokenizers", CHAT_ROW_TOKENS, workers=workers)
+    stores = [Path(bench.runs[f"workers {workers}"][-1].output["store"]) for workers in (1, 2, 5)]
+    peaks = [bench.prepare(f"memory {name}", name, backend, TEXT_ROW_TOKENS, workers=2).peak_mb
+             for name in ("text_tenth", "text_many")]  # fmt: skip
+    bench.prepare("short", "short.jsonl", backend, CHAT_ROW_TOKENS)
+    for _ in range(bench.sizes.rounds):
+        shutil.rmtree(Path(bench.runs["repack"][-1].output["store"])) if "repack" in bench.runs else None
+        bench.prepare("repack", "short.jsonl", backend, OTHER_ROW_TOKENS, store="short")
+    repack = bench.median("repack", f"start text {backend}") * 1e6 / bench.sizes.short_documents
+    words = ["--rounds", str(bench.sizes.rounds), "--pack-documents", str(bench.sizes.pack_documents)]
+    words += ["--row-lengths", *map(str, bench.sizes.row_lengths)]
+    packing = run([sys.executable, str(HERE / "prepare_packing.py"), chat["store"], *words]).output
+    starts = bench.runs[start]
+    heavy = {name for usages in bench.runs.values() for usage in usages for name in usage.output["heavy_imports"]}
+    return {
+        **packing,
+        "bytes_per_token": store_bytes(Path(chat["store"])) / chat["tokens"],
+        "peak_rss_ratio": peaks[1] / peaks[0],
+        "peak_rss_mb": peaks[1],
+        "repack_1e6_seconds": repack,
+        "first_document_seconds": statistics.median(usage.wall_seconds for usage in starts),
+        "turns_linearity": per_token[0] / per_token[1],
+        "identical_bytes_1_2_5_workers": same_files(stores),
+        "heavy_imports": sorted(heavy),
+    }
+
+
+def benchmark(work: Path, data: Path, sizes: Sizes) -> tuple[dict[str, Any], Bench, dict[str, Any]]:
+    """All figures, and what they were made from."""
+    counts = make_inputs(work, data, sizes)
+    bench = Bench(work, sizes, importlib.util.find_spec("gigatoken") is not None)
+    measure_rounds(bench)
+    peers = {
+        "trl": peer(bench, "trl", "chat_few.jsonl"),
+        "tokenizers": peer(bench, "tokenizers", "text_few"),
+        "gigatoken": peer(bench, "gigatoken", "text_many"),
+    }
+    figures = compare(bench, counts, peers) | measure_rest(bench)
+    return figures, bench, {"counts": counts, "peers": peers}
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    samples = Path(os.environ.get("FULLTUNE_SAMPLES", ROOT.parent / "shared" / "data"))
+    parser.add_argument("--quick", action="store_true", help="less input, a minute in all, nothing recorded")
+    parser.add_argument("--data", type=Path, default=samples, help="folder with generation/, pretraining/, tokenizers/")
+    parser.add_argument("--work", type=Path, help="where inputs and stores go; default: a temporary folder")
+    parser.add_argument("--output", type=Path, help="where the record goes; default: benchmarks/results")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the input, to see whether everything runs")
+    parser.add_argument("--rounds", type=int, help="how often each is measured")
+    arguments = parser.parse_args()
+    sizes = scaled(QUICK if arguments.quick else FULL, arguments.scale, arguments.rounds)
+    print(RULE, flush=True)
+    with tempfile.TemporaryDirectory(prefix="fulltune-prepare-") as temporary:
+        work = arguments.work or Path(temporary)
+        figures, bench, background = benchmark(work, arguments.data, sizes)
+    print_table(figures)
+    if arguments.output or not arguments.quick:
+        write_report(arguments.output, figures, bench.runs, background)
+    print(json.dumps(figures))
+
+
+def scaled(sizes: Sizes, scale: float, rounds: int | None) -> Sizes:
+    """Less (or more) input, in fewer (or more) rounds."""
+    return Sizes(
+        rounds or sizes.rounds, max(20, int(sizes.conversations * scale)), max(1, int(sizes.copies * scale)),
+        sizes.slow_text_mb * scale, sizes.text_mb * scale, int(sizes.short_documents * scale), sizes.row_lengths,
+        int(sizes.pack_documents * scale), sizes.sub_batches,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
