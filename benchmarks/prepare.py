@@ -23,7 +23,7 @@ from prepare_measure import ROOT, Usage, run, same_files, store_bytes
 from prepare_report import RULE, print_table, write_report
 
 HERE = Path(__file__).resolve().parent
-CHAT_ROW_TOKENS, TEXT_ROW_TOKENS, TURNS_ROW_TOKENS, OTHER_ROW_TOKENS = 2048, 8192, 65536, 4096
+CHAT_ROW_TOKENS, GATHER_ROW_TOKENS, OTHER_ROW_TOKENS, TEXT_ROW_TOKENS, TURNS_ROW_TOKENS = 2048, 8192, 4096, 8192, 65536
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Sizes:
     sub_batches: tuple[int, ...]
 
 
-QUICK = Sizes(3, 2500, 3, 1.0, 30.0, 50_000, (8192,), 10**7, (64,))
-FULL = Sizes(3, 10_000, 8, 6.0, 160.0, 1_000_000, (2048, 8192, 32768, 131072), 10**7, (16, 64, 256))
+QUICK = Sizes(3, 1500, 1, 0.8, 16.0, 20_000, (8192,), 10**7, (64,))
+FULL = Sizes(3, 10_000, 8, 6.0, 100.0, 1_000_000, (2048, 8192, 32768, 131072), 10**7, (16, 64, 256))
 
 
 @dataclass
@@ -53,6 +53,11 @@ class Bench:
     sizes: Sizes
     fast: bool
     runs: dict[str, list[Usage]] = field(default_factory=dict)
+
+    @property
+    def many(self) -> str:
+        """The preparation of all conversations."""
+        return "chat gigatoken" if self.fast else "chat many"
 
     def prepare(self, name: str, source: str, backend: str, row_tokens: int, **options: Any) -> Usage:
         """Prepare `source` in a new process and store, and note what it took under `name`."""
@@ -72,9 +77,9 @@ class Bench:
 
     def _source(self, name: str) -> dict[str, str]:
         path = self.work / name
-        if name.startswith("text") and path.is_dir():
-            return {"path": str(path), "format": "text", "document": "file"}
-        return {"path": str(path)}
+        if not name.startswith("text") or path.is_file():
+            return {"path": str(path)}
+        return {"path": str(path), "format": "text", "document": "file" if name == "text_files" else "blank_line"}
 
     def forget(self, name: str) -> None:
         """Remove the store of `name`, so that the next one is not found made."""
@@ -109,15 +114,9 @@ def measure_rounds(bench: Bench) -> None:
         plan += [
             ("start chat gigatoken", "chat_tiny.jsonl", "gigatoken", CHAT_ROW_TOKENS),
             ("chat gigatoken", "chat_many.jsonl", "gigatoken", CHAT_ROW_TOKENS),
-            ("chat turns", "chat_turns.jsonl", "gigatoken", TURNS_ROW_TOKENS),
             ("start text gigatoken", "text_tiny", "gigatoken", TEXT_ROW_TOKENS),
             ("text gigatoken", "text_many", "gigatoken", TEXT_ROW_TOKENS),
-            ("start jsonl gigatoken", "text_tiny.jsonl", "gigatoken", TEXT_ROW_TOKENS),
-            ("jsonl gigatoken", "text_many.jsonl", "gigatoken", TEXT_ROW_TOKENS),
         ]
-    else:
-        plan += [("chat turns", "chat_turns.jsonl", "tokenizers", TURNS_ROW_TOKENS)]
-        plan += [("chat many", "chat_many.jsonl", "tokenizers", CHAT_ROW_TOKENS)]
     for number in range(bench.sizes.rounds):
         print(f"round {number + 1} of {bench.sizes.rounds}", flush=True)
         for name, source, backend, row_tokens in plan:
@@ -140,7 +139,14 @@ def peer(bench: Bench, what: str, source: str) -> dict[str, Any] | None:
 def compare(bench: Bench, counts: dict[str, int], peers: dict[str, dict[str, Any] | None]) -> dict[str, float | None]:
     """The ratios that the goals are about."""
     figures: dict[str, float | None] = dict.fromkeys(
-        ("text_vs_ceiling", "chat_vs_trl", "chat_fast_vs_trl", "text_fast_vs_ceiling", "jsonl_fast_vs_ceiling")
+        (
+            "text_vs_ceiling",
+            "chat_vs_trl",
+            "chat_fast_vs_trl",
+            "text_fast_vs_ceiling",
+            "jsonl_fast_vs_ceiling",
+            "files_fast_vs_ceiling",
+        )
     )
     trl, tokenizers, gigatoken = (peers[name] for name in ("trl", "tokenizers", "gigatoken"))
     if tokenizers is not None:
@@ -151,45 +157,65 @@ def compare(bench: Bench, counts: dict[str, int], peers: dict[str, dict[str, Any
         each = bench.median("chat gigatoken", "start chat gigatoken") / counts["many"]
         figures["chat_fast_vs_trl"] = trl["seconds"] / counts["few"] / each
     if gigatoken is not None:
-        for name in ("text", "jsonl"):
-            seconds = bench.median(f"{name} gigatoken", f"start {name} gigatoken")
-            figures[f"{name}_fast_vs_ceiling"] = gigatoken["seconds"] / seconds
+        each = gigatoken["seconds"] / gigatoken["tokens"]
+        for name in ("text", "jsonl", "files"):
+            tokens = bench.runs[f"{name} gigatoken"][-1].output["tokens"]
+            seconds = bench.median(f"{name} gigatoken", "start text gigatoken")
+            figures[f"{name}_fast_vs_ceiling"] = each * tokens / seconds
     return figures
 
 
-def measure_rest(bench: Bench) -> dict[str, Any]:
-    """Size, memory, linearity, packing, repacking, identical bytes."""
+def measure_others(bench: Bench) -> None:
+    """Preparations that are measured once: other containers, long conversations, workers, memory, rows."""
     backend = "gigatoken" if bench.fast else "tokenizers"
-    many, start = ("chat gigatoken" if bench.fast else "chat many"), f"start chat {backend}"
-    chat = bench.runs[many][-1].output
-    turns = bench.runs["chat turns"][-1].output
-    per_token = [bench.median(name, start) / out["tokens"] for name, out in (("chat turns", turns), (many, chat))]
+    if bench.fast:
+        bench.prepare("jsonl gigatoken", "text.jsonl", backend, TEXT_ROW_TOKENS)
+        bench.prepare("files gigatoken", "text_files", backend, TEXT_ROW_TOKENS)
+    else:
+        bench.prepare("chat many", "chat_many.jsonl", backend, CHAT_ROW_TOKENS)
+    bench.prepare("chat turns", "chat_turns.jsonl", backend, TURNS_ROW_TOKENS)
     for workers in (1, 2, 5):
         bench.prepare(f"workers {workers}", "chat_parts", "tokenizers", CHAT_ROW_TOKENS, workers=workers)
+    for name in ("text_tenth", "text_many"):
+        bench.prepare(f"memory {name}", name, backend, TEXT_ROW_TOKENS, workers=2)
+    bench.prepare("chat rows", "chat_many.jsonl", backend, GATHER_ROW_TOKENS, store=bench.many)
+    for name in ("short_tiny", "short"):
+        bench.prepare(name, f"{name}.jsonl", backend, CHAT_ROW_TOKENS)
+        for _ in range(bench.sizes.rounds):
+            made = bench.prepare(f"repack {name}", f"{name}.jsonl", backend, OTHER_ROW_TOKENS, store=name)
+            shutil.rmtree(made.output["store"])
+
+
+def other_figures(bench: Bench) -> dict[str, Any]:
+    """Size, memory, linearity, packing, repacking, identical bytes."""
+    start = "start chat gigatoken" if bench.fast else "start chat tokenizers"
+    turns, many = (
+        bench.median(name, start) / bench.runs[name][-1].output["tokens"] for name in ("chat turns", bench.many)
+    )
+    chat = bench.runs["chat rows"][-1].output
+    tenth, whole = (bench.runs[f"memory {name}"][-1].peak_mb for name in ("text_tenth", "text_many"))
+    more = sum(_megabytes(bench.work / name) * sign for name, sign in (("text_many", 1), ("text_tenth", -1)))
     stores = [Path(bench.runs[f"workers {workers}"][-1].output["store"]) for workers in (1, 2, 5)]
-    peaks = [bench.prepare(f"memory {name}", name, backend, TEXT_ROW_TOKENS, workers=2).peak_mb
-             for name in ("text_tenth", "text_many")]  # fmt: skip
-    bench.prepare("short", "short.jsonl", backend, CHAT_ROW_TOKENS)
-    for _ in range(bench.sizes.rounds):
-        shutil.rmtree(Path(bench.runs["repack"][-1].output["store"])) if "repack" in bench.runs else None
-        bench.prepare("repack", "short.jsonl", backend, OTHER_ROW_TOKENS, store="short")
-    repack = bench.median("repack", f"start text {backend}") * 1e6 / bench.sizes.short_documents
     words = ["--rounds", str(bench.sizes.rounds), "--pack-documents", str(bench.sizes.pack_documents)]
     words += ["--row-lengths", *map(str, bench.sizes.row_lengths)]
     packing = run([sys.executable, str(HERE / "prepare_packing.py"), chat["store"], *words]).output
-    starts = bench.runs[start]
     heavy = {name for usages in bench.runs.values() for usage in usages for name in usage.output["heavy_imports"]}
     return {
         **packing,
         "bytes_per_token": store_bytes(Path(chat["store"])) / chat["tokens"],
-        "peak_rss_ratio": peaks[1] / peaks[0],
-        "peak_rss_mb": peaks[1],
-        "repack_1e6_seconds": repack,
-        "first_document_seconds": statistics.median(usage.wall_seconds for usage in starts),
-        "turns_linearity": per_token[0] / per_token[1],
+        "peak_rss_ratio": whole / tenth,
+        "peak_growth": (whole - tenth) / more,
+        "peak_rss_mb": whole,
+        "repack_1e6_seconds": bench.median("repack short", "repack short_tiny") * 1e6 / bench.sizes.short_documents,
+        "first_document_seconds": statistics.median(usage.wall_seconds for usage in bench.runs[start]),
+        "turns_linearity": turns / many,
         "identical_bytes_1_2_5_workers": same_files(stores),
         "heavy_imports": sorted(heavy),
     }
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
 
 
 def benchmark(work: Path, data: Path, sizes: Sizes) -> tuple[dict[str, Any], Bench, dict[str, Any]]:
@@ -197,12 +223,13 @@ def benchmark(work: Path, data: Path, sizes: Sizes) -> tuple[dict[str, Any], Ben
     counts = make_inputs(work, data, sizes)
     bench = Bench(work, sizes, importlib.util.find_spec("gigatoken") is not None)
     measure_rounds(bench)
+    measure_others(bench)
     peers = {
         "trl": peer(bench, "trl", "chat_few.jsonl"),
         "tokenizers": peer(bench, "tokenizers", "text_few"),
         "gigatoken": peer(bench, "gigatoken", "text_many"),
     }
-    figures = compare(bench, counts, peers) | measure_rest(bench)
+    figures = compare(bench, counts, peers) | other_figures(bench)
     return figures, bench, {"counts": counts, "peers": peers}
 
 

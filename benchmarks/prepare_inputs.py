@@ -4,10 +4,11 @@
 
 Conversations are GSM8K, Alpaca in English and Chinese, and three chat sets, as {"messages"}; `--copies` repeats all of
 them, each copy with another number in front of what its user says, so that no two records are equal. Plain text is the
-texts of SAMPLES, then source files of installed packages in the order of their paths, one document a file.
+texts of SAMPLES, then source files of installed packages in the order of their paths, blank lines between documents.
 """
 
 import argparse
+import gzip
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ TEMPLATE = (
 TURNS = 32
 FILES = 8
 SHORT_TEXT_CHARACTERS = 60
-MIN_SOURCE_BYTES = 200
+MIN_CHARACTERS = 200
+FILE_CHARACTERS = 2_000_000
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", "system": "system"}
 
 
@@ -126,34 +128,59 @@ def write_messages(path: Path, records: list[list[Message]]) -> None:
 
 
 def texts(samples: Path, limit_bytes: int) -> list[str]:
-    """Documents of plain text, up to `limit_bytes` of UTF-8: the sample texts, then sources of installed packages."""
-    plain = samples / "pretraining"
-    documents = (plain / "wiki_demo" / "wiki_demo.txt").read_text(encoding="utf-8").splitlines()
-    documents += [record["text"] for record in _json_lines(plain / "c4_demo" / "c4_demo.jsonl")]
-    documents += (plain / "cluecorpussmall" / "CLUECorpusSmall_sampled.txt").read_text(encoding="utf-8").splitlines()
-    with ZipFile(plain / "inaugural" / "inaugural.zip") as archive:
-        members = [name for name in archive.namelist() if name.endswith(".txt")]
-        documents += [archive.read(name).decode("latin-1") for name in members]
+    """Documents of plain text, up to `limit_bytes` of UTF-8: the sample texts, then sources of installed packages.
+
+    Blank lines are taken out, so that they can stand between documents.
+    """
     chosen, total = [], 0
-    for text in [*filter(str.strip, documents), *_sources()]:
-        if "<|" in text or "\0" in text:
+    for text in (*_sample_texts(samples), *_sources()):
+        lines = [line.rstrip("\r") for line in text.split("\n") if line and not line.isspace()]
+        document = "\n".join(lines)
+        if len(document) < MIN_CHARACTERS or "<|" in document or "\0" in document:
             continue
-        total += len(text.encode("utf-8"))
+        total += len(document.encode("utf-8"))
         if total > limit_bytes:
             break
-        chosen.append(text)
+        chosen.append(document)
     return chosen
+
+
+def _sample_texts(samples: Path) -> Iterator[str]:
+    plain = samples / "pretraining"
+    yield from (plain / "wiki_demo" / "wiki_demo.txt").read_text(encoding="utf-8").split("\n")
+    yield from (record["text"] for record in _json_lines(plain / "c4_demo" / "c4_demo.jsonl"))
+    yield from (plain / "cluecorpussmall" / "CLUECorpusSmall_sampled.txt").read_text(encoding="utf-8").split("\n")
+    speeches = (plain / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8").split("\n\n")
+    yield from ("\n".join(speeches[start : start + 50]) for start in range(0, len(speeches), 50))
+    with ZipFile(plain / "inaugural" / "inaugural.zip") as archive:
+        members = [name for name in archive.namelist() if name.endswith(".txt")]
+        yield from (archive.read(name).decode("latin-1") for name in members)
+    for language in ("en", "de"):
+        with gzip.open(samples / "generation" / "multi30k" / f"train.{language}.gz", "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+        yield from ("\n".join(lines[start : start + 50]) for start in range(0, len(lines), 50))
 
 
 def _sources() -> Iterator[str]:
     for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
-        content = path.read_bytes()
-        if len(content) < MIN_SOURCE_BYTES:
-            continue
         try:
-            yield content.decode("utf-8")
+            yield path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             continue
+
+
+def write_texts(folder: Path, documents: list[str]) -> None:
+    """Files of about 2 MB of documents with blank lines between them."""
+    folder.mkdir(parents=True)
+    start, number = 0, 0
+    while start < len(documents):
+        stop, size = start, 0
+        while stop < len(documents) and size < FILE_CHARACTERS:
+            size += len(documents[stop])
+            stop += 1
+        content = "\n\n".join(documents[start:stop]) + "\n"
+        (folder / f"{number:04d}.txt").write_text(content, encoding="utf-8", newline="")
+        start, number = stop, number + 1
 
 
 def write_files(folder: Path, documents: list[str]) -> None:
@@ -193,18 +220,27 @@ def main() -> None:
     for part in range(FILES):
         write_messages(work / "chat_parts" / f"{part}.jsonl", few[part::FILES])
     documents = texts(arguments.samples, int(arguments.text_mb * 1e6))
-    write_files(work / "text_many", documents)
-    write_files(work / "text_few", first_bytes(documents, int(arguments.slow_text_mb * 1e6)))
-    write_files(work / "text_tenth", documents[::10])
-    write_files(work / "text_tiny", documents[-1:])
-    write_json_lines(work / "text_many.jsonl", [{"text": document} for document in documents])
-    write_json_lines(work / "text_tiny.jsonl", [{"text": documents[-1]}])
+    write_texts(work / "text_many", documents)
+    write_texts(work / "text_few", first_bytes(documents, int(arguments.slow_text_mb * 1e6)))
+    write_texts(work / "text_tenth", documents[::10])
+    write_texts(work / "text_tiny", documents[-1:])
+    write_files(work / "text_files", documents[::10])
+    write_json_lines(work / "text.jsonl", [{"text": document} for document in documents])
     lines = [line for document in documents for line in document.splitlines() if len(line) >= SHORT_TEXT_CHARACTERS]
     count = arguments.short_documents
     short = [{"text": f"{index} {lines[index % len(lines)][:SHORT_TEXT_CHARACTERS]}"} for index in range(count)]
     write_json_lines(work / "short.jsonl", short)
+    write_json_lines(work / "short_tiny.jsonl", short[:1])
     print(
-        json.dumps({"own": len(own), "few": len(few), "many": len(many), "documents": len(documents), "short": count})
+        json.dumps(
+            {
+                "own": len(own),
+                "few": len(few),
+                "many": len(many),
+                "documents": len(documents),
+                "files": len(documents[::10]),
+            }
+        )
     )
 
 
