@@ -16,7 +16,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from data_prep.errors import BadDataError, RefusedError
-from data_prep.train_tokenizer import WORD_PATTERN
+
+#: How Qwen2 cuts text into words: runs of letters with what precedes them, single digits, punctuation, blanks.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
@@ -70,7 +74,7 @@ def open_bpe_files(
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     if name in _QWEN2_CLASSES:
         backend.normalizer = normalizers.NFC()
-        _cut_words(backend, WORD_PATTERN)
+        cut_words(backend)
     else:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
@@ -100,7 +104,7 @@ def open_rank_file(
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     # tiktoken looks a whole word up before it merges.
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    _cut_words(backend, WORD_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
+    cut_words(backend, WORD_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
     backend.decoder = decoders.ByteLevel()
     specials: dict[str, str] = {}
     if not config.get("added_tokens_decoder"):
@@ -142,7 +146,8 @@ def _class_of(config: Mapping[str, Any], file: Path, known: set[str | None]) -> 
     return name
 
 
-def _cut_words(backend: tokenizers.Tokenizer, pattern: str) -> None:
+def cut_words(backend: tokenizers.Tokenizer, pattern: str = WORD_PATTERN) -> None:
+    """Make `backend` cut text into words by a regular expression, and spell these in bytes."""
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),

@@ -18,8 +18,9 @@ from typing import Any
 
 import tokenizers
 
+from data_prep.base_model import BaseModel
 from data_prep.errors import CannotWriteError, DataConfigError, PreparationError
-from data_prep.extension_pieces import BaseModel, NewPieces, learn_pieces
+from data_prep.extension_pieces import NewPieces, learn_pieces
 from data_prep.tokenizer import EXTENSION_NAME, Tokenizer, locate_tokenizer, open_tokenizer, read_tokenizer_config
 from data_prep.tokenizer_texts import LearningTexts
 from data_prep.train_tokenizer import Density, measure, write_folder

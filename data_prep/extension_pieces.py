@@ -15,23 +15,20 @@ WordPiece looks for the longest piece first: candidates are frequent whole words
 """
 
 import itertools
-import json
 import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tokenizers
 
-from data_prep.errors import DataConfigError
+from data_prep.base_model import BYTE_PIECE, BaseModel, encode_words
 from data_prep.pair_merges import learn_merges
 
 _BLANK = "▁"
-_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_PIECE = 64
 _LONGEST_CHARACTERS = 16  # of pieces that are text and not bytes, as sentencepiece has it
 _MIN_COUNT = 2
@@ -53,73 +50,6 @@ class NewPieces:
     num_parts: int = 0
 
 
-class BaseModel:
-    """The vocabulary and model of the tokenizer that is extended, as its tokenizer.json holds them."""
-
-    def __init__(self, pipeline: Mapping[str, Any]):
-        self.pipeline = pipeline
-        self.model: Mapping[str, Any] = pipeline["model"]
-        self.kind: str = self.model["type"]
-        parts = json.dumps([pipeline["pre_tokenizer"], pipeline["decoder"]])
-        self.is_byte_level = '"ByteLevel"' in parts
-        self.added = {token["content"]: token["id"] for token in pipeline["added_tokens"]}
-        self.vocabulary: dict[str, int] = (
-            {piece: index for index, (piece, _) in enumerate(self.model["vocab"])}
-            if self.kind == "Unigram"
-            else dict(self.model["vocab"])
-        )
-        self.texts = {index: piece for piece, index in self.vocabulary.items()}
-        self.unknown = self._unknown_id()
-        #: ids that no piece may be made of: control tokens, bytes of a fallback, what stands for the unknown
-        self.closed = {index for piece, index in self.vocabulary.items() if self._is_closed(piece)}
-        if self.unknown is not None:
-            self.closed.add(self.unknown)
-
-    def _unknown_id(self) -> int | None:
-        if self.kind == "Unigram":
-            index: int | None = self.model["unk_id"]
-            return index
-        return self.vocabulary.get(self.model["unk_token"]) if self.model["unk_token"] else None
-
-    def _is_closed(self, piece: str) -> bool:
-        return piece in self.added or (not self.is_byte_level and _BYTE_PIECE.fullmatch(piece) is not None)
-
-    def require_support(self) -> None:
-        """DataConfigError for models that cannot be extended."""
-        if self.kind not in ("BPE", "Unigram", "WordPiece"):
-            raise DataConfigError(f"tokenizers of type {self.kind} cannot be extended; BPE, unigram and WordPiece can")
-        if self.kind == "BPE" and (self.model["continuing_subword_prefix"] or self.model["end_of_word_suffix"]):
-            raise DataConfigError("BPE tokenizers that mark the inside or end of words cannot be extended")
-
-    def encoder(self, model: Mapping[str, Any]) -> tokenizers.Tokenizer:
-        """A tokenizer of single words, as the pre-tokenizer leaves them, with the given model."""
-        bare = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"))
-        return tokenizers.Tokenizer.from_str(
-            json.dumps({"version": "1.0", **bare, "added_tokens": [], "model": dict(model)})
-        )
-
-    def spell(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Base ids of pieces as they are written in the vocabulary."""
-        if self.kind != "WordPiece":
-            return _encode(self.encoder(self.model), pieces)
-        return [self._spell_greedily(piece) for piece in pieces]
-
-    def _spell_greedily(self, piece: str) -> list[int]:
-        """WordPiece's longest match first, also from inside a word."""
-        prefix: str = self.model["continuing_subword_prefix"]
-        inside, rest = piece.startswith(prefix), piece.removeprefix(prefix)
-        ids = []
-        while rest:
-            lead = prefix if inside else ""
-            stop = next((n for n in range(len(rest), 0, -1) if lead + rest[:n] in self.vocabulary), 0)
-            if stop == 0:
-                assert self.unknown is not None
-                return [self.unknown]
-            ids.append(self.vocabulary[lead + rest[:stop]])
-            rest, inside = rest[stop:], True
-        return ids
-
-
 def learn_pieces(base: BaseModel, words: Counter[str], num_pieces: int) -> NewPieces:
     """At most `num_pieces` new pieces from words (as the pre-tokenizer leaves them) and how often they occur."""
     match base.kind:
@@ -129,10 +59,6 @@ def learn_pieces(base: BaseModel, words: Counter[str], num_pieces: int) -> NewPi
             return _learn_unigram(base, words, num_pieces)
         case _:
             return _learn_wordpiece(base, words, num_pieces)
-
-
-def _encode(encoder: tokenizers.Tokenizer, words: Sequence[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in encoder.encode_batch_fast(list(words), add_special_tokens=False)]
 
 
 class _Names:
@@ -163,7 +89,7 @@ class _Names:
         text = self._texts[left] + self._texts[right].removeprefix(self._prefix)
         if text in self.ids:
             return self.ids[text]
-        if text in self._known or len(text) > self._longest or _BYTE_PIECE.fullmatch(text):
+        if text in self._known or len(text) > self._longest or BYTE_PIECE.fullmatch(text):
             return None
         return self.add(text)
 
@@ -196,11 +122,13 @@ def _sequences(base: BaseModel, words: Sequence[str], characters: Mapping[str, i
     """Words as ids; -1 for what cannot be part of a piece; new single characters with their new ids."""
     closed = base.closed
     if not characters:
-        return [[-1 if index in closed else index for index in ids] for ids in _encode(base.encoder(base.model), words)]
+        return [
+            [-1 if index in closed else index for index in ids] for ids in encode_words(base.encoder(base.model), words)
+        ]
     cut = re.compile("([" + "".join(map(re.escape, characters)) + "])")
     runs = [[run for run in cut.split(word) if run] for word in words]
     plain = sorted({run for word in runs for run in word if run not in characters})
-    ids = dict(zip(plain, _encode(base.encoder(base.model), plain), strict=True))
+    ids = dict(zip(plain, encode_words(base.encoder(base.model), plain), strict=True))
     return [
         [
             -1 if index in closed else index
@@ -307,7 +235,7 @@ def _unigram_uses(
 ) -> tuple[Counter[str], int]:
     """How often every candidate is used, and the number of all tokens."""
     first, order = len(base.vocabulary), list(candidates)
-    uses = _count_ids(_encode(_with_scores(base, candidates), words), counts)
+    uses = _count_ids(encode_words(_with_scores(base, candidates), words), counts)
     return Counter({text: uses[first + place] for place, text in enumerate(order)}), uses.total()
 
 
@@ -321,13 +249,13 @@ def _count_ids(encoded: Sequence[Sequence[int]], counts: Sequence[int]) -> Count
 def _below_old_pieces(base: BaseModel, candidates: Mapping[str, float]) -> dict[str, float]:
     """Scores lowered until every old piece that encodes as itself still does."""
     pieces = [piece for piece, index in base.vocabulary.items() if index not in base.closed]
-    encoded = _encode(base.encoder(base.model), pieces)
+    encoded = encode_words(base.encoder(base.model), pieces)
     own = [piece for piece, ids in zip(pieces, encoded, strict=True) if ids == [base.vocabulary[piece]]]
     scores = dict(candidates)
     first, order = len(base.vocabulary), list(scores)
     old = [score for _, score in base.model["vocab"]]
     while True:
-        encoded = _encode(_with_scores(base, scores), own)
+        encoded = encode_words(_with_scores(base, scores), own)
         lost = [
             (base.vocabulary[piece], ids)
             for piece, ids in zip(own, encoded, strict=True)
@@ -346,7 +274,7 @@ def _learn_wordpiece(base: BaseModel, words: Counter[str], num_pieces: int) -> N
     limit = base.model["max_input_chars_per_word"]
     known = {word: count for word, count in words.items() if len(word) <= limit and word not in base.added}
     texts, counts = list(known), list(known.values())
-    encoded = _encode(base.encoder(base.model), texts)
+    encoded = encode_words(base.encoder(base.model), texts)
     names = _Names(base, [], limit)
     sequences = [[-1 if index in base.closed else index for index in ids] for ids in encoded]
     learn_merges(sequences, counts, names, 2 * num_pieces, _MIN_COUNT)
@@ -354,7 +282,7 @@ def _learn_wordpiece(base: BaseModel, words: Counter[str], num_pieces: int) -> N
 
     def uses(some: list[str]) -> Counter[str]:
         vocabulary = base.vocabulary | {text: names.first + place for place, text in enumerate(some)}
-        found = _count_ids(_encode(base.encoder({**base.model, "vocab": vocabulary}), texts), counts)
+        found = _count_ids(encode_words(base.encoder({**base.model, "vocab": vocabulary}), texts), counts)
         return Counter({text: found[names.first + place] for place, text in enumerate(some)})
 
     used = uses(list(dict.fromkeys([*whole, *names.pieces])))

@@ -19,7 +19,6 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from data_prep.bpe_files import find_bpe_files, is_rank_file, open_bpe_files, open_rank_file
 from data_prep.errors import BadDataError, MissingInputError, PreparationError, StorageError
 from data_prep.sentencepiece_model import convert_sentencepiece, protect_pieces
-from data_prep.train_tokenizer import train_sentencepiece as train_sentencepiece
 
 #: How new tokens are spelled in older ones: written by `extend_tokenizer`, read by the engine.
 EXTENSION_NAME = "extension.json"

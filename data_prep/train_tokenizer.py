@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from data_prep.bpe_files import cut_words
 from data_prep.errors import CannotWriteError, DataConfigError
 from data_prep.tokenizer_texts import CHUNK_CHARACTERS, LearningTexts
 
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from data_prep.tokenizer import Tokenizer
 
 Kind = Literal["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"]
-
-#: How Qwen2 cuts text into words: runs of letters with what precedes them, single digits, punctuation, blanks.
-WORD_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -125,12 +121,7 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
     """Special tokens bos 0, eos 1, pad 2, then the 256 bytes, then what is merged from them."""
     bos, eos, pad = specials = ("<s>", "</s>", "<pad>")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    cut_words(backend)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

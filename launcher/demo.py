@@ -75,7 +75,7 @@ def _make_corpus(corpus: Path) -> None:
 
 
 def _make_tokenizer(corpus: Path, tokenizer: Path) -> None:
-    from data_prep.tokenizer import train_sentencepiece
+    from data_prep.train_tokenizer import train_sentencepiece
 
     text, _, docstrings, _ = corpus_files(corpus)
     train_sentencepiece([text, docstrings], tokenizer, VOCABULARY)

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.token_store import Rows, TokenStore, open_rows
-from data_prep.tokenizer import train_sentencepiece
+from data_prep.train_tokenizer import train_sentencepiece
 from data_prep.worker import Task
 
 SAMPLES = Path(os.environ.get("FULLTUNE_SAMPLES", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from data_prep.token_store import RowSource, StoreError, TokenStore, open_rows
 from engine.attention import register_packed_attention
 from engine.batches import MicroBatches
+from engine.checkpoint import save_checkpoint
 from engine.config import ModelSection
 from engine.distributed import RunFolder, StopSignal, leave, start_ranks
 from engine.ds_config import resolve_ds_config, shipped_ds_configs
@@ -231,12 +232,16 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
     engine.train()
     losses = [train_step(training, progress, StopSignal())[0]["loss"] for _ in range(3)]
     stop = {name: gathered_masters(training, name)[first : store.vocab_size] for name in names}
+    save_checkpoint(engine, parameters, out_dir / "new_rows", {"step": 3})
+    if ranks.rank == 0:
+        model.config.save_pretrained(out_dir / "new_rows" / "model")
     used = np.concatenate([store.tokens(document) for document in range(store.num_documents)])
     result = {
         "new": len(pieces), "rows": model.config.vocab_size, "vocab_size": store.vocab_size, "losses": losses,
         "used_in_store": len(np.unique(used[used >= first])),
         "differences": {name: float((start[name] - expected[name]).abs().max()) for name in names},
         "moved": {name: float((stop[name] - start[name]).abs().max()) for name in names},
+        "last_embedding": stop[names[0]][-1].tolist(),
     }  # fmt: skip
     engine.destroy()
     return result

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.tokenizer import open_tokenizer, train_sentencepiece
+from data_prep.tokenizer import open_tokenizer
+from data_prep.train_tokenizer import train_sentencepiece
 from launcher.export import misreading_class
 
 TEXT = "It's 2024: two  blanks, 12345 and\n\n    an indented line\n"

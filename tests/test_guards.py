@@ -16,6 +16,7 @@ from ranks import run_ranks
 from data_prep.extend_tokenizer import extend_tokenizer
 from data_prep.tokenizer import open_tokenizer
 from engine.evaluate import macro_f1
+from engine.export import export_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 pytestmark = pytest.mark.ranks
@@ -47,7 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out_dir = tmp_path_factory.mktemp("guards")
     extended_store(out_dir)
     run_ranks(2, str(Path(__file__).parent / "guards_worker.py"), str(out_dir))
-    return json.loads((out_dir / "results.json").read_text())
+    return json.loads((out_dir / "results.json").read_text()) | {"out_dir": out_dir}
 
 
 def test_a_bad_loss_on_one_rank_stops_all_before_the_update(results: dict[str, Any]) -> None:
@@ -163,3 +164,11 @@ def test_rows_of_new_tokens_are_gathered_as_the_means_of_their_pieces(results: d
         assert result["moved"][name] > 0, "they are trained"
     assert all(np.isfinite(result["losses"]))
     assert result["losses"][-1] < result["losses"][0]
+    exported = results["out_dir"] / "exported"
+    checkpoint = next((results["out_dir"] / "new_rows" / "checkpoints").glob("step-*"))
+    tokenizer_dir = results["out_dir"] / "tokenizer"
+    export_checkpoint(checkpoint, results["out_dir"] / "new_rows" / "model", tokenizer_dir, exported, "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    assert model.config.vocab_size == len(tokenizer) == result["rows"]
+    assert model.model.embed_tokens.weight[-1].tolist() == result["last_embedding"]
