@@ -239,7 +239,8 @@ class _Window:
 
     def _targets(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         if self.store.task != "causal_lm":
-            return self.targets[documents].astype(np.uint32)
+            whole: np.ndarray = self.targets[documents].astype(np.uint32)
+            return whole
         begins = self.begins[documents]
         begins += starts
         ends = begins + lengths
