@@ -21,7 +21,7 @@ def whole_lines(
     for block in blocks:
         stop = block.rfind(b"\n") + 1
         if pending_bytes + (block.find(b"\n") if stop else len(block)) > limit_bytes:
-            raise BadDataError(f"{path}:{line}: a line of more than {_size(limit_bytes)} is not one record")
+            raise _too_long(path, line, limit_bytes)
         if not stop:
             pending.append(block)
             pending_bytes += len(block)
@@ -54,17 +54,39 @@ def text_lines(
     r"""Lists of lines without their ``\n``, each with the number of its first line.
 
     A byte-order mark before line 1 is left out. Raises BadDataError at the first line that is not UTF-8, after all
-    lines before it.
+    lines before it, and for a line of more than `limit_bytes`.
     """
-    for chunk, line in whole_lines(blocks, path, first_line, limit_bytes):
-        text, fault = decode(chunk.removeprefix(BOM) if line == 1 else chunk, path, line)
-        lines = text.split("\n")
-        if not lines[-1]:
-            lines.pop()
-        if lines:
-            yield lines, line
-        if fault is not None:
-            raise fault
+    pending: list[bytes] = []  # the beginning of a line
+    pending_bytes = 0
+    line = first_line
+    for block in blocks:
+        lines = block.split(b"\n")
+        pending.append(lines[0])
+        pending_bytes += len(lines[0])
+        if pending_bytes > limit_bytes:
+            raise _too_long(path, line, limit_bytes)
+        if len(lines) > 1:
+            lines[0] = b"".join(pending)
+            pending = [lines.pop()]
+            pending_bytes = len(pending[0])
+            yield from _decoded(lines, path, line)
+            line += len(lines)
+    if pending_bytes:
+        yield from _decoded([b"".join(pending)], path, line)
+
+
+def _decoded(lines: list[bytes], path: str, first_line: int) -> Iterator[tuple[list[str], int]]:
+    """Line by line: a whole block would be as wide in memory as its widest character, and slower to split."""
+    if first_line == 1:
+        lines[0] = lines[0].removeprefix(BOM)
+    try:
+        yield list(map(bytes.decode, lines)), first_line
+    except UnicodeDecodeError:
+        for index, content in enumerate(lines):
+            _, fault = decode(content, path, first_line + index)
+            if fault is not None:
+                yield list(map(bytes.decode, lines[:index])), first_line
+                raise fault from None
 
 
 def decode(chunk: bytes, path: str, line: int) -> tuple[str, BadDataError | None]:
@@ -80,5 +102,6 @@ def decode(chunk: bytes, path: str, line: int) -> tuple[str, BadDataError | None
         return chunk[:begin].decode("utf-8"), BadDataError(message)
 
 
-def _size(count: int) -> str:
-    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count} bytes"
+def _too_long(path: str, line: int, limit_bytes: int) -> BadDataError:
+    limit = f"{limit_bytes >> 20} MiB" if limit_bytes >= 1 << 20 else f"{limit_bytes} bytes"
+    return BadDataError(f"{path}:{line}: a line of more than {limit} is not one record")

@@ -9,10 +9,11 @@ from typing import Any
 
 from data_prep.config import SourceConfig
 from data_prep.errors import CannotWriteError, MissingInputError
+from data_prep.progress import Progress
 from data_prep.read_tables import json_value
 
 
-def spool_hub(config: SourceConfig, dotted_key: str, cache_dir: Path) -> Path:
+def spool_hub(config: SourceConfig, dotted_key: str, cache_dir: Path, progress: bool) -> Path:
     """The JSONL file in `cache_dir` that holds the split, written unless it is there, in constant memory.
 
     Its name is made from the data set's name, configuration, split, revision and the fingerprint `datasets` gives its
@@ -30,7 +31,7 @@ def spool_hub(config: SourceConfig, dotted_key: str, cache_dir: Path) -> Path:
             records = builder.as_streaming_dataset(split=split)
         except ValueError as error:
             raise MissingInputError(f"{name}: {_one_line(error)} ({dotted_key}.split)") from error
-        _write(records, path, f"{name}[{split}]", dotted_key)
+        _write(records, path, f"{name}[{split}]", dotted_key, progress)
     return path
 
 
@@ -47,18 +48,22 @@ def _builder(config: SourceConfig, dotted_key: str) -> Any:
         raise MissingInputError(f"{config.hub}: {_one_line(error)} ({dotted_key}.hub)") from error
 
 
-def _write(records: Iterable[dict[str, Any]], path: Path, label: str, dotted_key: str) -> None:
+def _write(records: Iterable[dict[str, Any]], path: Path, label: str, dotted_key: str, progress: bool) -> None:
     """Stream records into a temporary file that gets its name when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     rows = iter(records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with (
+            temporary.open("w", encoding="utf-8", errors="surrogatepass") as file,
+            Progress(label, None, progress, "records") as bar,
+        ):
             row = 0
             while (record := _next(rows, label, dotted_key)) is not None:
                 row += 1
                 value = {key: json_value(item, key, f"{label}: row {row}") for key, item in record.items()}
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
+                bar.advance(1)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

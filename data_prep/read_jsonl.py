@@ -1,7 +1,6 @@
 r"""JSONL: one object a line, strictly. Only ``\n`` ends a record; blank lines are passed over but counted."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from data_prep.errors import BadDataError
 from data_prep.lines import LINE_LIMIT_BYTES, text_lines
@@ -17,23 +16,18 @@ def read_jsonl(
     """The records of whole lines. Raises BadDataError naming file:line."""
     for lines, first in text_lines(blocks, path, first_line, limit_bytes):
         for line, text in enumerate(lines, first):
-            if not text.strip(_BLANK):
-                continue
             where = f"{path}:{line}"
-            yield Record(_object(text, where), where, line)
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value, stop = scan_value(text, 0)
-    except (StopIteration, ValueError, RecursionError):
-        value = parse_value(text, where)  # an object after blanks, or it says what is wrong
-    else:
-        if stop < len(text) and text[stop:].strip(_BLANK):
-            parse_value(text, where)
-        if has_surrogate_escape(text):
-            refuse_lone_surrogates(value, where)
-    if not isinstance(value, dict):
-        hint = " (of a JSON array: `format: json`)" if isinstance(value, list) else ""
-        raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}{hint}')
-    return value
+            try:
+                value, stop = scan_value(text, 0)
+            except (StopIteration, ValueError, RecursionError):
+                if not text.strip(_BLANK):
+                    continue
+                value, stop = parse_value(text, where), len(text)  # an object after blanks, or it says what is wrong
+            if stop < len(text) and text[stop:].strip(_BLANK):
+                parse_value(text, where)
+            if has_surrogate_escape(text):
+                refuse_lone_surrogates(value, where)
+            if not isinstance(value, dict):
+                hint = " (of a JSON array: `format: json`)" if isinstance(value, list) else ""
+                raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}{hint}')
+            yield Record(value, where, line)

@@ -1,7 +1,7 @@
 """Hashes a file and cuts it into spans in one pass with constant memory. Spans depend on the bytes alone."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_prep.config import Format, SourceConfig
@@ -14,18 +14,22 @@ from data_prep.read_tables import cut_arrow, cut_parquet
 from data_prep.records import WHOLE_FILE, AlignedFile, SourceFile, Span
 from data_prep.spans import cut_at_blank_lines, cut_at_lines, find_lines
 
+Advance = Callable[[int], None]
+
 
 class HashedBlocks:
-    """The blocks of a whole file, hashed as they are taken."""
+    """The blocks of a whole file, hashed and counted as they are taken."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, advance: Advance):
         self.path = path
+        self.advance = advance
         self.status = stat_file(path)
         self.digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[bytes]:
         for block in file_blocks(self.path, 0, self.status.st_size):
             self.digest.update(block)
+            self.advance(len(block))
             yield block
 
     def hash_all(self) -> None:
@@ -34,9 +38,11 @@ class HashedBlocks:
             pass
 
 
-def scan_file(path: str, label: str, name: Format, compression: Compression, config: SourceConfig) -> SourceFile:
-    """Hash a file and cut it, in one pass with constant memory."""
-    hashed = HashedBlocks(path)
+def scan_file(
+    path: str, label: str, name: Format, compression: Compression, config: SourceConfig, advance: Advance
+) -> SourceFile:
+    """Hash a file and cut it, in one pass with constant memory. `advance` is told the bytes that were read."""
+    hashed = HashedBlocks(path, advance)
     if name in ("parquet", "arrow"):
         hashed.hash_all()
         cut = cut_parquet if name == "parquet" else cut_arrow
@@ -67,16 +73,21 @@ def _cut(hashed: HashedBlocks, name: Format, config: SourceConfig) -> list[Span]
     return cut_at_lines(hashed)[0]
 
 
-def scan_aligned(config: SourceConfig, paths: dict[str, str], dotted_key: str) -> SourceFile:
-    """Hash aligned files and cut them at the same lines. A compressed file cannot be cut, nor can its companions."""
+def aligned_paths(paths: dict[str, str], dotted_key: str) -> dict[str, str]:
+    """The file of each field. Raises MissingInputError, DataConfigError."""
     if len(paths) < 2:
         raise DataConfigError(f"{dotted_key}.aligned needs at least two files")
     names = {field: str(Path(path).expanduser()) for field, path in paths.items()}
     for path in names.values():
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such file ({dotted_key}.aligned)")
+    return names
+
+
+def scan_aligned(config: SourceConfig, names: dict[str, str], advance: Advance) -> SourceFile:
+    """Hash aligned files and cut them at the same lines. A compressed file cannot be cut, nor can its companions."""
     compressions = [find_compression(path) for path in names.values()]
-    hashes = [HashedBlocks(path) for path in names.values()]
+    hashes = [HashedBlocks(path, advance) for path in names.values()]
     cut: tuple[Span, ...]
     offsets: list[tuple[int, ...]]
     if config.encoding is not None or any(compression != "none" for compression in compressions):

@@ -1,13 +1,16 @@
 """From the sources of a run file to hashed files cut into spans, and from a span to its records."""
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 
 from data_prep.config import SourceConfig
 from data_prep.decompress import all_blocks, file_blocks, stat_file
 from data_prep.errors import BadDataError
+from data_prep.progress import Progress
 from data_prep.read_aligned import read_aligned
 from data_prep.read_conll import read_conll, read_conllu
 from data_prep.read_csv import read_csv, read_header
@@ -18,34 +21,56 @@ from data_prep.read_squad import questions
 from data_prep.read_tables import read_arrow, read_parquet
 from data_prep.read_text import read_text
 from data_prep.records import WHOLE_FILE, Record, SourceFile, Span
-from data_prep.scan import dialect_of, scan_aligned, scan_file
+from data_prep.scan import aligned_paths, dialect_of, scan_aligned, scan_file
 from data_prep.source_files import check_keys, find_files, find_formats
 
 _HEADER_BLOCK_BYTES = 64 << 10
 
+_Scan = Callable[[Callable[[int], None]], SourceFile]
 
-def find_sources(configs: tuple[SourceConfig, ...], dotted_key: str, cache_dir: Path) -> list[list[SourceFile]]:
+
+def find_sources(
+    configs: tuple[SourceConfig, ...], dotted_key: str, cache_dir: Path, progress: bool = False
+) -> list[list[SourceFile]]:
     """The files of each source in a fixed order, hashed and cut into spans; the same for any number of workers.
 
     A data set from the Hub is spooled into `cache_dir` first. `dotted_key` (data.train) is for errors:
     MissingInputError, BadDataError, DataConfigError, StorageError, CannotWriteError.
     """
-    found = []
-    for index, config in enumerate(configs):
-        key = f"{dotted_key}[{index}]" if len(configs) > 1 else dotted_key
-        if config.aligned is not None:
-            check_keys(config, "aligned", key)
-            found.append([scan_aligned(config, config.aligned, key)])
-        elif config.hub is not None:
-            check_keys(config, "hub", key)
-            path = str(spool_hub(config, key, cache_dir))
-            found.append([scan_file(path, f"{config.hub}[{config.split or 'train'}]", "jsonl", "none", config)])
-        else:
-            files = find_formats(find_files(config, key), config, key)
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the lock
-                scanned = [threads.submit(scan_file, path, path, name, how, config) for path, name, how in files]
-                found.append([future.result() for future in scanned])
-    return found
+    keys = [f"{dotted_key}[{index}]" if len(configs) > 1 else dotted_key for index in range(len(configs))]
+    scans = [_scans(config, key, cache_dir, progress) for config, key in zip(configs, keys, strict=True)]
+    total = sum(size for some in scans for _, size in some)
+    lock, failed = Lock(), Event()
+    with Progress("hashing", total, progress) as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+
+        def advance(num_bytes: int) -> None:
+            if failed.is_set():
+                raise CancelledError
+            with lock:
+                bar.advance(num_bytes)
+
+        started = [[threads.submit(scan, advance) for scan, _ in some] for some in scans]  # hashing frees the lock
+        try:
+            return [[future.result() for future in some] for some in started]
+        except BaseException:  # an interrupt too: nobody waits for the rest of large files
+            failed.set()
+            raise
+
+
+def _scans(config: SourceConfig, key: str, cache_dir: Path, progress: bool) -> list[tuple[_Scan, int]]:
+    """What is left to do for each file of a source, and its bytes."""
+    if config.aligned is not None:
+        check_keys(config, "aligned", key)
+        paths = aligned_paths(config.aligned, key)
+        sizes = [stat_file(path).st_size for path in paths.values()]
+        return [(partial(scan_aligned, config, paths), sum(sizes))]
+    if config.hub is not None:
+        check_keys(config, "hub", key)
+        path = str(spool_hub(config, key, cache_dir, progress))
+        label = f"{config.hub}[{config.split or 'train'}]"
+        return [(partial(scan_file, path, label, "jsonl", "none", config), stat_file(path).st_size)]
+    files = find_formats(find_files(config, key), config, key)
+    return [(partial(scan_file, path, path, name, how, config), stat_file(path).st_size) for path, name, how in files]
 
 
 def read_records(source: SourceFile, span: Span | None = None) -> Iterator[Record]:
