@@ -1,6 +1,6 @@
 """Records: what they are made of, and how their values are named."""
 
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from data_prep.records import WHOLE_FILE, Record, SourceFile, Span, checked_text
 def test_records_and_files_travel_to_workers() -> None:
     source = SourceFile("a", "a", "jsonl", "none", SourceConfig(path="a"), 5, 6, "ab", (Span(0, 5, 1), WHOLE_FILE))
     for value in (Record({"text": "a"}, "a:1", 1), source):
-        assert pickle.loads(pickle.dumps(value)) == value
+        assert ForkingPickler.loads(ForkingPickler.dumps(value)) == value
 
 
 @pytest.mark.parametrize(

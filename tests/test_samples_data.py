@@ -11,6 +11,7 @@ from data_fixtures import SAMPLES, prepared, section
 from test_prepare import assert_ledger_reconciles
 from transformers import AutoTokenizer
 
+from data_prep.errors import BadDataError
 from data_prep.token_store import TokenStore
 
 pytestmark = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample data")
@@ -95,8 +96,9 @@ def add_chat_template(tokenizer: Path, folder: Path) -> Path:
     for path in tokenizer.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "chat_template.jinja").write_text(
+        "{% if tools %}{{ '<|tools|>\\n' + (tools | tojson) + '\\n' }}{% endif %}"
         "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.reasoning_content or '' }}{{ m.content or '' }}"
         "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ eos_token }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
@@ -121,6 +123,10 @@ def test_every_sample_set_is_prepared_and_reconciles(name: str, tmp_path: Path) 
 def test_speeches_of_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(SAMPLES / "pretraining/inaugural/inaugural.zip") as archive:
         archive.extractall(tmp_path)
+    latin = tmp_path / "inaugural" / "2005-Bush.txt"  # one speech is not UTF-8, which is told and not guessed
+    with pytest.raises(BadDataError, match=r"2005-Bush\.txt:3: not UTF-8"):
+        prepared(section(tmp_path, GPT2, [{"path": str(latin), "document": "file"}]))
+    latin.write_text(latin.read_text(encoding="latin-1"), encoding="utf-8")
     source = {"path": str(tmp_path / "inaugural" / "*.txt"), "document": "file"}
     store, rows = prepared(section(tmp_path, GPT2, [source], row_tokens=8192, overlong="split"))
     total = assert_ledger_reconciles(store, rows)
@@ -182,11 +188,11 @@ def test_pairs_are_encoded_as_transformers_does(tmp_path: Path) -> None:
     assert isinstance(files, dict)
     first, second, labels = ((SAMPLES / path).read_text(encoding="utf-8").split("\n")[:500] for path in files.values())
     saved = AutoTokenizer.from_pretrained(store.tokenizer_dir)
-    theirs = saved(first, second)
+    theirs = saved(first, second).encodings
     starts = store.column("pair_starts")
     for document in range(500):
-        assert store.tokens(document).tolist() == theirs["input_ids"][document]
-        assert theirs["token_type_ids"][document].index(1) == starts[document]
+        assert store.tokens(document).tolist() == theirs[document].ids
+        assert theirs[document].type_ids.index(1) == starts[document]
     assert [store.label_names[number] for number in store.column("labels")[:500]] == labels
 
 
