@@ -9,7 +9,7 @@ import tokenizers
 
 from data_prep.errors import DataConfigError
 
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class BaseModel:
@@ -41,7 +41,7 @@ class BaseModel:
         return self.vocabulary.get(self.model["unk_token"]) if self.model["unk_token"] else None
 
     def _is_closed(self, piece: str) -> bool:
-        return piece in self.added or (not self.is_byte_level and BYTE_PIECE.fullmatch(piece) is not None)
+        return piece in self.added or (not self.is_byte_level and _BYTE_PIECE.fullmatch(piece) is not None)
 
     def require_support(self) -> None:
         """DataConfigError for models that cannot be extended."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import tokenizers
 
-from data_prep.base_model import BYTE_PIECE, BaseModel, encode_words
+from data_prep.base_model import BaseModel, encode_words
 from data_prep.pair_merges import learn_merges
 
 _BLANK = "▁"
@@ -34,6 +34,7 @@ _LONGEST_CHARACTERS = 16  # of pieces that are text and not bytes, as sentencepi
 _MIN_COUNT = 2
 _CHARACTER_COVERAGE = 0.9995
 _ROUNDS = 3
+_MORE_CANDIDATES = 1000
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class _Names:
         text = self._texts[left] + self._texts[right].removeprefix(self._prefix)
         if text in self.ids:
             return self.ids[text]
-        if text in self._known or len(text) > self._longest or BYTE_PIECE.fullmatch(text):
+        if text in self._known or len(text) > self._longest:
             return None
         return self.add(text)
 
@@ -190,7 +191,7 @@ def _learn_unigram(base: BaseModel, words: Counter[str], num_pieces: int) -> New
     names = _Names(base, characters, _LONGEST_CHARACTERS)
     sequences = _sequences(base, list(parts), names.ids)
     # More than asked for: parts of longer pieces turn out unused and leave.
-    _, merged = learn_merges(sequences, list(parts.values()), names, 2 * num_pieces, _MIN_COUNT)
+    _, merged = learn_merges(sequences, list(parts.values()), names, 2 * num_pieces + _MORE_CANDIDATES, _MIN_COUNT)
     first_scores = _log_shares({text: merged.get(names.ids[text], 0) for text in names.pieces}, sum(merged.values()))
     texts, weights = list(words), list(words.values())
 
@@ -277,7 +278,7 @@ def _learn_wordpiece(base: BaseModel, words: Counter[str], num_pieces: int) -> N
     encoded = encode_words(base.encoder(base.model), texts)
     names = _Names(base, [], limit)
     sequences = [[-1 if index in base.closed else index for index in ids] for ids in encoded]
-    learn_merges(sequences, counts, names, 2 * num_pieces, _MIN_COUNT)
+    learn_merges(sequences, counts, names, 2 * num_pieces + _MORE_CANDIDATES, _MIN_COUNT)
     whole = sorted(word for word in texts if known[word] >= _MIN_COUNT and word not in base.vocabulary)
 
     def uses(some: list[str]) -> Counter[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tokenizers
 from data_fixtures import SAMPLES, bert_vocabulary, byte_level_folder, sentencepiece_folder, sentences
-from tokenizers import models
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from data_prep.errors import CannotWriteError, DataConfigError, MissingInputError
@@ -47,7 +47,19 @@ def make_wordpiece(folder: Path) -> Path:
     return bert_vocabulary(folder / "vocab.txt").parent
 
 
-MAKERS = [make_byte_level, make_bpe, make_unigram, make_wordpiece]
+def make_llama_json(folder: Path) -> Path:
+    """As Llama 2's tokenizer.json: nothing is cut before the model sees it; a normalizer writes blanks as ▁."""
+    open_tokenizer(str(make_bpe(folder / "pieces"))).save(folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["pre_tokenizer"] = None
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    values["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    values["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return folder
+
+
+MAKERS = [make_byte_level, make_bpe, make_unigram, make_wordpiece, make_llama_json]
 NUM_PIECES = 120
 
 
@@ -169,7 +181,7 @@ def test_the_spelling_is_how_the_base_encodes_the_piece(tmp_path: Path, make: An
         assert max(ids) < base.vocab_size
 
 
-@pytest.mark.parametrize("make", [make_byte_level, make_bpe])
+@pytest.mark.parametrize("make", [make_byte_level, make_bpe, make_llama_json])
 def test_bpe_first_cuts_as_it_always_did(tmp_path: Path, make: Any) -> None:
     """New merges rank last: with each new token replaced by what it was merged from, the base's tokens remain."""
     base, larger, _ = extended(make, tmp_path)
@@ -192,6 +204,23 @@ def test_old_unigram_pieces_stay_within_reach(tmp_path: Path) -> None:
     assert reached > 100
     scores = [json.loads(t.files(None)["tokenizer.json"])["model"]["vocab"] for t in (base, larger)]
     assert scores[1][: len(scores[0])] == scores[0], "old scores do not change"
+
+
+def test_a_rare_old_unigram_piece_wins_its_own_text(tmp_path: Path) -> None:
+    """▁zebra and fish are frequent in the new text, so together they would be likelier than the old ▁zebrafish."""
+    letters = [(letter, -8.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), *letters, ("▁zebrafish", -12.0)], 0, False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    (tmp_path / "base").mkdir()
+    backend.save(str(tmp_path / "base" / "tokenizer.json"))
+    letters_once = ("abcdegjklmnopqtuvwxy", "yxwvutqponmlkjgedcba")
+    texts = [f"zebra {one}{two}fish" for one, two in zip(*letters_once, strict=True)]
+    extend_tokenizer(str(tmp_path / "base"), texts, tmp_path / "out", 2)
+    tokenizer = open_tokenizer(str(tmp_path / "out"))
+    pieces = [piece for piece, _ in json.loads(tokenizer.files(None)["tokenizer.json"])["model"]["vocab"]]
+    assert pieces[29:] == ["▁zebra", "fish"]
+    assert tokenizer.encode_batch(["zebra qfish", "zebrafish"]) == [[29, 1, 18, 30], [28]]
 
 
 def test_strings_of_control_tokens_and_bytes_are_never_learned(tmp_path: Path) -> None:
