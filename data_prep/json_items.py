@@ -13,14 +13,17 @@ import numpy.typing as npt
 
 from data_prep.errors import BadDataError
 from data_prep.lines import BOM, LINE_LIMIT_BYTES, with_whole_mark
+from data_prep.strict_json import parse_value
 
 _Offsets = npt.NDArray[np.int64]
+_Flags = npt.NDArray[np.bool_]
 
-_QUOTE, _BACKSLASH = 34, 92
+_QUOTE, _BACKSLASH, _ARRAY = b'"\\['
+_BLANKS = b" \t\r\n"
 _MARKED = np.zeros(256, np.bool_)
 _MARKED[list(b'"\\[]{}')] = True
 _OPENING = 2  # the bit that is set in [ and {, but not in ] and }
-_KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"[ \t\r\n]*:[ \t\r\n]*\Z', re.DOTALL)
+_KEY = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*\[\Z', re.DOTALL)
 _KEY_BYTES = 4096
 
 
@@ -47,7 +50,7 @@ class _Scan:
         self.escaped = False  # the next byte follows an active backslash
         self.depth = 0
 
-    def brackets(self, block: bytes) -> tuple[_Offsets, npt.NDArray[np.bool_], _Offsets]:
+    def brackets(self, block: bytes) -> tuple[_Offsets, _Flags, _Offsets]:
         """Of each bracket outside texts: its position in the block, whether it opens, and the depth behind it."""
         values = np.frombuffer(block, np.uint8)
         positions = np.flatnonzero(_MARKED[values])
@@ -79,64 +82,79 @@ class _Scan:
         self.escaped = bool(len(escaped) and escaped[-1] == size)
         keep = marks != _BACKSLASH
         at = np.searchsorted(positions, escaped)
-        at = at[at < len(positions)]
-        keep[at[np.isin(positions[at], escaped, assume_unique=True)]] = False
+        marked = at < len(positions)
+        at, escaped = at[marked], escaped[marked]
+        keep[at[positions[at] == escaped]] = False
         return positions[keep], marks[keep]
 
 
 def find_items(blocks: Iterable[bytes], path: str, limit_bytes: int = LINE_LIMIT_BYTES) -> Iterator[Items]:
     """The items of a top-level array, or of each array directly inside a top-level object, block by block.
 
-    Raises BadDataError for anything else at the top, for an array given twice, for brackets that are not closed, for
-    more text behind the end, and for an item of more than `limit_bytes`.
+    Raises BadDataError for anything else at the top, for brackets that are not closed, for more text behind the end,
+    for an item of more than `limit_bytes`, and, when all items are given, for an outer object that is not strict JSON.
     """
-    scan = _Scan()
-    offset = 0
     outer = None  # depth of the brackets around the arrays that hold items: 0, or 1 inside an object
-    ended = in_array = False
+    frame = bytearray()  # the outer value with its arrays left empty
+    in_array = False
     num_items = begun = 0  # of the array that is open: finished items, and where the one that may be open began
     key: str | None = None
-    keys: set[str] = set()
-    tail = b""
+    for offset, block, positions, opens, depths in _value_blocks(blocks, path):
+        if outer is None and len(positions):
+            outer = 0 if block[positions[0]] == _ARRAY else 1
+        item_depth = (outer or 0) + 1
+        borders = [] if outer is None else np.flatnonzero(depths - opens == outer).tolist()
+        opened: int | None = None
+        begin = taken = 0
+        for border in [*borders, len(positions)]:
+            in_block = border < len(positions)
+            position = int(positions[border]) if in_block else len(block)
+            if in_array:
+                of_items = (depths[begin:border] == item_depth) & ~opens[begin:border]
+                stops = positions[begin:border][of_items] + offset + 1
+                _refuse_long(stops, begun, offset + position, limit_bytes, f"{path}: item", num_items)
+                yield Items(key, num_items, stops, opened, offset + position if in_block else None)
+                num_items += len(stops)
+                begun = int(stops[-1]) if len(stops) else begun
+                taken = position
+            in_array = in_array if not in_block else bool(opens[border]) and block[position] == _ARRAY
+            if in_array and in_block:
+                frame += block[taken : position + 1]
+                key = _last_key(frame, path) if outer else None
+                opened = begun = offset + position + 1
+                num_items, begin = 0, border + 1
+        if not in_array:
+            frame += block[taken:]
+        if len(frame) > limit_bytes:
+            raise BadDataError(f"{path}: more than {limit_bytes} bytes outside the arrays of records")
+    parse_value(_decoded(frame.removeprefix(BOM), path), f"{path}: outside the arrays of records")
+
+
+def _value_blocks(blocks: Iterable[bytes], path: str) -> Iterator[tuple[int, bytes, _Offsets, _Flags, _Offsets]]:
+    """Each block with its offset and the brackets in it, up to the end of an array or object that stands alone."""
+    scan = _Scan()
+    offset = 0
+    first = b""  # bracket
+    ended = False
     for block in with_whole_mark(blocks):
-        if outer is None:
-            outer = _outer_depth(block if offset else block.removeprefix(BOM), path)
         if ended:
             _refuse_more(block, path, offset)
-        if outer is None or ended:
-            offset += len(block)
             continue
+        first = first or block.removeprefix(BOM if not offset else b"").lstrip(_BLANKS)[:1]
+        if first not in (b"", b"[", b"{"):
+            raise BadDataError(f"{path}: not a JSON array, nor an object that holds arrays")
         positions, opens, depths = scan.brackets(block)
         ends = np.flatnonzero(depths == 0)
         if len(ends):
             ended = True
             end = int(positions[ends[0]]) + 1
-            if block[end - 1] != b"]}"[outer]:
+            if block[end - 1] != (b"]" if first == b"[" else b"}")[0]:
                 raise BadDataError(f"{path}: brackets do not match somewhere before byte {offset + end}")
             _refuse_more(block[end:], path, offset + end)
-        opened: int | None = None
-        begin = 0
-        borders = np.flatnonzero(depths - opens == outer).tolist()
-        for border in [*borders, len(positions)]:
-            position = int(positions[border]) if border < len(positions) else len(block)
-            closed = offset + position if border < len(positions) else None
-            if in_array:
-                stops = positions[begin:border][(depths == outer + 1)[begin:border] & ~opens[begin:border]] + offset + 1
-                _refuse_long(stops, begun, offset + position, limit_bytes, f"{path}: item", num_items)
-                yield Items(key, num_items, stops, opened, closed)
-                num_items += len(stops)
-                begun = int(stops[-1]) if len(stops) else begun
-            if closed is not None:
-                in_array = bool(opens[border]) and block[position] == 0x5B
-                opened = begun = closed + 1
-                num_items = 0
-                begin = border + 1
-                if in_array and outer == 1:
-                    key = _new_key(tail + block[:position], keys, path, closed)
+        yield offset, block, positions, opens, depths
         offset += len(block)
-        tail = (tail + block)[-_KEY_BYTES:]
     if not ended:
-        what = "cut off inside its outer array or object" if outer is not None else "empty, not JSON"
+        what = "cut off inside its outer array or object" if first else "empty, not JSON"
         raise BadDataError(f"{path}: {what} (after {offset} bytes)")
 
 
@@ -148,17 +166,8 @@ def _refuse_long(stops: _Offsets, begun: int, end: int, limit_bytes: int, what: 
         raise BadDataError(f"{what} {number}: more than {limit_bytes} bytes are not one record")
 
 
-def _outer_depth(block: bytes, path: str) -> int | None:
-    head = block.lstrip(b" \t\r\n")[:1]
-    if head in (b"[", b"{"):
-        return 0 if head == b"[" else 1
-    if head:
-        raise BadDataError(f"{path}: not a JSON array, nor an object that holds arrays")
-    return None
-
-
 def _refuse_more(rest: bytes, path: str, offset: int) -> None:
-    more = rest.lstrip(b" \t\r\n")
+    more = rest.lstrip(_BLANKS)
     if more:
         raise BadDataError(
             f"{path}: more text behind the end of the JSON value (byte {offset + len(rest) - len(more)});"
@@ -166,12 +175,16 @@ def _refuse_more(rest: bytes, path: str, offset: int) -> None:
         )
 
 
-def _new_key(before: bytes, keys: set[str], path: str, offset: int) -> str:
-    match = _KEY.search(before[-_KEY_BYTES:])
+def _last_key(frame: bytearray, path: str) -> str:
+    """The key of the array that opens at the end of `frame`."""
+    match = _KEY.search(bytes(frame[-_KEY_BYTES:]))
     if match is None:
-        raise BadDataError(f"{path}: not valid JSON before the array at byte {offset}")
-    key = match[1].decode("utf-8", "replace")
-    if key in keys:
-        raise BadDataError(f"{path}: key {key!r} is given twice (byte {offset})")
-    keys.add(key)
-    return key
+        raise BadDataError(f"{path}: not valid JSON: an array in an object without a key before it")
+    return str(parse_value(_decoded(match[1], path), path))
+
+
+def _decoded(content: bytes | bytearray, path: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDataError(f"{path}: not UTF-8 outside the arrays of records: {error.reason}") from error

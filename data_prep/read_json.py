@@ -47,7 +47,7 @@ def _chosen(keys: list[str | None], key: str | None, path: str) -> str | None:
         if key is not None:
             raise DataConfigError(f"{path}: is one array, so `split: {key}` names nothing; leave it out")
         return None
-    known = ", ".join(str(name) for name in keys[:8]) or "none"
+    known = ", ".join(map(repr, keys[:8])) or "none"
     if key is not None and key in keys:
         return key
     if key is None and len(keys) == 1:

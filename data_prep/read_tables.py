@@ -157,7 +157,7 @@ def _names(schema: Any, columns: Sequence[str] | None, path: str) -> list[str]:
         raise BadDataError(f"{path}: two columns are named {twice[0]!r}")
     missing = [name for name in columns or () if name not in names]
     if missing:
-        raise BadDataError(f"{path}: no column {missing[0]!r} (columns: {', '.join(names[:8])})")
+        raise BadDataError(f"{path}: no column {missing[0]!r} (columns: {', '.join(map(repr, names[:8]))})")
     return list(columns or names)
 
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import BadDataError
@@ -49,6 +49,10 @@ def test_written_rows_come_back(rows: list[list[str]], dialect: Dialect, end: st
 
 
 @settings(max_examples=400, deadline=None)
+@example('5" pipe,a\n"b\nc\nd",e\n', 1, 1)  # a quote in the middle of a field opens none
+@example('5",""a\n"b\nc\nd",e\n', 7, 1)
+@example('"a""\nb""","c"\n' * 3, 4, 1)
+@example('"aaaaaa""b\nc",5"x\n', 8, 1)  # a doubled quote across blocks, and one that opens nothing
 @given(st.text(st.sampled_from('a",\n'), max_size=40), st.integers(1, 20), st.integers(1, 30))
 def test_any_text_gives_what_the_csv_module_gives(text: str, size: int, span_bytes: int) -> None:
     try:

@@ -95,7 +95,7 @@ def test_columns_choose_and_bytes_that_are_no_text_are_refused(tmp_path: Path) -
     with pytest.raises(BadDataError, match=r"a\.parquet: row 1: column 'image' holds bytes .* `columns`"):
         read(path, span)
     assert read(path, span, ("text",))[0].value == {"text": "a"}
-    with pytest.raises(BadDataError, match=r"no column 'label' \(columns: image, text\)"):
+    with pytest.raises(BadDataError, match=r"no column 'label' \(columns: 'image', 'text'\)"):
         read(path, span, ("label",))
 
 
@@ -119,6 +119,16 @@ def test_cut_off_tables_are_errors(tmp_path: Path, kind: str, keep: float) -> No
     assert "\n" not in str(caught.value)
     with pytest.raises(BadDataError, match="broken, cut off"):
         spans_of(str(path))
+
+
+def test_a_stream_cut_between_batches_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(write(tmp_path, "stream", pa.Table.from_pylist(ROWS)))
+    (whole,) = spans_of(str(path))
+    monkeypatch.setattr(read_tables, "SPAN_BYTES", 1)
+    with path.open("r+b") as file:
+        file.truncate(spans_of(str(path))[4].stop)
+    with pytest.raises(BadDataError, match="broken, cut off"):
+        read(str(path), whole)
 
 
 def test_a_missing_table(tmp_path: Path) -> None:
