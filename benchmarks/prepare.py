@@ -85,10 +85,18 @@ class Bench:
         """Remove the store of `name`, so that the next one is not found made."""
         shutil.rmtree(self.work / "stores" / name, ignore_errors=True)
 
-    def median(self, name: str, start: str) -> float:
+    def beyond(self, name: str, start: str) -> float:
         """Median CPU seconds of `name` beyond the median of `start`, the same preparation of one record."""
         both = (statistics.median(usage.cpu_seconds for usage in self.runs[key]) for key in (name, start))
         return next(both) - next(both)
+
+    def ratio(self, seconds: float, name: str, start: str) -> float | None:
+        """`seconds` over those of `name` beyond `start`; None with a reason on stderr if start-up hides them."""
+        ours = self.beyond(name, start)
+        if ours > 0:
+            return seconds / ours
+        print(f"{name}: too little input to tell from start-up", file=sys.stderr)
+        return None
 
 
 def make_inputs(work: Path, data: Path, sizes: Sizes) -> dict[str, int]:
@@ -149,19 +157,22 @@ def compare(bench: Bench, counts: dict[str, int], peers: dict[str, dict[str, Any
         )
     )
     trl, tokenizers, gigatoken = (peers[name] for name in ("trl", "tokenizers", "gigatoken"))
+    for name, raw in (("tokenizers", tokenizers), ("gigatoken", gigatoken)):
+        ours = bench.runs[f"text {name}"][-1].output if raw is not None else None
+        if raw and ours and ours["tokens"] != raw["tokens"] + raw["documents"]:  # an end token behind each
+            raise SystemExit(f"text {name}: {ours['tokens']} tokens beside {raw['tokens']}: not the same documents")
     if tokenizers is not None:
-        figures["text_vs_ceiling"] = tokenizers["seconds"] / bench.median("text tokenizers", "start text tokenizers")
+        figures["text_vs_ceiling"] = bench.ratio(tokenizers["seconds"], "text tokenizers", "start text tokenizers")
     if trl is not None:
-        figures["chat_vs_trl"] = trl["seconds"] / bench.median("chat tokenizers", "start chat tokenizers")
+        figures["chat_vs_trl"] = bench.ratio(trl["seconds"], "chat tokenizers", "start chat tokenizers")
     if bench.fast and trl is not None:
-        each = bench.median("chat gigatoken", "start chat gigatoken") / counts["many"]
-        figures["chat_fast_vs_trl"] = trl["seconds"] / counts["few"] / each
+        as_many = trl["seconds"] / counts["few"] * counts["many"]
+        figures["chat_fast_vs_trl"] = bench.ratio(as_many, "chat gigatoken", "start chat gigatoken")
     if gigatoken is not None:
-        each = gigatoken["seconds"] / gigatoken["tokens"]
         for name in ("text", "jsonl", "files"):
             tokens = bench.runs[f"{name} gigatoken"][-1].output["tokens"]
-            seconds = bench.median(f"{name} gigatoken", "start text gigatoken")
-            figures[f"{name}_fast_vs_ceiling"] = each * tokens / seconds
+            raw = gigatoken["seconds"] * tokens / gigatoken["tokens"]
+            figures[f"{name}_fast_vs_ceiling"] = bench.ratio(raw, f"{name} gigatoken", "start text gigatoken")
     return figures
 
 
@@ -189,9 +200,8 @@ def measure_others(bench: Bench) -> None:
 def other_figures(bench: Bench) -> dict[str, Any]:
     """Size, memory, linearity, packing, repacking, identical bytes."""
     start = "start chat gigatoken" if bench.fast else "start chat tokenizers"
-    turns, many = (
-        bench.median(name, start) / bench.runs[name][-1].output["tokens"] for name in ("chat turns", bench.many)
-    )
+    seconds = bench.beyond("chat turns", start) / bench.runs["chat turns"][-1].output["tokens"]
+    turns = bench.ratio(seconds * bench.runs[bench.many][-1].output["tokens"], bench.many, start)
     chat = bench.runs["chat rows"][-1].output
     tenth, whole = (bench.runs[f"memory {name}"][-1].peak_mb for name in ("text_tenth", "text_many"))
     more = sum(_megabytes(bench.work / name) * sign for name, sign in (("text_many", 1), ("text_tenth", -1)))
@@ -199,6 +209,7 @@ def other_figures(bench: Bench) -> dict[str, Any]:
     words = ["--rounds", str(bench.sizes.rounds), "--pack-documents", str(bench.sizes.pack_documents)]
     words += ["--row-lengths", *map(str, bench.sizes.row_lengths)]
     packing = run([sys.executable, str(HERE / "prepare_packing.py"), chat["store"], *words]).output
+    documents = bench.sizes.short_documents
     heavy = {name for usages in bench.runs.values() for usage in usages for name in usage.output["heavy_imports"]}
     return {
         **packing,
@@ -206,9 +217,9 @@ def other_figures(bench: Bench) -> dict[str, Any]:
         "peak_rss_ratio": whole / tenth,
         "peak_growth": (whole - tenth) / more,
         "peak_rss_mb": whole,
-        "repack_1e6_seconds": bench.median("repack short", "repack short_tiny") * 1e6 / bench.sizes.short_documents,
+        "repack_1e6_seconds": max(0.0, bench.beyond("repack short", "repack short_tiny")) * 1e6 / documents,
         "first_document_seconds": statistics.median(usage.wall_seconds for usage in bench.runs[start]),
-        "turns_linearity": turns / many,
+        "turns_linearity": turns,
         "identical_bytes_1_2_5_workers": same_files(stores),
         "heavy_imports": sorted(heavy),
     }

@@ -19,7 +19,7 @@ RATIOS = {
     "files_fast_vs_ceiling": ("gigatoken",),
 }
 SECONDS = ("pack_1e7_8k_seconds", "pack_1e7_128k_seconds", "repack_1e6_seconds", "first_document_seconds",
-           "gather_8192_microseconds", "seek_1e9_milliseconds", "turns_linearity")  # fmt: skip
+           "gather_8192_microseconds", "seek_1e9_milliseconds")  # fmt: skip
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample data")
@@ -34,9 +34,10 @@ def test_every_figure_of_a_small_run(tmp_path: Path) -> None:
         if missing:
             assert figures[name] is None
             assert all(f"{package} is not installed" in done.stderr for package in missing)
-        else:
-            assert isinstance(figures[name], float)
-    assert all(isinstance(figures[name], float) for name in SECONDS)
+        else:  # so little input may not show beside start-up, and then it has to say so
+            assert figures[name] is not None or "too little input" in done.stderr
+            assert figures[name] is None or figures[name] > 0
+    assert all(figures[name] >= 0 for name in SECONDS)
     assert 0.999 < figures["fill_8192"] <= 1
     assert 2.125 < figures["bytes_per_token"] < 2.25
     assert 0.5 < figures["peak_rss_ratio"] < 10
