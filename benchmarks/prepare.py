@@ -39,10 +39,11 @@ class Sizes:
     row_lengths: tuple[int, ...]
     pack_documents: int
     sub_batches: tuple[int, ...]
+    containers: bool  # the plain text also as JSON lines, and a file a document
 
 
-QUICK = Sizes(3, 1500, 1, 0.8, 16.0, 200_000, (8192,), 10**7, (64,))
-FULL = Sizes(3, 10_000, 8, 6.0, 100.0, 1_000_000, (2048, 8192, 32768, 131072), 10**7, (16, 64, 256))
+QUICK = Sizes(3, 2000, 1, 0.8, 16.0, 100_000, (8192,), 10**7, (64,), False)
+FULL = Sizes(3, 10_000, 8, 6.0, 100.0, 1_000_000, (2048, 8192, 32768, 131072), 10**7, (16, 64, 256), True)
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Bench:
     sizes: Sizes
     fast: bool
     runs: dict[str, list[Usage]] = field(default_factory=dict)
+    peers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
 
     @property
     def many(self) -> str:
@@ -85,6 +88,26 @@ class Bench:
         """Remove the store of `name`, so that the next one is not found made."""
         shutil.rmtree(self.work / "stores" / name, ignore_errors=True)
 
+    def peer(self, what: str, source: str, rounds: int) -> None:
+        """Note what a peer takes without its start-up; with a reason on stderr that it is not installed."""
+        if importlib.util.find_spec(what) is None:
+            if what not in self.missing:
+                print(f"{what} is not installed (make bench-deps): its figures are null", file=sys.stderr)
+            self.missing.add(what)
+            return
+        words = [what, str(self.work), str(self.work / source), "--rounds", str(rounds)]
+        words += ["--sub-batches", *map(str, self.sizes.sub_batches)]
+        output = run([sys.executable, str(HERE / "prepare_peers.py"), *words]).output
+        self.peers.setdefault(what, []).append(output)
+        print(f"  {what:22s} {output['seconds']:6.2f} CPU s without start-up", flush=True)
+
+    def raw(self, what: str) -> dict[str, Any] | None:
+        """What a peer took, its median seconds among it; None if it is not installed."""
+        if what not in self.peers:
+            return None
+        seconds = statistics.median(output["seconds"] for output in self.peers[what])
+        return {**self.peers[what][-1], "seconds": seconds}
+
     def beyond(self, name: str, start: str) -> float:
         """Median CPU seconds of `name` beyond the median of `start`, the same preparation of one record."""
         both = (statistics.median(usage.cpu_seconds for usage in self.runs[key]) for key in (name, start))
@@ -114,7 +137,7 @@ def measure_rounds(bench: Bench) -> None:
     """Every preparation once a round, one after the other."""
     plan = [
         ("start chat tokenizers", "chat_tiny.jsonl", "tokenizers", CHAT_ROW_TOKENS),
-        ("chat tokenizers", "chat_few.jsonl", "tokenizers", CHAT_ROW_TOKENS),
+        ("chat tokenizers", "chat_parts", "tokenizers", CHAT_ROW_TOKENS),
         ("start text tokenizers", "text_tiny", "tokenizers", TEXT_ROW_TOKENS),
         ("text tokenizers", "text_few", "tokenizers", TEXT_ROW_TOKENS),
     ]
@@ -130,33 +153,17 @@ def measure_rounds(bench: Bench) -> None:
         for name, source, backend, row_tokens in plan:
             bench.forget(name)
             bench.prepare(name, source, backend, row_tokens)
+        bench.peer("tokenizers", "text_few", 1)
+        bench.peer("gigatoken", "text_many", 1)
+        if number == bench.sizes.rounds // 2:  # its imports take longest, so it does all its rounds in one process
+            bench.peer("trl", "chat_few.jsonl", bench.sizes.rounds)
 
 
-def peer(bench: Bench, what: str, source: str) -> dict[str, Any] | None:
-    """What a peer took, or None with a reason on stderr if it is not installed."""
-    if importlib.util.find_spec(what) is None:
-        print(f"{what} is not installed (make bench-deps): its figures are null", file=sys.stderr)
-        return None
-    words = [what, str(bench.work), str(bench.work / source), "--rounds", str(bench.sizes.rounds)]
-    words += ["--sub-batches", *map(str, bench.sizes.sub_batches)]
-    output: dict[str, Any] = run([sys.executable, str(HERE / "prepare_peers.py"), *words]).output
-    print(f"  {what:22s} {output['seconds']:6.2f} CPU s without start-up, {output['tokens']} tokens", flush=True)
-    return output
-
-
-def compare(bench: Bench, counts: dict[str, int], peers: dict[str, dict[str, Any] | None]) -> dict[str, float | None]:
+def compare(bench: Bench, counts: dict[str, int]) -> dict[str, float | None]:
     """The ratios that the goals are about."""
-    figures: dict[str, float | None] = dict.fromkeys(
-        (
-            "text_vs_ceiling",
-            "chat_vs_trl",
-            "chat_fast_vs_trl",
-            "text_fast_vs_ceiling",
-            "jsonl_fast_vs_ceiling",
-            "files_fast_vs_ceiling",
-        )
-    )
-    trl, tokenizers, gigatoken = (peers[name] for name in ("trl", "tokenizers", "gigatoken"))
+    ratios = ("text_vs_ceiling", "chat_vs_trl", "chat_fast_vs_trl", "text_fast_vs_ceiling")
+    figures: dict[str, float | None] = dict.fromkeys(ratios)
+    trl, tokenizers, gigatoken = map(bench.raw, ("trl", "tokenizers", "gigatoken"))
     for name, raw in (("tokenizers", tokenizers), ("gigatoken", gigatoken)):
         ours = bench.runs[f"text {name}"][-1].output if raw is not None else None
         if raw and ours and ours["tokens"] != raw["tokens"] + raw["documents"]:  # an end token behind each
@@ -169,7 +176,7 @@ def compare(bench: Bench, counts: dict[str, int], peers: dict[str, dict[str, Any
         as_many = trl["seconds"] / counts["few"] * counts["many"]
         figures["chat_fast_vs_trl"] = bench.ratio(as_many, "chat gigatoken", "start chat gigatoken")
     if gigatoken is not None:
-        for name in ("text", "jsonl", "files"):
+        for name in ("text", "jsonl", "files") if bench.sizes.containers else ("text",):
             tokens = bench.runs[f"{name} gigatoken"][-1].output["tokens"]
             raw = gigatoken["seconds"] * tokens / gigatoken["tokens"]
             figures[f"{name}_fast_vs_ceiling"] = bench.ratio(raw, f"{name} gigatoken", "start text gigatoken")
@@ -179,13 +186,13 @@ def compare(bench: Bench, counts: dict[str, int], peers: dict[str, dict[str, Any
 def measure_others(bench: Bench) -> None:
     """Preparations that are measured once: other containers, long conversations, workers, memory, rows."""
     backend = "gigatoken" if bench.fast else "tokenizers"
-    if bench.fast:
+    if bench.fast and bench.sizes.containers:
         bench.prepare("jsonl gigatoken", "text.jsonl", backend, TEXT_ROW_TOKENS)
         bench.prepare("files gigatoken", "text_files", backend, TEXT_ROW_TOKENS)
-    else:
+    if not bench.fast:
         bench.prepare("chat many", "chat_many.jsonl", backend, CHAT_ROW_TOKENS)
     bench.prepare("chat turns", "chat_turns.jsonl", backend, TURNS_ROW_TOKENS)
-    for workers in (1, 2, 5):
+    for workers in (2, 5):
         bench.prepare(f"workers {workers}", "chat_parts", "tokenizers", CHAT_ROW_TOKENS, workers=workers)
     for name in ("text_tenth", "text_many"):
         bench.prepare(f"memory {name}", name, backend, TEXT_ROW_TOKENS, workers=2)
@@ -205,7 +212,7 @@ def other_figures(bench: Bench) -> dict[str, Any]:
     chat = bench.runs["chat rows"][-1].output
     tenth, whole = (bench.runs[f"memory {name}"][-1].peak_mb for name in ("text_tenth", "text_many"))
     more = sum(_megabytes(bench.work / name) * sign for name, sign in (("text_many", 1), ("text_tenth", -1)))
-    stores = [Path(bench.runs[f"workers {workers}"][-1].output["store"]) for workers in (1, 2, 5)]
+    stores = [Path(bench.runs[name][-1].output["store"]) for name in ("chat tokenizers", "workers 2", "workers 5")]
     words = ["--rounds", str(bench.sizes.rounds), "--pack-documents", str(bench.sizes.pack_documents)]
     words += ["--row-lengths", *map(str, bench.sizes.row_lengths)]
     packing = run([sys.executable, str(HERE / "prepare_packing.py"), chat["store"], *words]).output
@@ -229,19 +236,14 @@ def _megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
 
 
-def benchmark(work: Path, data: Path, sizes: Sizes) -> tuple[dict[str, Any], Bench, dict[str, Any]]:
+def benchmark(work: Path, data: Path, sizes: Sizes) -> tuple[dict[str, Any], Bench, dict[str, int]]:
     """All figures, and what they were made from."""
     counts = make_inputs(work, data, sizes)
     bench = Bench(work, sizes, importlib.util.find_spec("gigatoken") is not None)
     measure_rounds(bench)
     measure_others(bench)
-    peers = {
-        "trl": peer(bench, "trl", "chat_few.jsonl"),
-        "tokenizers": peer(bench, "tokenizers", "text_few"),
-        "gigatoken": peer(bench, "gigatoken", "text_many"),
-    }
-    figures = compare(bench, counts, peers) | other_figures(bench)
-    return figures, bench, {"counts": counts, "peers": peers}
+    figures = compare(bench, counts) | other_figures(bench)
+    return figures, bench, counts
 
 
 def main() -> None:
@@ -259,10 +261,11 @@ def main() -> None:
     print(RULE, flush=True)
     with tempfile.TemporaryDirectory(prefix="fulltune-prepare-") as temporary:
         work = arguments.work or Path(temporary)
-        figures, bench, background = benchmark(work, arguments.data, sizes)
+        figures, bench, counts = benchmark(work, arguments.data, sizes)
     print_table(figures)
     if arguments.output or not arguments.quick:
-        write_report(arguments.output, figures, bench.runs, background)
+        peers = {name: bench.raw(name) for name in bench.peers}
+        write_report(arguments.output, figures, bench.runs, counts, peers)
     print(json.dumps(figures))
 
 
@@ -271,7 +274,7 @@ def scaled(sizes: Sizes, scale: float, rounds: int | None) -> Sizes:
     return Sizes(
         rounds or sizes.rounds, max(20, int(sizes.conversations * scale)), max(1, int(sizes.copies * scale)),
         sizes.slow_text_mb * scale, sizes.text_mb * scale, int(sizes.short_documents * scale), sizes.row_lengths,
-        int(sizes.pack_documents * scale), sizes.sub_batches,
+        int(sizes.pack_documents * scale), sizes.sub_batches, sizes.containers,
     )  # fmt: skip
 
 

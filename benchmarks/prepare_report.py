@@ -77,12 +77,15 @@ def _shown(value: Any) -> str:
 
 
 def write_report(
-    path: Path | None, figures: dict[str, Any], runs: dict[str, list[Usage]], background: dict[str, Any]
+    path: Path | None,
+    figures: dict[str, Any],
+    runs: dict[str, list[Usage]],
+    counts: dict[str, int],
+    peers: dict[str, Any],
 ) -> None:
     """Write the record: machine, versions, command, table, and every preparation that was measured."""
     today = date.today().isoformat()
     path = path or ROOT / "benchmarks" / "results" / f"{today}-prepare.md"
-    counts, peers = background["counts"], background["peers"]
     parts = [
         "# Data preparation",
         f"{today}, {machine()}; {versions()}.",
@@ -105,7 +108,7 @@ def write_report(
         ),
         _markdown(
             ("peer, without start-up", "CPU s", "tokens"),
-            [(name, f"{found['seconds']:.2f}", found["tokens"]) for name, found in peers.items() if found],
+            [(name, f"{found['seconds']:.2f}", found["tokens"]) for name, found in peers.items()],
         ),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

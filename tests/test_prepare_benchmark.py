@@ -15,8 +15,6 @@ RATIOS = {
     "chat_vs_trl": ("trl",),
     "chat_fast_vs_trl": ("trl", "gigatoken"),
     "text_fast_vs_ceiling": ("gigatoken",),
-    "jsonl_fast_vs_ceiling": ("gigatoken",),
-    "files_fast_vs_ceiling": ("gigatoken",),
 }
 SECONDS = ("pack_1e7_8k_seconds", "pack_1e7_128k_seconds", "repack_1e6_seconds", "first_document_seconds",
            "gather_8192_microseconds", "seek_1e9_milliseconds")  # fmt: skip
