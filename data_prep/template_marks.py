@@ -7,7 +7,6 @@ see it, so that the text without the marks is the text of the template as it sta
 stands for is noted as it is written: the item of that round, or None behind the loop.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ BREAK = "\ufdd3"  # put into contents, to break up the string of a control token
 
 BLOCK_MARKS = (START, STOP)
 
-_BLOCK_MARK = re.compile(f"([{START}{STOP}])")
 #: Filter names that no template can write.
 _TURN_FILTER, _AFTER_FILTER = "mark a turn", "mark the end"
 
@@ -175,23 +173,32 @@ def find_blocks(parts: Sequence[str], noted: Sequence[Any], messages: Sequence[A
     """The generation blocks in their order; None if the marks are not those that were written."""
     if len(parts) != len(noted) + 1:
         return None
+    indices: Iterable[int | None] = _indices(noted, messages)
+    if len(noted) == len(messages) + 1 and noted[-1] is None and noted[:-1] == messages:  # one loop over all of them
+        indices = [*range(len(messages)), None]
     blocks: list[Block] = []
     opened: int | None = None
     position = 0
-    for index, part in zip([None, *_indices(noted, messages)], parts, strict=True):
-        for text in _BLOCK_MARK.split(part):
-            if text == START and opened is None:
+    for index, part in zip([None, *indices], parts, strict=True):
+        begin = 0
+        while True:
+            place = part.find(STOP if opened is not None else START, begin)
+            # Where no mark of the kind that must come next is left, none of the other kind may be.
+            if part.find(START if opened is not None else STOP, begin, place if place >= 0 else len(part)) >= 0:
+                return None
+            if place < 0:
+                position += len(part) - begin
+                break
+            position += place - begin
+            begin = place + 1
+            if opened is None:
                 opened = position
-            elif text == STOP and opened is not None:
+            else:
                 blocks.append(Block(index, opened, position))
                 opened = None
-            elif text in (START, STOP):
-                return None
-            else:
-                position += len(text)
     return None if opened is not None else blocks
 
 
 def without_marks(parts: Sequence[str]) -> str:
     """The text of a template with generation blocks, without their marks."""
-    return _BLOCK_MARK.sub("", "".join(parts))
+    return "".join(parts).replace(START, "").replace(STOP, "")

@@ -233,7 +233,7 @@ def _batches(work: Work, splits: Sequence[SplitJob]) -> Iterator[tuple[str, list
     try:
         for record in read_records(work.source, work.span):
             read += 1
-            size += _characters(record.value)
+            size += record.num_characters or _characters(record.value)
             if everything is not None:
                 batches[everything].append(record)
             else:
