@@ -6,7 +6,6 @@ encoded by both, and one different id ends the preparation.
 """
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,37 +62,47 @@ class GigatokenBackend:
 
     def __init__(self, tokenizer: Tokenizer):
         self._reference = tokenizer
-        self._pipeline: dict[str, Any] = json.loads(tokenizer.pipeline_json)
+        self._added: list[dict[str, Any]] = tokenizer.pipeline_part("added_tokens")
+        self._references = {"plain": tokenizer.encode_flat, "rendered": tokenizer.encode_rendered}
         self._separator_id = tokenizer.vocab_size
         self._refuse_unsafe()
         self._texts_since_gate = self._characters_since_gate = 0
         self._first_characters = _GATE_FIRST_CHARACTERS
-        self._open()
-        self._gate(_CANARIES, self._encode(self._plain, _CANARIES), tokenizer.encode_flat)
-        self._gate(_CANARIES, self._encode(self._rendered, _CANARIES), tokenizer.encode_rendered)
+        self._engines: dict[str, Any] = {}
+        self._opened_bytes = _resident_bytes()
+        self._engine("plain")  # what cannot be opened is told at once
 
     def _refuse_unsafe(self) -> None:
         """What gigatoken 0.10 reads without complaint but encodes in its own way."""
-        added = self._pipeline["added_tokens"]
-        flags = [token for token in added if token["single_word"] or token["lstrip"] or token["rstrip"]]
-        normalizer = self._pipeline["normalizer"]
-        steps = pre_tokenizer_steps(self._pipeline)
+        flags = [token for token in self._added if token["single_word"] or token["lstrip"] or token["rstrip"]]
+        normalizer = self._reference.pipeline_part("normalizer")
+        steps = pre_tokenizer_steps(self._reference.pipeline_part("pre_tokenizer"))
         splits = any(step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"]) for step in steps)
         if (
             self._reference.token_bytes is None
             or flags
             or not splits
             or any(step.get("add_prefix_space") for step in steps)
-            or self._pipeline["model"].get("dropout")
+            or self._reference.has_dropout
             or (normalizer is not None and normalizer["type"] != "NFC")
         ):
             raise DataConfigError("gigatoken encodes byte-level BPE tokenizers only (data.backend)")
 
-    def _open(self) -> None:
-        added = self._pipeline["added_tokens"]
-        self._rendered = self._load(added)
-        self._plain = self._load([token for token in added if not token["special"]])
-        self._opened_bytes = _resident_bytes()
+    def _engine(self, kind: str) -> Any:
+        """The engine for ``plain`` texts or ``rendered`` conversations, opened and tried on the canaries when needed.
+
+        Its cache of words has no bound, so it is opened anew when the process has grown too much.
+        """
+        if _resident_bytes() > self._opened_bytes + _GROWTH_LIMIT_BYTES:
+            self._engines.clear()
+            self._opened_bytes = _resident_bytes()
+        engine = self._engines.get(kind)
+        if engine is None:
+            plain = kind == "plain"
+            engine = self._load([token for token in self._added if not (plain and token["special"])])
+            self._engines[kind] = engine
+            self._gate(_CANARIES, self._encode(engine, _CANARIES), self._references[kind])
+        return engine
 
     def _load(self, added: list[dict[str, Any]]) -> Any:
         from gigatoken.gigatoken_rs import load_hf_json
@@ -102,27 +111,21 @@ class GigatokenBackend:
             "id": self._separator_id, "content": _SEPARATOR, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True,
         }  # fmt: skip
-        pipeline = {**self._pipeline, "added_tokens": [*added, separator], "post_processor": None}
         try:
-            return load_hf_json(json.dumps(pipeline))
+            return load_hf_json(
+                self._reference.pipeline_with(added_tokens=[*added, separator], post_processor=None)
+            )
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataConfigError(f"gigatoken cannot open this tokenizer (data.backend): {reason}") from error
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
         """Plain texts: control strings in them are ordinary text. Raises BadDataError if the gate closes."""
-        self._recycle()
-        return self._gated(texts, self._plain, self._reference.encode_flat)
+        return self._gated(texts, "plain")
 
     def encode_rendered(self, texts: Sequence[str]) -> FlatIds:
         """Rendered conversations. Raises BadDataError if the gate closes."""
-        self._recycle()
-        return self._gated(texts, self._rendered, self._reference.encode_rendered)
-
-    def _recycle(self) -> None:
-        """Its cache of words has no bound, so the engine is opened anew when it has grown too much."""
-        if _resident_bytes() > self._opened_bytes + _GROWTH_LIMIT_BYTES:
-            self._open()
+        return self._gated(texts, "rendered")
 
     def _encode(self, engine: Any, texts: Sequence[str]) -> FlatIds:
         blocks: list[np.ndarray] = []
@@ -156,8 +159,9 @@ class GigatokenBackend:
         blocks.append(np.delete(ids, places))
         sizes.append(np.diff(places, prepend=-1, append=len(ids)) - 1)
 
-    def _gated(self, texts: Sequence[str], engine: Any, reference: Any) -> FlatIds:
+    def _gated(self, texts: Sequence[str], kind: str) -> FlatIds:
         """Ids of `texts`, a sample of which both encode; long ones by their start. Beyond ASCII is preferred."""
+        engine, reference = self._engine(kind), self._references[kind]
         if any(_SEPARATOR in text for text in texts):
             joined: FlatIds = reference(texts)
             return joined

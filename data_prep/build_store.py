@@ -126,7 +126,7 @@ def encode_parts(
     total = sum(_num_bytes(work) for work in todo)
     label = " and ".join(split.name for split in splits)
     with Progress(f"tokenising {label}", total, progress) as bar:
-        for work, _ in zip(todo, encode_spans(job, todo, config.workers), strict=True):
+        for work, _ in zip(todo, encode_spans(job, todo, config.workers, encoding.tokenizer), strict=True):
             bar.advance(_num_bytes(work))
     return len(todo)
 

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 
 from data_prep.errors import StorageError
 from data_prep.parts import PartAccount
+from data_prep.tokenizer import Tokenizer
 from data_prep.worker import Encoder, Job, Work, encode_span, encode_span_in_worker, start_worker
 
 
@@ -16,14 +17,16 @@ def num_processes(workers: int | None, num_tasks: int) -> int:
     return min(workers or len(os.sched_getaffinity(0)), num_tasks)
 
 
-def encode_spans(job: Job, work: Sequence[Work], workers: int | None) -> Iterator[dict[str, PartAccount]]:
+def encode_spans(
+    job: Job, work: Sequence[Work], workers: int | None, tokenizer: Tokenizer
+) -> Iterator[dict[str, PartAccount]]:
     """Encode spans into the parts of every split; accounts in the order of `work`.
 
-    A single process keeps the tokenizer's own threads. The first error, by order, ends it; parts that are
+    A single process is this one: it uses `tokenizer`, from which the job's files were written, and its threads. The first error, by order, ends it; parts that are
     sealed by then stay.
     """
     if num_processes(workers, len(work)) <= 1:
-        encoder = Encoder(job) if work else None
+        encoder = Encoder(job, tokenizer) if work else None
         for item in work:
             assert encoder is not None
             yield encode_span(encoder, item)

@@ -229,7 +229,8 @@ def _encoding_key(config: DataConfig, encoding: Encoding) -> str:
         settings["overlong"] = settings["overlong"] == "error" and config.row_tokens
     else:
         settings["row_tokens"] = config.row_tokens
-    tokenizer = encoding.tokenizer.files(encoding.chat_template)
+    files = encoding.tokenizer.files(encoding.chat_template)
+    tokenizer = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     return _key({"format": FORMAT_VERSION, "task": encoding.task, "tokenizer": tokenizer, "settings": settings})
 
 

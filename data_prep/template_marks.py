@@ -7,6 +7,7 @@ see it, so that the text without the marks is the text of the template as it sta
 stands for is noted as it is written: the item of that round, or None behind the loop.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -176,27 +177,20 @@ def find_blocks(parts: Sequence[str], noted: Sequence[Any], messages: Sequence[A
     indices: Iterable[int | None] = _indices(noted, messages)
     if len(noted) == len(messages) + 1 and noted[-1] is None and noted[:-1] == messages:  # one loop over all of them
         indices = [*range(len(messages)), None]
+    belongs = [None, *indices]
+    text = "".join(parts)
+    ends = list(accumulate(map(len, parts)))
     blocks: list[Block] = []
-    opened: int | None = None
-    position = 0
-    for index, part in zip([None, *indices], parts, strict=True):
-        begin = 0
-        while True:
-            place = part.find(STOP if opened is not None else START, begin)
-            # Where no mark of the kind that must come next is left, none of the other kind may be.
-            if part.find(START if opened is not None else STOP, begin, place if place >= 0 else len(part)) >= 0:
-                return None
-            if place < 0:
-                position += len(part) - begin
-                break
-            position += place - begin
-            begin = place + 1
-            if opened is None:
-                opened = position
-            else:
-                blocks.append(Block(index, opened, position))
-                opened = None
-    return None if opened is not None else blocks
+    start = text.find(START)
+    while start >= 0:
+        stop = text.find(STOP, start)
+        if stop < 0:
+            return None
+        marks = 2 * len(blocks) + 1  # before and at the start of this block
+        blocks.append(Block(belongs[bisect_right(ends, stop)], start + 1 - marks, stop - marks))
+        start = text.find(START, stop)
+    # A mark within a block, or one that closes none, is left over.
+    return blocks if text.count(START) == text.count(STOP) == len(blocks) else None
 
 
 def without_marks(parts: Sequence[str]) -> str:

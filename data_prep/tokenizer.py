@@ -66,7 +66,7 @@ class Tokenizer:
         self.control_ids = frozenset(index for index, token in added.items() if token.special)
         self.control_strings = tuple(token.content for token in added.values() if token.special)
         self.plain_added_strings = tuple(token.content for token in added.values() if not token.special)
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = self._count_ids()
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self.unk_id = self._id_of("unk_token")
@@ -79,6 +79,33 @@ class Tokenizer:
         first, last = (own[0], own[-1] + 1) if own else (len(around.ids), len(around.ids))
         self.prefix_ids: list[int] = around.ids[:first]
         self.suffix_ids: list[int] = around.ids[last:]
+
+    def _count_ids(self) -> int:
+        """One more than the largest id; there may be holes below it."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        if self._backend.id_to_token(size - 1) is not None and self._backend.id_to_token(size) is None:
+            return size  # no holes, as nearly always
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def pipeline_json(self) -> str:
+        """The whole pipeline as tokenizer.json holds it."""
+        return str(self._backend.to_str(pretty=False))
+
+    def pipeline_with(self, **parts: Any) -> str:
+        """`pipeline_json` with other values of some of its parts, without reading the vocabulary in it."""
+        text = self.pipeline_json
+        for name, value in parts.items():
+            start = text.index(f'"{name}":') + len(name) + 3
+            _, stop = json.JSONDecoder().raw_decode(text, start)
+            text = f"{text[:start]}{json.dumps(value)}{text[stop:]}"
+        return text
+
+    def pipeline_part(self, name: str) -> Any:
+        """One part of the pipeline, such as pre_tokenizer, as plain values."""
+        start = self.pipeline_json.index(f'"{name}":') + len(name) + 3
+        value, _ = json.JSONDecoder().raw_decode(self.pipeline_json, start)
+        return value
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -95,7 +122,12 @@ class Tokenizer:
 
     def encode_rendered(self, texts: Sequence[str]) -> FlatIds:
         """Ids of rendered chats, in which strings of control tokens are control tokens."""
-        return _flat(self._rendered, texts)
+        # Only the offsets of such texts need another pipeline (see `_rendered`), so their ids come from this one.
+        self._backend.encode_special_tokens = False
+        try:
+            return _flat(self._backend, texts)
+        finally:
+            self._backend.encode_special_tokens = True
 
     def rendered_with_offsets(self, pieces: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of one rendered chat given in pieces, and the character span [start, stop) of every token.
@@ -131,7 +163,7 @@ class Tokenizer:
     @cached_property
     def _words_need_blanks(self) -> bool:
         # Byte-level pipelines keep the blank before a word with it, and do not add it to words given apart.
-        levels = pre_tokenizer_steps(json.loads(self._backend.to_str()))
+        levels = pre_tokenizer_steps(self.pipeline_part("pre_tokenizer"))
         return any(part["type"] == "ByteLevel" and not part.get("add_prefix_space") for part in levels)
 
     def holds_control_ids(self, ids: Sequence[int]) -> bool:
@@ -151,9 +183,8 @@ class Tokenizer:
 
         Known for byte-level BPE, whose pieces spell one byte a character.
         """
-        pipeline = json.loads(self._backend.to_str())
-        levels = pre_tokenizer_steps(pipeline)
-        if pipeline["model"]["type"] != "BPE" or not any(part["type"] == "ByteLevel" for part in levels):
+        levels = pre_tokenizer_steps(self.pipeline_part("pre_tokenizer"))
+        if type(self._backend.model).__name__ != "BPE" or not any(part["type"] == "ByteLevel" for part in levels):
             return None
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
@@ -162,15 +193,15 @@ class Tokenizer:
             lengths[index] = len(token.content.encode())
         return lengths
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether its BPE leaves out merges at random."""
+        return bool(getattr(self._backend.model, "dropout", None))
+
     @cached_property
     def keeps_text(self) -> bool:
         """Whether no normaliser changes the text before it is encoded."""
         return self._backend.normalizer is None
-
-    @property
-    def pipeline_json(self) -> str:
-        """The whole pipeline as tokenizer.json holds it."""
-        return str(self._backend.to_str(pretty=False))
 
     @cached_property
     def pair_middle_ids(self) -> list[int]:
@@ -186,8 +217,7 @@ class Tokenizer:
     @cached_property
     def _rendered(self) -> tokenizers.Tokenizer:
         # The post-processors of byte-level tokenizers trim blanks off the offsets; rendering needs them exact.
-        pipeline = json.loads(self._backend.to_str())
-        return tokenizers.Tokenizer.from_str(json.dumps({**pipeline, "post_processor": None}))
+        return tokenizers.Tokenizer.from_str(self.pipeline_with(post_processor=None))
 
     @cached_property
     def _rendered_as_text(self) -> tokenizers.Tokenizer:
@@ -215,7 +245,7 @@ class Tokenizer:
             **self.special_tokens,
         }
         files = {
-            "tokenizer.json": self._backend.to_str(pretty=False),
+            "tokenizer.json": self.pipeline_json,
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         if chat_template is not None:
@@ -240,17 +270,13 @@ def _flat(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> FlatIds:
     return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.uint32), ends
 
 
-def pre_tokenizer_steps(pipeline: Mapping[str, Any]) -> list[dict[str, Any]]:
+def pre_tokenizer_steps(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of the pre-tokenizer of a tokenizer.json, sequences taken apart."""
-
-    def flatten(component: dict[str, Any] | None) -> list[dict[str, Any]]:
-        if component is None:
-            return []
-        if component["type"] == "Sequence":
-            return [part for inner in component["pretokenizers"] for part in flatten(inner)]
-        return [component]
-
-    return flatten(pipeline["pre_tokenizer"])
+    if component is None:
+        return []
+    if component["type"] == "Sequence":
+        return [part for inner in component["pretokenizers"] for part in pre_tokenizer_steps(inner)]
+    return [component]
 
 
 def open_tokenizer(name: str) -> Tokenizer:

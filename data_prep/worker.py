@@ -28,7 +28,7 @@ from data_prep.shapes import Shape, to_example
 from data_prep.sources import read_records
 from data_prep.template_proof import Plan
 from data_prep.templates import ChatFormat
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer import Tokenizer, open_tokenizer
 
 Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"]
 
@@ -98,10 +98,10 @@ def id_type(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
 class Encoder:
     """A job with its tokenizer, backend and template opened, as each process holds it once."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, tokenizer: Tokenizer | None = None):
         self.job = job
         config = job.config
-        self.tokenizer = open_tokenizer(str(job.tokenizer_dir))
+        self.tokenizer = tokenizer or open_tokenizer(str(job.tokenizer_dir))
         self._backend = open_backend(config.backend, self.tokenizer)
         self._chat = None
         if job.plan is not None:

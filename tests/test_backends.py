@@ -82,15 +82,14 @@ class TestGigatoken:
         backend = GigatokenBackend(tokenizer)
         assert split(backend.encode(texts)) == split(TokenizersBackend(tokenizer).encode(texts))
 
-    def test_one_different_id_closes_the_gate(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def test_one_different_id_closes_the_gate(self, tokenizer: Tokenizer) -> None:
+        from gigatoken.gigatoken_rs import load_hf_json
+
         backend = GigatokenBackend(tokenizer)
-        other = byte_level_folder(tmp_path / "other")
-        pipeline = json.loads((other / "tokenizer.json").read_text())
-        pipeline["model"]["merges"] = pipeline["model"]["merges"][:-1]
-        backend._plain = backend._load(pipeline["added_tokens"])
-        backend._pipeline = pipeline
-        backend._plain = backend._load([token for token in pipeline["added_tokens"] if not token["special"]])
-        last = "".join(json.loads((other / "tokenizer.json").read_text())["model"]["merges"][-1]).replace("Ġ", " ")
+        merges = json.loads(tokenizer.pipeline_json)["model"]["merges"]
+        model = {**json.loads(tokenizer.pipeline_json)["model"], "merges": merges[:-1]}
+        backend._engines["plain"] = load_hf_json(tokenizer.pipeline_with(model=model))
+        last = "".join(merges[-1]).replace("Ġ", " ")
         with pytest.raises(BadDataError, match=r"encode a text differently .*set data.backend: tokenizers"):
             backend.encode([f"{last} {last}"])
 
@@ -108,8 +107,9 @@ class TestGigatoken:
         self, tokenizer: Tokenizer, backend: Backend, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert isinstance(backend, GigatokenBackend)
-        before = backend._plain
+        backend.encode(["a"])
+        before = backend._engines["plain"]
         monkeypatch.setattr("data_prep.backends._GROWTH_LIMIT_BYTES", -(1 << 40))
         texts = sentences(5)
         assert split(backend.encode(texts)) == tokenizer.encode_batch(texts)
-        assert backend._plain is not before
+        assert backend._engines["plain"] is not before
