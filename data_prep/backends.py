@@ -16,11 +16,11 @@ from data_prep.errors import BadDataError, DataConfigError
 from data_prep.tokenizer import FlatIds, Tokenizer, pre_tokenizer_steps
 
 _GATE_FIRST_TEXTS = 256
-_GATE_FIRST_CHARACTERS = 1 << 16
+_GATE_FIRST_CHARACTERS = 1 << 15
 _GATE_EVERY_TEXTS = 1024
 _GATE_EVERY_CHARACTERS = 2 << 20
 _GATE_CHARACTERS = 1024  # the other encoder is a hundred times slower: of long texts it sees the start
-_JOIN_BELOW_CHARACTERS = 2048
+_JOIN_BELOW_CHARACTERS = 1024
 _JOIN_CHUNK_CHARACTERS = 1 << 20
 _GROWTH_LIMIT_BYTES = 512 << 20
 _SEPARATOR = "\ufdee"  # a noncharacter that only ever stands between texts
@@ -32,7 +32,7 @@ _CANARIES = (
 
 
 class Backend(Protocol):
-    """Encodes batches of texts to uint32 ids, laid end to end, and the int64 end of each text."""
+    """Encodes batches of texts to ids in their stored type, laid end to end, and the int64 end of each text."""
 
     name: str
 
@@ -79,7 +79,7 @@ class GigatokenBackend:
         steps = pre_tokenizer_steps(self._reference.pipeline_part("pre_tokenizer"))
         splits = any(step["type"] == "Split" or (step["type"] == "ByteLevel" and step["use_regex"]) for step in steps)
         if (
-            self._reference.token_bytes is None
+            not self._reference.is_byte_level
             or flags
             or not splits
             or any(step.get("add_prefix_space") for step in steps)
@@ -112,9 +112,7 @@ class GigatokenBackend:
             "normalized": False, "special": True,
         }  # fmt: skip
         try:
-            return load_hf_json(
-                self._reference.pipeline_with(added_tokens=[*added, separator], post_processor=None)
-            )
+            return load_hf_json(self._reference.pipeline_with(added_tokens=[*added, separator], post_processor=None))
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataConfigError(f"gigatoken cannot open this tokenizer (data.backend): {reason}") from error
@@ -146,9 +144,11 @@ class GigatokenBackend:
                 self._encode_joined(engine, short, blocks, sizes)
                 short, characters = [], 0
         self._encode_joined(engine, short, blocks, sizes)
+        stored = self._reference.id_type
         if not blocks:
-            return np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.int64)
-        return np.concatenate(blocks), np.cumsum(np.concatenate(sizes), dtype=np.int64)
+            return np.zeros(0, dtype=stored), np.zeros(0, dtype=np.int64)
+        # Its ids are those of the vocabulary it was given, so they fit.
+        return np.concatenate(blocks, dtype=stored, casting="unsafe"), np.cumsum(np.concatenate(sizes), dtype=np.int64)
 
     def _encode_joined(self, engine: Any, texts: list[str], blocks: list[np.ndarray], sizes: list[np.ndarray]) -> None:
         """Short texts in one call, which costs less than a call each; the separators are taken out again."""

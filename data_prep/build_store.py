@@ -27,7 +27,7 @@ from data_prep.store_writer import describe_files, write_content
 from data_prep.template_child import prove_apart
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 from data_prep.tokenizer import Tokenizer
-from data_prep.worker import HashRange, Job, SplitJob, Task, Work, id_type
+from data_prep.worker import HashRange, Job, SplitJob, Task, Work
 
 Say = Callable[[str], None]
 _ABANDONED_SECONDS = 3600.0
@@ -239,8 +239,7 @@ def _join_content(
     names = _final_names(accounts, label_names, encoding.task)
     kept = keep_first(parts) if config.deduplicate else None
     number_of = {name: number for number, name in enumerate(names)}
-    stored = id_type(tokenizer.vocab_size)
-    files, columns, remaining = write_content(folder, parts, stored, number_of, kept)
+    files, columns, remaining = write_content(folder, parts, tokenizer.id_type, number_of, kept)
     sources = _account_sources(group, accounts, remaining)
     tokenizer.save(folder / "tokenizer", encoding.chat_template)
     files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(encoding.chat_template))])

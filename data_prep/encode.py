@@ -22,6 +22,8 @@ from data_prep.template_sandbox import limits
 from data_prep.templates import ChatFormat, Rendered
 from data_prep.tokenizer import Tokenizer
 
+_LONG_TOKENS = 512  # documents that are longer on average are copied one by one
+
 
 @dataclass(frozen=True)
 class Context:
@@ -31,13 +33,17 @@ class Context:
     backend: Backend
     chat: ChatFormat | None
     names: Names
-    id_type: np.dtype[Any]
     train_on_prompt: bool = False
     allow_untrained_stop: bool = False
     limit_tokens: int | None = None
     target_limit_tokens: int | None = None
     row_tokens: int = 0
     stride_tokens: int = 0
+
+    @property
+    def id_type(self) -> np.dtype[Any]:
+        """The stored type of token ids."""
+        return self.tokenizer.id_type
 
 
 def encode_causal_lm(records: Sequence[Record], examples: Sequence[Example], context: Context) -> Block:
@@ -123,8 +129,7 @@ def _encode_chats(records: Sequence[Record], examples: Sequence[ChatExample], co
     refuse_untrainable(
         np.add.reduceat(marks, ends - lengths, dtype=np.int64) == 0, records, "no turn of a trained role"
     )
-    out = ids.astype(context.id_type)
-    return _block(out, marks, lengths, records, num_answers=answers, num_stops=stops)
+    return _block(ids, marks, lengths, records, num_answers=answers, num_stops=stops)
 
 
 def _encode_rendered(rendered: Sequence[Rendered], context: Context) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +141,7 @@ def _encode_rendered(rendered: Sequence[Rendered], context: Context) -> tuple[np
     parts = np.split(ids, ends[:-1])
     for index in escaped:
         found, _ = context.tokenizer.rendered_with_offsets(_literal_pieces(rendered[index]))
-        parts[index] = np.array(found, dtype=np.uint32)
+        parts[index] = np.array(found, dtype=context.id_type)
     return np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64)
 
 
@@ -241,6 +246,10 @@ def _documents(lengths: np.ndarray, context: Context) -> tuple[np.ndarray, np.nd
 def _place(out: np.ndarray, destinations: np.ndarray, sizes: np.ndarray, ids: np.ndarray) -> None:
     """Copy consecutive stretches of `ids`, `sizes` long, to `destinations` in `out`."""
     sources = np.cumsum(sizes) - sizes
+    if len(ids) > _LONG_TOKENS * len(sizes):
+        for place, source, size in zip(destinations.tolist(), sources.tolist(), sizes.tolist(), strict=True):
+            out[place : place + size] = ids[source : source + size]
+        return
     out[np.repeat(destinations - sources, sizes) + np.arange(len(ids))] = ids
 
 
@@ -268,7 +277,8 @@ def refuse_untrainable(faulty: np.ndarray, records: Sequence[Record], reason: st
 def check_content(tokenizer: Tokenizer, ids: np.ndarray, ends: np.ndarray, records: Sequence[Record]) -> None:
     """Refuse content (documents ending at `ends`) with ids outside the vocabulary or of control tokens."""
     _check_range(tokenizer, ids, ends, records)
-    if tokenizer.forbidden[ids].any():
+    # Control tokens mostly have the largest ids, which few texts reach.
+    if len(ids) and int(ids.max()) >= tokenizer.first_forbidden and tokenizer.forbidden[ids].any():
         place = int(np.argmax(tokenizer.forbidden[ids]))
         where = records[int(np.searchsorted(ends, place, side="right"))].where
         raise BadDataError(f"{where}: this tokenizer turns part of the text into a control token")

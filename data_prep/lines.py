@@ -26,7 +26,8 @@ def whole_lines(
             pending.append(block)
             pending_bytes += len(block)
             continue
-        chunk = b"".join((*pending, block[:stop]))
+        whole = block if stop == len(block) else memoryview(block)[:stop]
+        chunk = b"".join((*pending, whole)) if pending or whole is not block else block
         pending = [block[stop:]] if stop < len(block) else []
         pending_bytes = len(block) - stop
         yield chunk, line

@@ -22,8 +22,8 @@ def encode_spans(
 ) -> Iterator[dict[str, PartAccount]]:
     """Encode spans into the parts of every split; accounts in the order of `work`.
 
-    A single process is this one: it uses `tokenizer`, from which the job's files were written, and its threads. The first error, by order, ends it; parts that are
-    sealed by then stay.
+    A single process is this one: it uses `tokenizer`, from which the job's files were written, and its threads.
+    The first error, by order, ends it; parts that are sealed by then stay.
     """
     if num_processes(workers, len(work)) <= 1:
         encoder = Encoder(job, tokenizer) if work else None

@@ -39,7 +39,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _JOINT = "\ufdef"  # a noncharacter: no text holds it
 _SUB_BATCH_TEXTS = 64  # the library keeps all results of a call: larger calls cost memory and time
 
-FlatIds = tuple[np.ndarray, np.ndarray]  # uint32 ids of all texts, one after the other; int64 end of each text
+#: Ids of all texts, one after the other, in the type in which they are stored; int64 end of each text.
+FlatIds = tuple[np.ndarray, np.ndarray]
 
 
 class Tokenizer:
@@ -67,6 +68,7 @@ class Tokenizer:
         self.control_strings = tuple(token.content for token in added.values() if token.special)
         self.plain_added_strings = tuple(token.content for token in added.values() if not token.special)
         self.vocab_size = self._count_ids()
+        self.id_type = id_type(self.vocab_size)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self.unk_id = self._id_of("unk_token")
@@ -118,16 +120,25 @@ class Tokenizer:
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
         """As `encode_batch`, in arrays."""
-        return _flat(self._backend, texts)
+        return self._flat(texts)
 
     def encode_rendered(self, texts: Sequence[str]) -> FlatIds:
         """Ids of rendered chats, in which strings of control tokens are control tokens."""
         # Only the offsets of such texts need another pipeline (see `_rendered`), so their ids come from this one.
         self._backend.encode_special_tokens = False
         try:
-            return _flat(self._backend, texts)
+            return self._flat(texts)
         finally:
             self._backend.encode_special_tokens = True
+
+    def _flat(self, texts: Sequence[str]) -> FlatIds:
+        blocks: list[np.ndarray] = []
+        for start in range(0, len(texts), _SUB_BATCH_TEXTS):
+            batch = list(texts[start : start + _SUB_BATCH_TEXTS])
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
+            blocks += [np.array(encoding.ids, dtype=self.id_type) for encoding in encodings]
+        ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
+        return np.concatenate([np.zeros(0, dtype=self.id_type), *blocks]), ends
 
     def rendered_with_offsets(self, pieces: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of one rendered chat given in pieces, and the character span [start, stop) of every token.
@@ -178,13 +189,23 @@ class Tokenizer:
         return table
 
     @cached_property
+    def first_forbidden(self) -> int:
+        """The smallest of the forbidden ids, or the size of the vocabulary."""
+        return min(self._forbidden_ids, default=self.vocab_size)
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether it is a BPE whose pieces spell one byte a character."""
+        steps = pre_tokenizer_steps(self.pipeline_part("pre_tokenizer"))
+        return type(self._backend.model).__name__ == "BPE" and any(step["type"] == "ByteLevel" for step in steps)
+
+    @cached_property
     def token_bytes(self) -> np.ndarray | None:
         """int64 [vocab_size]: bytes of text behind every token; None where they cannot be known from the token.
 
         Known for byte-level BPE, whose pieces spell one byte a character.
         """
-        levels = pre_tokenizer_steps(self.pipeline_part("pre_tokenizer"))
-        if type(self._backend.model).__name__ != "BPE" or not any(part["type"] == "ByteLevel" for part in levels):
+        if not self.is_byte_level:
             return None
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
@@ -261,13 +282,9 @@ class Tokenizer:
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _flat(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> FlatIds:
-    blocks: list[np.ndarray] = []
-    for start in range(0, len(texts), _SUB_BATCH_TEXTS):
-        encodings = backend.encode_batch_fast(list(texts[start : start + _SUB_BATCH_TEXTS]), add_special_tokens=False)
-        blocks += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-    ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
-    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.uint32), ends
+def id_type(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+    """The stored type of token ids."""
+    return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
 
 
 def pre_tokenizer_steps(component: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -90,11 +90,6 @@ def overlong_message(where: str, num_tokens: int, row_tokens: int) -> str:
     )
 
 
-def id_type(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
-    """The stored type of token ids."""
-    return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
-
-
 class Encoder:
     """A job with its tokenizer, backend and template opened, as each process holds it once."""
 
@@ -118,7 +113,6 @@ class Encoder:
             backend=self._backend,
             chat=self._chat,
             names=names,
-            id_type=id_type(self.tokenizer.vocab_size),
             train_on_prompt=config.chat.train_on_prompt,
             allow_untrained_stop=config.chat.allow_untrained_stop,
             limit_tokens=config.row_tokens if cuts else None,

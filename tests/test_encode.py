@@ -27,12 +27,11 @@ from data_prep.examples import (
     TextExample,
 )
 from data_prep.records import Record
-from data_prep.tokenizer import Tokenizer, open_tokenizer
-from data_prep.worker import id_type
+from data_prep.tokenizer import Tokenizer, id_type, open_tokenizer
 
 
 def context(tokenizer: Tokenizer, **more: Any) -> Context:
-    return Context(tokenizer, TokenizersBackend(tokenizer), None, Names(), id_type(tokenizer.vocab_size), **more)
+    return Context(tokenizer, TokenizersBackend(tokenizer), None, Names(), **more)
 
 
 def records(count: int) -> list[Record]:

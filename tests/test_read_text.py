@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError
@@ -24,7 +26,7 @@ def test_documents_are_lines_paragraphs_or_files() -> None:
     assert texts("file") == [(CONTENT.decode("utf-8-sig"), 1)]
     for document in ("line", "blank_line", "file"):
         assert texts(document, b" \n\n") == texts(document, b"") == []
-    assert next(read_text([CONTENT], "a.txt", "line")) == Record({"text": "first\u2028still"}, "a.txt:1", 1)
+    assert next(read_text([CONTENT], "a.txt", "line")) == Record({"text": "first\u2028still"}, "a.txt:1", 1, 12)
 
 
 @pytest.mark.parametrize("document", ["line", "blank_line", "file"])
@@ -38,7 +40,7 @@ def test_bytes_that_are_no_text(document: str) -> None:
 def test_documents_beyond_the_limit_are_refused() -> None:
     with pytest.raises(BadDataError, match=r"^a\.txt:1: more than 10 bytes for one document; set `document: line`"):
         texts("file", b"a\n" * 20, limit_bytes=10)
-    with pytest.raises(BadDataError, match=r"^a\.txt:3: no blank line within 10 characters"):
+    with pytest.raises(BadDataError, match=r"^a\.txt:3: no blank line within 10 bytes"):
         texts("blank_line", b"a\n\n" + b"aaa\n" * 20, limit_bytes=10)
 
 
@@ -69,5 +71,31 @@ def test_a_text_source_needs_one_origin() -> None:
 
 
 def test_records_are_small_tuples(tmp_path: Path) -> None:
-    value, where, line = Record({"text": "a"}, "a.txt:1", 1)
+    value, where, line, _ = Record({"text": "a"}, "a.txt:1", 1)
     assert (value, where, line) == ({"text": "a"}, "a.txt:1", 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["a", "b c", " indented", "", " ", "\t", "\u3000", "\x1c", "漢", "x\r", "\r", "é "]),
+        max_size=30,
+    ),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_paragraphs_are_those_of_a_line_by_line_reading(lines: list[str], step: int, ends_open: bool) -> None:
+    content = "\n".join(lines) + ("" if ends_open else "\n")
+    expected: list[tuple[str, int]] = []
+    begin, paragraph = 0, []
+    for number, line in enumerate([*content.split("\n"), ""], 1):
+        if line and not line.isspace():
+            begin = begin if paragraph else number
+            paragraph.append(line.removesuffix("\r"))
+        elif paragraph:
+            expected.append(("\n".join(paragraph), begin))
+            paragraph = []
+    data = content.encode()
+    blocks = [data[start : start + step] for start in range(0, len(data), step)]
+    found = [(record.value["text"], record.line) for record in read_text(blocks, "a.txt", "blank_line")]
+    assert found == expected
