@@ -2,10 +2,18 @@ r"""Whole lines out of blocks of bytes. Only ``\n`` ends a line; memory is bound
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from data_prep.errors import BadDataError
 
 LINE_LIMIT_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
+_NEWLINE = ord("\n")
+
+
+def count_newlines(data: bytes, start: int = 0, stop: int | None = None) -> int:
+    """The newlines in ``data[start:stop]``; several times as fast as `bytes.count` where lines are short."""
+    return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8)[start:stop] == _NEWLINE))
 
 
 def whole_lines(
@@ -31,7 +39,7 @@ def whole_lines(
         pending = [block[stop:]] if stop < len(block) else []
         pending_bytes = len(block) - stop
         yield chunk, line
-        line += chunk.count(b"\n")
+        line += count_newlines(chunk)
     if pending:
         yield b"".join(pending), line
 
@@ -96,7 +104,7 @@ def decode(chunk: bytes, path: str, line: int) -> tuple[str, BadDataError | None
         return chunk.decode("utf-8"), None
     except UnicodeDecodeError as error:
         begin = chunk.rfind(b"\n", 0, error.start) + 1
-        number = line + chunk.count(b"\n", 0, begin)
+        number = line + count_newlines(chunk, 0, begin)
         hint = "set `encoding: utf-16`" if chunk[:2] in (b"\xff\xfe", b"\xfe\xff") else "or set `encoding`"
         place = f"byte {error.start - begin + 1} of the line"
         message = f"{path}:{number}: not UTF-8 ({place}: {error.reason}); repair it, {hint}"

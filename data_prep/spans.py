@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.lines import LINE_LIMIT_BYTES, whole_lines
+from data_prep.lines import LINE_LIMIT_BYTES, count_newlines, whole_lines
 from data_prep.records import Span
 
 SPAN_BYTES = 4 << 20
@@ -22,11 +22,11 @@ def cut_at_lines(blocks: Iterable[bytes], span_bytes: int = SPAN_BYTES) -> tuple
     for block in blocks:
         seen = 0  # bytes of this block whose newlines are in `line`
         while cut < offset + len(block) and (newline := block.find(b"\n", max(0, cut - offset - 1))) >= 0:
-            line += block.count(b"\n", seen, newline + 1)
+            line += count_newlines(block, seen, newline + 1)
             seen = newline + 1
             borders.append((offset + seen, line))
             cut = offset + seen + span_bytes
-        line += block.count(b"\n", seen)
+        line += count_newlines(block, seen)
         offset += len(block)
         last = block[-1:]
     return spans_between(borders, offset), line - (last == b"\n")
@@ -42,7 +42,7 @@ def find_lines(blocks: Iterable[bytes], wanted: Sequence[int]) -> tuple[list[int
     last = b"\n"
     for block in blocks:
         newlines: npt.NDArray[np.int64] | None = None
-        before, line = line, line + block.count(b"\n")
+        before, line = line, line + count_newlines(block)
         while len(found) < len(wanted) and wanted[len(found)] <= line:
             if newlines is None:
                 newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
@@ -66,7 +66,7 @@ def cut_at_blank_lines(
             found = _BLANK_LINES.search(chunk, _line_start(chunk, max(0, cut - offset)))
             if found is None:
                 break
-            number += chunk.count(b"\n", seen, found.end())
+            number += count_newlines(chunk, seen, found.end())
             seen = found.end()
             borders.append((offset + seen, number))
             cut = offset + seen + span_bytes
