@@ -29,10 +29,12 @@ def test_the_records_shown_are_prepared(tmp_path: Path, monkeypatch: pytest.Monk
     *records, labelled = block.splitlines()
     assert set(json.loads(labelled)) == {"text", "label"}
     monkeypatch.chdir(tmp_path)
-    Path("records.jsonl").write_text("\n".join(records), encoding="utf-8")
+    for number, record in enumerate(records):
+        Path(f"{number}.jsonl").write_text(record, encoding="utf-8")
     Path("run.yaml").write_text(re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[0], encoding="utf-8")
     tokenizer = byte_level_folder(tmp_path / "tokenizer")
-    prepare_store(load_run(Path("run.yaml"), [f"data.tokenizer={tokenizer}", "data.validation_fraction=null"]))
+    changes = [f"data.tokenizer={tokenizer}", "data.validation_fraction=null", "data.train=[0.jsonl, 1.jsonl, 2.jsonl]"]
+    prepare_store(load_run(Path("run.yaml"), changes))
     store = resolve_store(Path("stores/sft"), "train")
     assert store is not None
     assert TokenStore.open(store).num_documents == len(records) == 3
