@@ -46,7 +46,8 @@ FlatIds = tuple[np.ndarray, np.ndarray]
 class Tokenizer:
     """A tokenizer with its special ids and chat template. Made by `open_tokenizer`.
 
-    prefix_ids and suffix_ids are what the tokenizer itself puts around a single text.
+    prefix_ids and suffix_ids are what the tokenizer itself puts around a single text; tells_pairs_apart: its
+    models take token types (BERT kinds), which its folder says.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: str | None,
         extension: str | None = None,
+        tells_pairs_apart: bool = False,
     ):
+        self.tells_pairs_apart = tells_pairs_apart
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         self.extension = extension
@@ -265,6 +268,8 @@ class Tokenizer:
             "model_max_length": int(1e30),
             **self.special_tokens,
         }
+        if self.tells_pairs_apart:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         files = {
             "tokenizer.json": self.pipeline_json,
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
@@ -326,7 +331,9 @@ def open_tokenizer(name: str) -> Tokenizer:
     backend.no_padding()
     extension = folder / EXTENSION_NAME
     spelling = extension.read_text(encoding="utf-8") if extension.is_file() else None
-    return Tokenizer(backend, specials, _read_chat_template(folder, config), spelling)
+    names = config.get("model_input_names")
+    apart = "token_type_ids" in names if isinstance(names, list) else file.suffix == ".txt"
+    return Tokenizer(backend, specials, _read_chat_template(folder, config), spelling, apart)
 
 
 def locate_tokenizer(name: str) -> Path:

@@ -69,7 +69,8 @@ class Batch:
     Packed (causal_lm): input_ids and position_ids are (1, N), the documents of all rows one after
     the other without padding; document_ends is (D + 1,) int32 from 0 to N; targets are the U
     positions whose next token is trained, and those tokens.
-    Padded (classification): input_ids is (B, T), lengths (B,); targets are rows and label ids.
+    Padded (classification): input_ids is (B, T), lengths (B,); pair_starts (B,) has the first token of
+    the second text of a pair, 0 where there is one text; targets are rows and label ids.
     """
 
     input_ids: Tensor
@@ -81,6 +82,7 @@ class Batch:
     document_ends: Tensor | None = None
     longest_document_tokens: int = 0
     lengths: Tensor | None = None
+    pair_starts: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -315,6 +317,7 @@ def padded_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         lengths=torch.from_numpy(lengths),
+        pair_starts=torch.from_numpy(np.asarray(store.column("pair_starts"))[documents].astype(np.int64)),
         target_positions=torch.from_numpy(targets),
         target_ids=torch.from_numpy(labels[: len(rows)]),
         rows=tuple(rows.tolist()),

@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from engine.errors import ConfigError
+
+#: What the engine trains.
 TaskName = Literal["causal_lm", "sequence_classification"]
+#: What a run file may prepare and inspect.
+PreparedTask = Literal[
+    "causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"
+]
 
 
 class Section(BaseModel):
@@ -132,7 +139,7 @@ class RunConfig(Section):
     """A whole run file."""
 
     run_dir: FilePath = Field(description="folder for checkpoints, logs and the resolved run file")
-    task: TaskName = Field(description="what is trained")
+    task: PreparedTask = Field(description="what the data is for; see `trained_task`")
     seed: int = Field(17, ge=0, lt=2**63, description="data order, dropout and random weights follow from it")
     data: StoreSection
     model: ModelSection
@@ -145,6 +152,16 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @property
+    def trained_task(self) -> TaskName:
+        """The task, if this engine trains it. Raises ConfigError for one whose data can only be prepared."""
+        if self.task not in ("causal_lm", "sequence_classification"):
+            raise ConfigError(
+                f"`task`: data for {self.task} can be prepared and inspected, but not trained yet;"
+                " causal_lm and sequence_classification can"
+            )
+        return self.task
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

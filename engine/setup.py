@@ -58,6 +58,8 @@ def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
             store = TokenStore.open(path)
             if store.task != config.task:
                 raise DataError(f"data.store_dir: {path} was prepared for task {store.task}, not {config.task}")
+            if config.task == "sequence_classification" and "labels" not in store.manifest["columns"]:
+                raise DataError(f"{path}: holds scores or several labels a text; one label each can be trained yet")
             opened[split] = (store, open_rows(store, config.data.row_tokens))
     if "train" not in opened:
         raise MissingInputError(
@@ -94,7 +96,7 @@ def build_engine(
     section = config.optimizer
     numbers: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
     groups = decay_groups(model, section.weight_decay)
-    task_model = TaskModel(model, config.task)
+    task_model = TaskModel(model, config.trained_task)
     if ds_config["zero_optimization"]["stage"] == 3:
         _partition(task_model, ds_config)
     optimizer: Any
@@ -142,7 +144,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             model_folder(config.model)  # one download a node, before everybody looks
     with ranks.together():
-        model = build_model(config.model, config.task, stores.facts, config.seed)
+        model = build_model(config.model, config.trained_task, stores.facts, config.seed)
     engine, parameters, fill = build_engine(config, ds_config, model)
     store, rows = stores.training
     training = Training(

@@ -84,6 +84,10 @@ def classification_logits(model: Any, batch: Batch) -> Tensor:
     if hasattr(model, "score"):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         return cast(Tensor, model.score(hidden[last]))
+    if (getattr(model.config, "type_vocab_size", None) or 1) > 1:  # BERT kinds tell the texts of a pair apart
+        assert batch.pair_starts is not None
+        starts = batch.pair_starts[:, None]
+        inputs["token_type_ids"] = ((starts > 0) & (positions >= starts)).long() * mask
     return cast(Tensor, model(**inputs).logits)
 
 

@@ -126,7 +126,9 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
     size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens)
     micro_batches = split_rows(training.rows, rows, ranks.world_size, size)
     for number, parts in enumerate(micro_batches):
-        batch = build_batch(config.task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0]))
+        batch = build_batch(
+            config.trained_task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0])
+        )
         padding, tokens = padding + batch.num_padding, tokens + batch.num_tokens
         batch = batch.to(ranks.device)
         watch.mark("data")
@@ -201,7 +203,9 @@ def _evaluate(training: Training) -> dict[str, float]:
     store.check_unchanged()
     batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
     size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
-    return evaluate(training.engine, training.config.task, store, rows, len(store.label_names), training.ranks, size)
+    return evaluate(
+        training.engine, training.config.trained_task, store, rows, len(store.label_names), training.ranks, size
+    )
 
 
 def _evaluate_and_judge(training: Training, progress: Progress, log: RunLog) -> None:

@@ -27,6 +27,7 @@ def plan_job(
     engine_flags: list[str] | None = None,
 ) -> Job:
     """Decide what runs where. Starts and writes nothing; ConfigError for what cannot work."""
+    _ = run.config.trained_task  # one that is not trained is told before anything is prepared
     engine_arguments = [str(run.resolved_path), *(engine_flags or [])]
     if hostfile is None:
         if include or exclude:

@@ -137,7 +137,7 @@ class MemoryStore:
         pass
 
     def column(self, name: str) -> np.ndarray:
-        return {"labels": self.labels}[name]
+        return {"labels": self.labels, "pair_starts": np.zeros(len(self.labels), dtype=np.uint32)}[name]
 
     def locate(self, document: int) -> str:
         return f"memory.jsonl:{document + 1}"

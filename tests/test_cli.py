@@ -80,6 +80,13 @@ def folder(tmp_path: Path) -> Path:
         (["train", "run.yaml", "--dry-run", "--include", "a"], 78, "--hostfile"),
         (["train", "run.yaml", "--dry-run", "--ranks", "0"], 78, "--ranks"),
         (["prepare", "run.yaml", "--ranks", "2"], 78, "--ranks"),
+        (["prepare", "run.yaml", "--part", "3/2"], 78, "a share such as 2/8"),
+        (
+            ["train", "run.yaml", "--dry-run", "task=token_classification"],
+            78,
+            "prepared and inspected, but not trained",
+        ),
+        (["train", "run.yaml", "--dry-run", "task=tagging"], 78, "task"),
         (["export", "nowhere", "out"], 66, "nowhere"),
         (["export", "made-by-hand", "tokenizer"], 73, "tokenizer"),
         (["export", "made-by-hand", "out"], 66, "store"),

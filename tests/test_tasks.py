@@ -1,5 +1,7 @@
 """Task losses and heads against the stock classes, metrics against their definitions."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,26 @@ def test_pooling_equals_the_stock_head_one_text_at_a_time(family: str) -> None:
         for row, logits in zip(rows, together, strict=True):
             alone = model(torch.from_numpy(store.documents[row])[None]).logits[0]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bert_is_told_which_text_of_a_pair_is_the_second() -> None:
+    model = make_model("bert", packed=False).eval()
+    store, index = memory_store("sequence_classification")
+    rows = np.array([0, 5, 11])
+    batch = padded_batch(store, index, rows, 0)
+    assert batch.pair_starts is not None
+    starts = [2, 0, 1]  # the second of these is one text
+    batch = dataclasses.replace(batch, pair_starts=torch.tensor(starts))
+    with torch.no_grad():
+        together = classification_logits(model, batch)
+        for row, start, logits in zip(rows, starts, together, strict=True):
+            ids = torch.from_numpy(store.documents[row])[None]
+            types = torch.zeros_like(ids)
+            types[0, start:] = int(start > 0)
+            alone = model(ids, token_type_ids=types).logits[0]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+            if start:
+                assert not torch.allclose(logits, model(ids).logits[0], rtol=1e-3)
 
 
 def test_pooling_is_not_fooled_by_padding_ids_inside_a_text() -> None:
