@@ -21,7 +21,8 @@ import tokenizers
 from data_prep.base_model import BaseModel
 from data_prep.errors import CannotWriteError, DataConfigError, PreparationError
 from data_prep.extension_pieces import NewPieces, learn_pieces
-from data_prep.tokenizer import EXTENSION_NAME, Tokenizer, locate_tokenizer, open_tokenizer, read_tokenizer_config
+from data_prep.tokenizer import EXTENSION_NAME, Tokenizer
+from data_prep.tokenizer_files import locate_tokenizer, open_tokenizer, read_tokenizer_config
 from data_prep.tokenizer_texts import LearningTexts
 from data_prep.train_tokenizer import Density, measure, write_folder
 

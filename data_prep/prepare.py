@@ -35,7 +35,8 @@ from data_prep.sources import find_sources, read_records
 from data_prep.store_folder import exclusive, remove_leftovers, remove_work, storage_errors, write_text_atomically
 from data_prep.templates import plain_template
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from data_prep.worker import HashRange, Task
 
 _RECOGNISED_FROM_RECORDS = 100

@@ -51,7 +51,7 @@ def train_tokenizer(
     Every text can be encoded and decoded exactly, and the same inputs give the same tokenizer.
     Raises as `train_sentencepiece` does.
     """
-    from data_prep.tokenizer import open_tokenizer
+    from data_prep.tokenizer_files import open_tokenizer
 
     texts = LearningTexts(inputs, progress=True)
     match kind:

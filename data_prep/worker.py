@@ -28,7 +28,8 @@ from data_prep.shapes import Shape, to_example
 from data_prep.sources import read_records
 from data_prep.template_proof import Plan
 from data_prep.templates import ChatFormat
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 
 Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"]
 

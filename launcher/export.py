@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from data_prep.token_store import TokenStore, resolve_store
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from engine.config import RunConfig
 from engine.errors import CannotWriteError, MissingInputError
 from engine.run_file import load_run_file

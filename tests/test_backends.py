@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from data_prep.backends import Backend, GigatokenBackend, TokenizersBackend, open_backend
 from data_prep.errors import BadDataError, DataConfigError
-from data_prep.tokenizer import FlatIds, Tokenizer, open_tokenizer
+from data_prep.tokenizer import FlatIds, Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 
 
 def encode_each(tokenizer: Tokenizer, texts: list[str], rendered: bool = False) -> list[list[int]]:

@@ -27,7 +27,8 @@ from data_prep.examples import (
     TextExample,
 )
 from data_prep.records import Record
-from data_prep.tokenizer import Tokenizer, id_type, open_tokenizer
+from data_prep.tokenizer import Tokenizer, id_type
+from data_prep.tokenizer_files import open_tokenizer
 
 
 def context(tokenizer: Tokenizer, **more: Any) -> Context:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from data_prep.train_tokenizer import train_sentencepiece
 from launcher.export import misreading_class
 

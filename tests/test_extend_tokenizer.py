@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from data_prep.errors import CannotWriteError, DataConfigError, MissingInputError
 from data_prep.extend_tokenizer import ExtensionReport, extend_tokenizer
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from launcher.cli import main
 
 samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample data")

@@ -11,7 +11,7 @@ import pytest
 from data_fixtures import byte_level_folder
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from launcher.generate import generate
 

@@ -14,7 +14,7 @@ from equivalence_cases import make_model, memory_store, reference_gradients
 from ranks import run_ranks
 
 from data_prep.extend_tokenizer import extend_tokenizer
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from engine.evaluate import macro_f1
 from engine.export import export_checkpoint
 

@@ -17,7 +17,8 @@ from data_prep.inspect_html import render_page
 from data_prep.inspect_rows import Selection, select
 from data_prep.token_store import TokenStore, open_rows
 from data_prep.token_text import clean
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 
 
 @pytest.fixture(scope="module")

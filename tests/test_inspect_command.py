@@ -15,7 +15,8 @@ from store_fixtures import SourceDocuments, make_store
 
 from data_prep.arrange import RowPlan
 from data_prep.token_store import CURRENT_NAME, MANIFEST_NAME, content_digest
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from launcher import cli
 from launcher.run_config import load_run
 

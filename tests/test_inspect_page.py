@@ -14,7 +14,8 @@ from data_prep.inspect import describe
 from data_prep.inspect_html import render_page, write_page
 from data_prep.inspect_rows import Selection
 from data_prep.token_text import clean
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 
 
 @pytest.fixture(scope="module")

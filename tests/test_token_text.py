@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.token_text import TokenText, clean, visible
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processo
 from transformers import AutoTokenizer, BertTokenizer
 
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from data_prep.train_tokenizer import train_sentencepiece
 
 TEXTS = [

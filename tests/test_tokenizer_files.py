@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from data_prep.errors import BadDataError, MissingInputError, RefusedError
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 
 TEXTS = [
     *sentences(40, seed=9),

@@ -9,7 +9,7 @@ from data_fixtures import sentences
 from transformers import AutoTokenizer
 
 from data_prep.errors import BadDataError, DataConfigError
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_files import open_tokenizer
 from data_prep.tokenizer_texts import LearningTexts
 from data_prep.train_tokenizer import Kind, measure, train_tokenizer
 from launcher.cli import main
