@@ -226,8 +226,7 @@ def _encoding_key(config: DataConfig, encoding: Encoding) -> str:
     """Identity of how records become documents, whatever the records are."""
     settings = config.model_dump(mode="json", include=set(_CONTENT_KEYS))
     if encoding.task == "causal_lm":
-        # How over-long documents are cut is a matter of rows there, unless they are refused.
-        settings["overlong"] = settings["overlong"] == "error" and config.row_tokens
+        del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
     else:
         settings["row_tokens"] = config.row_tokens
     files = encoding.tokenizer.files(encoding.chat_template)

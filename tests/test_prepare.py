@@ -449,3 +449,14 @@ def test_control_strings_in_a_conversation_stay_text(tmp_path: Path) -> None:
         assert text.count(hostile) == 2
         trained = saved.decode(store.tokens(0)[store.targets(0)].tolist(), skip_special_tokens=False)
         assert trained == f"no {hostile}<|im_end|>"
+
+
+def test_another_row_length_never_tokenises_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(40)])
+    values = section(tmp_path, byte_level_folder(tmp_path / "tokenizer"), path, row_tokens=256)  # overlong: error
+    first = run(values)["train"]
+    other = run({**values, "row_tokens": 512, "packing": "wrap"}, progress=True)["train"]
+    assert f"reusing the tokens of {first}" in capsys.readouterr().out
+    assert (other / "input_ids.npy").stat().st_ino == (first / "input_ids.npy").stat().st_ino
+    with pytest.raises(BadDataError, match=r"a\.jsonl:\d+: \d+ tokens do not fit a row of 8"):
+        run({**values, "row_tokens": 8})
