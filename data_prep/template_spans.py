@@ -78,6 +78,9 @@ def block_spans(blocks: Sequence[Block], messages: Sequence[Message]) -> dict[in
     A block outside of the loop over the messages belongs to the last answer; if all are, they are the
     answers in their order.
     """
+    known = {block.message_index: (block.start, block.stop) for block in blocks}
+    if len(known) == len(blocks) and None not in known:
+        return {index: span for index, span in known.items() if index is not None}
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     ordered = len(blocks) == len(answers) and all(block.message_index is None for block in blocks)
     spans: dict[int, tuple[int, int]] = {}

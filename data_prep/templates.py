@@ -213,9 +213,13 @@ class ChatFormat:
                     f"{where}: no generation block of the chat template writes messages[{index}] ({role})"
                 )
             start, stop = found[index]
-            self._check_words(messages[index], text[start:stop], index, where)
-            body = text[start:stop].rstrip()
-            num_stops += self._headers.stop_of(body)
+            message = messages[index]
+            content = message.get("content")
+            # Most turns are plain text that stands there as it is, and end with their stop token.
+            if len(message) > 2 or type(content) is not str or text.find(content, start, stop) < 0:
+                self._check_words(message, text[start:stop], index, where)
+            stops = self._headers.stops
+            num_stops += text.endswith(stops, start, stop) or self._headers.stop_of(text[start:stop].rstrip())
             if stop > start:
                 spans.append((start, stop))
         return text, spans, num_stops
