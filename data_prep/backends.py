@@ -51,6 +51,7 @@ class TokenizersBackend:
     name = "tokenizers"
 
     def __init__(self, tokenizer: Tokenizer):
+        tokenizer.remember_words()
         self.encode = tokenizer.encode_flat
         self.encode_rendered = tokenizer.encode_rendered
 

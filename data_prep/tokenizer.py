@@ -20,6 +20,7 @@ EXTENSION_NAME = "extension.json"
 #: Named special tokens, in the order in which Hugging Face gives them ids.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _JOINT = "\ufdef"  # a noncharacter: no text holds it
+_REMEMBERED_WORDS = 200_000  # some 30 MB
 _SUB_BATCH_TEXTS = 64  # the library keeps all results of a call: larger calls cost memory and time
 
 #: Ids of all texts, one after the other, in the type in which they are stored; int64 end of each text.
@@ -98,6 +99,12 @@ class Tokenizer:
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
+
+    def remember_words(self) -> None:
+        """Let a BPE remember more words than the library's 10,000, which saves a tenth of the time on large inputs."""
+        resize = getattr(self._backend.model, "_resize_cache", None)
+        if resize is not None:
+            resize(_REMEMBERED_WORDS)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, without special tokens; strings of control tokens are encoded as plain text."""
