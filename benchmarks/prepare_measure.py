@@ -39,11 +39,13 @@ def run(command: list[str]) -> Usage:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
+    # Installed programs are compiled once, not at every start.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | settings
     cpu = peak = 0.0
     code = 0
     with tempfile.TemporaryFile() as standard, tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
-        child = subprocess.Popen(command, stdout=standard, stderr=errors, env=os.environ | settings)
+        child = subprocess.Popen(command, stdout=standard, stderr=errors, env=environment)
         wall = None
         while True:
             try:
