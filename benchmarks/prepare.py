@@ -62,7 +62,9 @@ class Bench:
         """The preparation of all conversations."""
         return "chat gigatoken" if self.fast else "chat many"
 
-    def prepare(self, name: str, source: str, backend: str, row_tokens: int, **options: Any) -> Usage:
+    def prepare(
+        self, name: str, source: str, backend: str, row_tokens: int, words: tuple[str, ...] = (), **options: Any
+    ) -> Usage:
         """Prepare `source` in a new process and store, and note what it took under `name`."""
         folder = self.work / "stores" / options.pop("store", name)
         section = {
@@ -70,7 +72,7 @@ class Bench:
             "row_tokens": row_tokens, "overlong": "truncate" if source.startswith("chat") else "split",
             "workers": 1, "backend": backend, **options,
         }  # fmt: skip
-        usage = run([sys.executable, str(HERE / "prepare_run.py"), json.dumps(section)])
+        usage = run([sys.executable, str(HERE / "prepare_run.py"), json.dumps(section), *words])
         self.runs.setdefault(name, []).append(usage)
         print(
             f"  {name:22s} {usage.cpu_seconds:6.2f} CPU s  {usage.wall_seconds:6.2f} s  {usage.peak_mb:5.0f} MB",
@@ -191,6 +193,10 @@ def measure_others(bench: Bench) -> None:
         bench.prepare("files gigatoken", "text_files", backend, TEXT_ROW_TOKENS)
     if not bench.fast:
         bench.prepare("chat many", "chat_many.jsonl", backend, CHAT_ROW_TOKENS)
+    for _ in range(bench.sizes.rounds):
+        for name, source in (("first document", "text_tiny"), ("first conversation", "chat_tiny.jsonl")):
+            bench.forget(name)
+            bench.prepare(name, source, backend, CHAT_ROW_TOKENS, ("encode",))
     bench.prepare("chat turns", "chat_turns.jsonl", backend, TURNS_ROW_TOKENS)
     for workers in (2, 5):
         bench.prepare(f"workers {workers}", "chat_parts", "tokenizers", CHAT_ROW_TOKENS, workers=workers)
@@ -225,7 +231,11 @@ def other_figures(bench: Bench) -> dict[str, Any]:
         "peak_growth": (whole - tenth) / more,
         "peak_rss_mb": whole,
         "repack_1e6_seconds": max(0.0, bench.beyond("repack short", "repack short_tiny")) * 1e6 / documents,
-        "first_document_seconds": statistics.median(usage.wall_seconds for usage in bench.runs[start]),
+        "first_document_seconds": statistics.median(usage.wall_seconds for usage in bench.runs["first document"]),
+        "first_conversation_seconds": statistics.median(
+            usage.wall_seconds for usage in bench.runs["first conversation"]
+        ),
+        "one_record_seconds": statistics.median(usage.wall_seconds for usage in bench.runs[start]),
         "turns_linearity": turns,
         "identical_bytes_1_2_5_workers": same_files(stores),
         "heavy_imports": sorted(heavy),

@@ -57,11 +57,14 @@ class TokenizersBackend:
 
 
 class GigatokenBackend:
-    """gigatoken behind the gate. Raises DataConfigError for a tokenizer that it does not encode the same way."""
+    """gigatoken behind the gate, made ready for plain texts or for `rendered` conversations.
+
+    Raises DataConfigError for a tokenizer that it does not encode the same way.
+    """
 
     name = "gigatoken"
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, rendered: bool = False):
         self._reference = tokenizer
         self._added: list[dict[str, Any]] = tokenizer.pipeline_part("added_tokens")
         self._references = {"plain": tokenizer.encode_flat, "rendered": tokenizer.encode_rendered}
@@ -71,7 +74,7 @@ class GigatokenBackend:
         self._first_characters = _GATE_FIRST_CHARACTERS
         self._engines: dict[str, Any] = {}
         self._opened_bytes = _resident_bytes()
-        self._engine("plain")  # what cannot be opened is told at once
+        self._engine("rendered" if rendered else "plain")  # what cannot be opened is told at once
 
     def _refuse_unsafe(self) -> None:
         """What gigatoken 0.10 reads without complaint but encodes in its own way."""
@@ -207,8 +210,11 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
-def open_backend(choice: str, tokenizer: Tokenizer) -> Backend:
-    """The backend that data.backend asks for; ``auto``: gigatoken where it is installed and passes the gate."""
+def open_backend(choice: str, tokenizer: Tokenizer, rendered: bool = False) -> Backend:
+    """The backend that data.backend asks for; ``auto``: gigatoken where it is installed and passes the gate.
+
+    `rendered`: conversations will come first. It encodes both kinds of text in any case.
+    """
     if choice == "tokenizers":
         return TokenizersBackend(tokenizer)
     if importlib.util.find_spec("gigatoken") is None:
@@ -216,7 +222,7 @@ def open_backend(choice: str, tokenizer: Tokenizer) -> Backend:
             raise DataConfigError("data.backend: gigatoken is not installed; pip install 'fulltune[fast]'")
         return TokenizersBackend(tokenizer)
     try:
-        return GigatokenBackend(tokenizer)
+        return GigatokenBackend(tokenizer, rendered)
     except (DataConfigError, BadDataError):
         if choice == "gigatoken":
             raise

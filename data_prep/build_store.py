@@ -24,7 +24,6 @@ from data_prep.shapes import Shape
 from data_prep.sources import check_unchanged
 from data_prep.store_folder import link_content, publish
 from data_prep.store_writer import describe_files, write_content
-from data_prep.template_child import prove_apart
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 from data_prep.tokenizer import Tokenizer
 from data_prep.worker import HashRange, Job, SplitJob, Task, Work
@@ -156,6 +155,8 @@ def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encodin
     now = datetime.fromisoformat((tokenizer_dir / "now.txt").read_text(encoding="ascii"))
     plan = None
     if encoding.chat_template is not None and any(one.shape.gives_chats for one in group.inputs):
+        from data_prep.template_child import prove_apart  # with the template engine, which most data does without
+
         tokenizer = encoding.tokenizer
         plan = prove_apart(
             encoding.chat_template,

@@ -9,7 +9,7 @@ of a document do not add up to its text (a normaliser changed it), its character
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from data_prep.blocks import Block, Names, join_blocks
 from data_prep.errors import BadDataError, UntrainableError
 from data_prep.examples import ChatExample, Example, PromptExample, TextExample
 from data_prep.records import Record
-from data_prep.template_sandbox import limits
-from data_prep.templates import ChatFormat, Rendered
 from data_prep.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # with its template engine, which most data does without
+    from data_prep.templates import ChatFormat, Rendered
 
 _LONG_TOKENS = 512  # documents that are longer on average are copied one by one
 
@@ -31,7 +32,7 @@ class Context:
 
     tokenizer: Tokenizer
     backend: Backend
-    chat: ChatFormat | None
+    chat: "ChatFormat | None"
     names: Names
     train_on_prompt: bool = False
     allow_untrained_stop: bool = False
@@ -109,6 +110,8 @@ def _encode_prompts(records: Sequence[Record], examples: Sequence[PromptExample]
 
 
 def _encode_chats(records: Sequence[Record], examples: Sequence[ChatExample], context: Context) -> Block:
+    from data_prep.template_sandbox import limits
+
     chat, tokenizer = context.chat, context.tokenizer
     assert chat is not None
     with limits():
@@ -132,7 +135,7 @@ def _encode_chats(records: Sequence[Record], examples: Sequence[ChatExample], co
     return _block(ids, marks, lengths, records, num_answers=answers, num_stops=stops)
 
 
-def _encode_rendered(rendered: Sequence[Rendered], context: Context) -> tuple[np.ndarray, np.ndarray]:
+def _encode_rendered(rendered: "Sequence[Rendered]", context: Context) -> tuple[np.ndarray, np.ndarray]:
     """Ids and ends of rendered conversations; those with literal control strings go their own, exact way."""
     ids, ends = context.backend.encode_rendered([one.text for one in rendered])
     escaped = [index for index, one in enumerate(rendered) if one.literal_spans]
@@ -145,7 +148,9 @@ def _encode_rendered(rendered: Sequence[Rendered], context: Context) -> tuple[np
     return np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64)
 
 
-def _mark_rendered(rendered: Sequence[Rendered], ids: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def _mark_rendered(
+    rendered: "Sequence[Rendered]", ids: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer
+) -> np.ndarray:
     """uint8 [tokens]: which tokens hold a character of a trained span.
 
     A token that begins before a span and reaches into it counts: where a template ends its header with a
@@ -182,7 +187,7 @@ def _marks_by_bytes(
     return spans_to_marks(len(ids), first, last)
 
 
-def _byte_spans(rendered: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _byte_spans(rendered: "Sequence[Rendered]") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes of every text, and the trained spans in bytes of all texts laid end to end."""
     sizes, starts, stops = [], [], []
     base = 0
@@ -207,7 +212,7 @@ def _byte_spans(rendered: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray, n
     return np.array(sizes), np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64)
 
 
-def _marks_by_offsets(one: Rendered, tokenizer: Tokenizer, ids: np.ndarray | None) -> np.ndarray:
+def _marks_by_offsets(one: "Rendered", tokenizer: Tokenizer, ids: np.ndarray | None) -> np.ndarray:
     """Marks of one conversation from character offsets; `ids` are what it was encoded to."""
     found, pairs = tokenizer.rendered_with_offsets(_literal_pieces(one))
     if ids is not None and not np.array_equal(ids, found):
@@ -219,7 +224,7 @@ def _marks_by_offsets(one: Rendered, tokenizer: Tokenizer, ids: np.ndarray | Non
     return spans_to_marks(len(offsets), first, np.maximum(first, last))
 
 
-def _literal_pieces(one: Rendered) -> list[str]:
+def _literal_pieces(one: "Rendered") -> list[str]:
     cuts = [0, *(start + 1 for start, _ in one.literal_spans), len(one.text)]
     return [one.text[a:b] for a, b in pairwise(cuts)]
 

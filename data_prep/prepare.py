@@ -29,11 +29,11 @@ from data_prep.build_store import (
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.ledger import ledger_table
+from data_prep.plain_template import plain_template
 from data_prep.records import Record, SourceFile
 from data_prep.shapes import recognise
 from data_prep.sources import find_sources, read_records
 from data_prep.store_folder import exclusive, remove_leftovers, remove_work, storage_errors, write_text_atomically
-from data_prep.templates import plain_template
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_files import open_tokenizer

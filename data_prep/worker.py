@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xxhash
@@ -28,10 +28,11 @@ from data_prep.parts import PartAccount, PartWriter
 from data_prep.records import Record, SourceFile, Span
 from data_prep.shapes import Shape, to_example
 from data_prep.sources import read_records
-from data_prep.template_proof import Plan
-from data_prep.templates import ChatFormat
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_files import open_tokenizer
+
+if TYPE_CHECKING:  # with its template engine, which most data does without
+    from data_prep.template_proof import Plan
 
 Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"]
 
@@ -66,7 +67,7 @@ class Job:
     tokenizer_dir: Path  # the folder that goes into the store, so that exactly it is what encodes
     chat_template: str | None
     now: datetime
-    plan: Plan | None  # what is known of the template; None where no record is a conversation
+    plan: "Plan | None"  # what is known of the template; None where no record is a conversation
     splits: tuple[SplitJob, ...]
 
 
@@ -101,9 +102,11 @@ class Encoder:
         self.job = job
         config = job.config
         self.tokenizer = tokenizer or open_tokenizer(str(job.tokenizer_dir))
-        self._backend = open_backend(config.backend, self.tokenizer)
+        self._backend = open_backend(config.backend, self.tokenizer, rendered=job.plan is not None)
         self._chat = None
         if job.plan is not None:
+            from data_prep.templates import ChatFormat
+
             assert job.chat_template is not None
             names = self.tokenizer.special_tokens, self.tokenizer.control_strings
             self._chat = ChatFormat(job.chat_template, *names, job.now, config.chat, job.plan)

@@ -10,7 +10,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep.config import ChatConfig
 from data_prep.examples import ChatExample
-from data_prep.templates import PLAIN_TEMPLATE, ChatFormat, Rendered
+from data_prep.plain_template import PLAIN_TEMPLATE
+from data_prep.templates import ChatFormat, Rendered
 
 NOW = datetime.now()  # transformers' clock cannot be set
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
