@@ -58,7 +58,7 @@ class Input:
 
 def _part_name(one: Input, file: SourceFile, span: Span) -> str:
     """The same for the same content read in the same way, wherever the file lies and whatever is beside it."""
-    identity = [one.reading_key(), file.format, file.compression, file.sha256, span.start, span.stop]
+    identity = [one.reading_key(), file.format, file.compression, file.xxh3_128, span.start, span.stop]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -302,7 +302,7 @@ def _account_sources(
             documents = sum(left.num_documents for _, left in spans)
             files.append(
                 {
-                    "path": file.label, "sha256": file.sha256, "size_bytes": file.size_bytes,
+                    "path": file.label, "xxh3_128": file.xxh3_128, "size_bytes": file.size_bytes,
                     "first_document": first_document, "num_documents": documents,
                 }
             )  # fmt: skip

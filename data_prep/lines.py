@@ -9,6 +9,7 @@ from data_prep.errors import BadDataError
 LINE_LIMIT_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
 _NEWLINE = ord("\n")
+_SEARCH_BYTES = 1 << 18  # what is compared at once stays in the cache
 
 
 def count_newlines(data: bytes, start: int = 0, stop: int | None = None) -> int:
@@ -16,10 +17,23 @@ def count_newlines(data: bytes, start: int = 0, stop: int | None = None) -> int:
     return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8)[start:stop] == _NEWLINE))
 
 
+def find_newlines(data: bytes) -> np.ndarray:
+    """int64: the places of all newlines."""
+    values = np.frombuffer(data, dtype=np.uint8)
+    pieces = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(values), _SEARCH_BYTES):
+        places = np.flatnonzero(values[start : start + _SEARCH_BYTES] == _NEWLINE)
+        places += start
+        pieces.append(places)
+    return np.concatenate(pieces)
+
+
 def whole_lines(
     blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
-) -> Iterator[tuple[bytes, int]]:
-    """Chunks of whole lines, each with the number of its first line. Only the last may lack its final newline.
+) -> Iterator[tuple[bytes, np.ndarray, int]]:
+    """Chunks of whole lines, each with the places of its newlines and the number of its first line.
+
+    Only the last may lack its final newline.
 
     Raises BadDataError for a line of more than `limit_bytes`.
     """
@@ -38,10 +52,11 @@ def whole_lines(
         chunk = b"".join((*pending, whole)) if pending or whole is not block else block
         pending = [block[stop:]] if stop < len(block) else []
         pending_bytes = len(block) - stop
-        yield chunk, line
-        line += count_newlines(chunk)
+        newlines = find_newlines(chunk)
+        yield chunk, newlines, line
+        line += len(newlines)
     if pending:
-        yield b"".join(pending), line
+        yield b"".join(pending), np.zeros(0, dtype=np.int64), line
 
 
 def with_whole_mark(blocks: Iterable[bytes]) -> Iterator[bytes]:

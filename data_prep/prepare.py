@@ -237,7 +237,7 @@ def _encoding_key(config: DataConfig, encoding: Encoding) -> str:
 def _input_key(encoding_key: str, inputs: Sequence[Input], belongs_to: str) -> str:
     """Identity of the documents that an input becomes."""
     described = [
-        [one.name, one.reading_key(), [(file.label, file.size_bytes, file.sha256) for file in one.files]]
+        [one.name, one.reading_key(), [(file.label, file.size_bytes, file.xxh3_128) for file in one.files]]
         for one in inputs
     ]
     return _key([encoding_key, belongs_to, described])

@@ -9,8 +9,7 @@ from data_prep.errors import BadDataError
 from data_prep.lines import BOM, LINE_LIMIT_BYTES, decode, text_lines, whole_lines
 from data_prep.records import Record
 
-_NEWLINE = ord("\n")
-_MAY_END_BLANK = np.array([byte >= 0x80 or chr(byte).isspace() for byte in range(256)])
+_MAY_BE_BLANK = np.array([byte >= 0x80 or chr(byte).isspace() for byte in range(256)])
 
 
 def read_text(
@@ -40,22 +39,18 @@ def _lines(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int
 def _paragraphs(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int) -> Iterator[Record]:
     held: list[bytes] = []  # a paragraph that has begun in earlier chunks
     begin = size = 0
-    for chunk, first in whole_lines(blocks, path, first_line, limit_bytes):
-        if first == 1:
-            chunk = chunk.removeprefix(BOM)
+    for chunk, newlines, first in whole_lines(blocks, path, first_line, limit_bytes):
+        if first == 1 and chunk.startswith(BOM):
+            chunk, newlines = chunk.removeprefix(BOM), newlines - len(BOM)
         if not chunk:
             continue
-        ends, blank = _line_ends(chunk)
-        starts = np.concatenate(([0], ends[:-1] + 1))
-        # Runs of lines that are not blank: [run_starts, run_stops) of the chunk's lines.
-        change = np.diff(np.concatenate(([1], blank, [1])).astype(np.int8))
-        for run_start, run_stop in zip(
-            np.flatnonzero(change < 0).tolist(), np.flatnonzero(change > 0).tolist(), strict=True
-        ):
-            piece = chunk[int(starts[run_start]) : int(ends[run_stop - 1])]
-            if held and run_start:  # a blank line came first
-                yield _paragraph(held, path, begin)
-                held = []
+        ends = newlines if len(newlines) and newlines[-1] == len(chunk) - 1 else np.append(newlines, len(chunk))
+        blank = _blank_lines(chunk, ends)
+        if held and len(blank) and blank[0] == 0:
+            yield _paragraph(held, path, begin)
+            held = []
+        for run_start, run_stop, start, stop in _runs(ends, blank):
+            piece = chunk[start:stop]
             if not held:
                 begin, size = first + run_start, 0
             held.append(piece)
@@ -65,30 +60,36 @@ def _paragraphs(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes
             if run_stop < len(ends):
                 yield _paragraph(held, path, begin)
                 held = []
-        if held and len(blank) and blank.all():
-            yield _paragraph(held, path, begin)
-            held = []
     if held:
         yield _paragraph(held, path, begin)
 
 
-def _line_ends(chunk: bytes) -> tuple[np.ndarray, np.ndarray]:
-    r"""Where each line of a chunk ends (at its ``\n``, or the chunk's end), and which hold only white space."""
+def _blank_lines(chunk: bytes, ends: np.ndarray) -> np.ndarray:
+    """The numbers, ascending from 0, of the lines that hold only white space. `ends`: where each line ends."""
     data = np.frombuffer(chunk, dtype=np.uint8)
-    ends = np.flatnonzero(data == _NEWLINE)
-    if not len(ends) or ends[-1] != len(data) - 1:
-        ends = np.append(ends, len(data))
-    # Only a line whose last byte is white space, or part of a wider character, can be blank.
-    before = data[np.maximum(ends - 1, 0)]
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    blank = ends == starts
-    for line in np.flatnonzero(_MAY_END_BLANK[before] & ~blank).tolist():
-        blank[line] = chunk[int(starts[line]) : int(ends[line])].decode(errors="replace").isspace()
-    return ends, blank
+    # Only a line whose last byte is white space, or part of a wider character, can be blank; so of its first.
+    odd = np.flatnonzero(_MAY_BE_BLANK[data[ends - 1]])  # before an empty line stands a newline; at a chunk's end too
+    starts = np.where(odd > 0, ends[odd - 1] + 1, 0)
+    empty = starts == ends[odd]
+    odd, starts, empty = (values[empty | _MAY_BE_BLANK[data[starts]]] for values in (odd, starts, empty))
+    for place in np.flatnonzero(~empty).tolist():
+        line = chunk[int(starts[place]) : int(ends[odd[place]])]
+        empty[place] = line.isspace() or line.decode(errors="replace").isspace()
+    return odd[empty]
+
+
+def _runs(ends: np.ndarray, blank: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """The runs of lines that are not blank: lines [start, stop) from 0, and their bytes [start, stop)."""
+    starts = np.concatenate(([0], blank + 1))
+    stops = np.append(blank, len(ends))
+    some = starts < stops
+    starts, stops = starts[some], stops[some]
+    first_bytes = np.where(starts > 0, ends[starts - 1] + 1, 0)
+    return zip(starts.tolist(), stops.tolist(), first_bytes.tolist(), ends[stops - 1].tolist(), strict=True)
 
 
 def _paragraph(pieces: list[bytes], path: str, line: int) -> Record:
-    content = b"\n".join(pieces)
+    content = pieces[0] if len(pieces) == 1 else b"\n".join(pieces)
     if b"\r" in content:
         content = content.replace(b"\r\n", b"\n").removesuffix(b"\r")
     text, fault = decode(content, path, line)

@@ -45,7 +45,7 @@ class AlignedFile:
     compression: Compression
     size_bytes: int
     modified_ns: int
-    sha256: str
+    xxh3_128: str
     offsets: tuple[int, ...]  # byte where each span begins; none for WHOLE_FILE
 
 
@@ -53,7 +53,7 @@ class AlignedFile:
 class SourceFile:
     """One input file: what it is, its identity, and the spans it is worked on in, the same for any number of workers.
 
-    Of aligned files `path` is the first, `size_bytes` the sum, `sha256` a hash of all and their field names.
+    Of aligned files `path` is the first, `size_bytes` the sum, `xxh3_128` a hash of all and their field names.
     """
 
     path: str  # what is opened; of a data set on the Hub, where its records lie on this machine
@@ -63,7 +63,7 @@ class SourceFile:
     config: SourceConfig
     size_bytes: int
     modified_ns: int
-    sha256: str
+    xxh3_128: str
     spans: tuple[Span, ...]
     aligned: tuple[AlignedFile, ...] = ()
 

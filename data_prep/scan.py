@@ -1,8 +1,9 @@
 """Hashes a file and cuts it into spans in one pass with constant memory. Spans depend on the bytes alone."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import xxhash
 
 from data_prep.config import Format, SourceConfig
 from data_prep.decompress import Compression, file_blocks, find_compression, stat_file
@@ -24,7 +25,7 @@ class HashedBlocks:
         self.path = path
         self.advance = advance
         self.status = stat_file(path)
-        self.digest = hashlib.sha256()
+        self.digest = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[bytes]:
         for block in file_blocks(self.path, 0, self.status.st_size):
@@ -64,9 +65,9 @@ def _cut(hashed: HashedBlocks, name: Format, config: SourceConfig) -> list[Span]
         case "json" | "squad":
             return cut_json(hashed, path, "data" if name == "squad" else config.split)
         case "conll" | "conllu":
-            return cut_at_blank_lines(hashed, path)
+            return cut_at_blank_lines(hashed)
         case "text" if config.document == "blank_line":
-            return cut_at_blank_lines(hashed, path)
+            return cut_at_blank_lines(hashed)
         case "text" if config.document == "file":
             hashed.hash_all()
             return [Span(0, size, 1)] if size else []
@@ -97,11 +98,11 @@ def scan_aligned(config: SourceConfig, names: dict[str, str], advance: Advance) 
     else:
         cut, offsets = _cut_aligned(hashes)
     files = tuple(
-        AlignedFile(field, hashed.path, compression, hashed.status.st_size, hashed.status.st_mtime_ns, sha256, starts)
+        AlignedFile(field, hashed.path, compression, hashed.status.st_size, hashed.status.st_mtime_ns, digest, starts)
         for field, hashed, compression, starts in zip(names, hashes, compressions, offsets, strict=True)
-        for sha256 in [hashed.digest.hexdigest()]
+        for digest in [hashed.digest.hexdigest()]
     )
-    identity = hashlib.sha256("".join(f"{file.field}\0{file.sha256}\0" for file in files).encode()).hexdigest()
+    identity = xxhash.xxh3_128("".join(f"{file.field}\0{file.xxh3_128}\0" for file in files).encode()).hexdigest()
     size, modified = sum(file.size_bytes for file in files), max(file.modified_ns for file in files)
     return SourceFile(files[0].path, files[0].path, "aligned", "none", config, size, modified, identity, cut, files)
 

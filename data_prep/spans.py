@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.lines import LINE_LIMIT_BYTES, count_newlines, whole_lines
+from data_prep.lines import count_newlines
 from data_prep.records import Span
 
 SPAN_BYTES = 4 << 20
 
-_BLANK_LINES = re.compile(rb"^(?:[ \t\r]*\n)+", re.MULTILINE)
+_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_BLANK_SO_FAR = re.compile(rb"\n[ \t\r]*\Z")
+_TAIL_BYTES = 4096  # a longer line of white space is no border, which changes no record
 
 
 def cut_at_lines(blocks: Iterable[bytes], span_bytes: int = SPAN_BYTES) -> tuple[list[Span], int]:
@@ -53,29 +55,24 @@ def find_lines(blocks: Iterable[bytes], wanted: Sequence[int]) -> tuple[list[int
     return found, line - (last == b"\n")
 
 
-def cut_at_blank_lines(
-    blocks: Iterable[bytes], path: str, span_bytes: int = SPAN_BYTES, limit_bytes: int = LINE_LIMIT_BYTES
-) -> list[Span]:
-    """Spans that begin behind a blank line. Raises BadDataError for a line of more than `limit_bytes`."""
-    offset, cut = 0, span_bytes
+def cut_at_blank_lines(blocks: Iterable[bytes], span_bytes: int = SPAN_BYTES) -> list[Span]:
+    """Spans of at least `span_bytes` each (but the last) that begin behind a blank line."""
+    offset, line, cut = 0, 1, span_bytes
     borders = [(0, 1)]
-    for chunk, line in whole_lines(blocks, path, 1, limit_bytes):
-        seen, number = 0, line
-        while cut < offset + len(chunk):
-            # A chunk begins at a line, and so does what MULTILINE's ^ finds.
-            found = _BLANK_LINES.search(chunk, _line_start(chunk, max(0, cut - offset)))
-            if found is None:
-                break
-            number += count_newlines(chunk, seen, found.end())
+    tail = b""  # the newline before a line that is blank as far as it has come
+    for block in blocks:
+        data = tail + block if tail else block
+        base, seen = offset - len(tail), len(tail)
+        while cut < base + len(data) and (found := _BLANK_LINE.search(data, max(0, cut - base - 1))):
+            line += count_newlines(data, seen, found.end())
             seen = found.end()
-            borders.append((offset + seen, number))
-            cut = offset + seen + span_bytes
-        offset += len(chunk)
+            borders.append((base + seen, line))
+            cut = base + seen + span_bytes
+        line += count_newlines(data, seen)
+        offset += len(block)
+        begun = _BLANK_SO_FAR.search(data[-_TAIL_BYTES:])
+        tail = begun.group() if begun else b""
     return spans_between(borders, offset)
-
-
-def _line_start(chunk: bytes, position: int) -> int:
-    return chunk.rfind(b"\n", 0, position) + 1
 
 
 def spans_between(borders: list[tuple[int, int]], stop: int) -> list[Span]:

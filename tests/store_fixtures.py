@@ -92,7 +92,7 @@ def write_store(
                 "records_of_other_split": source.other_split, "duplicates": source.duplicates,
                 "dropped": source.dropped, "extra_documents": source.extra_documents, "records_truncated": 0,
                 "files": [
-                    {"path": f"{source.name}.jsonl", "sha256": "", "size_bytes": 0, "first_document": first, "num_documents": count}
+                    {"path": f"{source.name}.jsonl", "xxh3_128": "", "size_bytes": 0, "first_document": first, "num_documents": count}
                 ],
             }
         )  # fmt: skip

@@ -90,7 +90,7 @@ def test_spans_end_between_sentences(span_bytes: int, size: int) -> None:
     whole = list(read_conll([content], "a.conll", None))
     assert len(whole) == 60
     blocks = [content[at : at + size] for at in range(0, len(content), size)]
-    spans = cut_at_blank_lines(blocks, "a.conll", span_bytes)
+    spans = cut_at_blank_lines(blocks, span_bytes)
     assert len(spans) >= 5 and spans[-1].stop == len(content)
     pieced = [r for s in spans for r in read_conll([content[s.start : s.stop]], "a.conll", None, s.first_line)]
     assert pieced == whole

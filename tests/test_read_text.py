@@ -50,7 +50,7 @@ def test_paragraphs_are_the_same_in_spans(size: int) -> None:
         f"{'x' * (number % 5)}\n" * (number % 3) + " \t\n" * (number % 2) for number in range(100)
     ).encode()
     blocks = [content[at : at + size] for at in range(0, len(content), size)]
-    spans = cut_at_blank_lines(blocks, "a.txt", 20)
+    spans = cut_at_blank_lines(blocks, 20)
     assert len(spans) > 10
     pieced = [pair for s in spans for pair in texts("blank_line", content[s.start : s.stop], first_line=s.first_line)]
     assert pieced == texts("blank_line", content)
