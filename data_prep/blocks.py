@@ -1,6 +1,6 @@
 """Encoded documents as flat arrays: what encoding makes and the store keeps, with no Python object a token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,10 @@ RAGGED_LENGTHS = "_lengths"
 @dataclass(frozen=True)
 class Block:
     """Consecutive documents. `columns` holds input_ids and marks [tokens], lengths and lines [documents], and the
-    task's columns; a ragged one with its lengths [documents] under ``<name>_lengths``."""
+    task's columns; a ragged one with its lengths [documents] under ``<name>_lengths``.
+
+    Without marks every token but the first of each document is a target.
+    """
 
     columns: dict[str, np.ndarray]
     num_targets: int = 0
@@ -50,8 +53,20 @@ def join_blocks(blocks: Sequence[Block]) -> Block:
         name: sum(getattr(block, name) for block in blocks)
         for name in ("num_targets", "num_answers", "num_stops", "num_truncated", "num_extra")
     }
-    columns = {name: np.concatenate([block.columns[name] for block in blocks]) for name in blocks[0].columns}
+    given = [block.columns for block in blocks]
+    if any("marks" in columns for columns in given):
+        given = [{**columns, "marks": marks_of(columns)} for columns in given]
+    columns = {name: np.concatenate([one[name] for one in given]) for name in given[0]}
     return Block(columns, **counts)
+
+
+def marks_of(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """uint8 [tokens]: which tokens of a block are targets."""
+    if "marks" in columns:
+        return columns["marks"]
+    marks = np.ones(len(columns["input_ids"]), dtype=np.uint8)
+    marks[np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]] = 0
+    return marks
 
 
 @dataclass

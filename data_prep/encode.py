@@ -84,9 +84,7 @@ def _encode_texts(records: Sequence[Record], examples: Sequence[TextExample], co
     lengths = sizes + num_prefix + 1
     out, starts = _documents(lengths, context)
     _place(out, starts + num_prefix, sizes, ids)
-    marks = np.ones(len(out), dtype=np.uint8)
-    marks[starts] = 0
-    return _block(out, marks, lengths, records)
+    return _block(out, None, lengths, records)
 
 
 def _encode_prompts(records: Sequence[Record], examples: Sequence[PromptExample], context: Context) -> Block:
@@ -258,14 +256,17 @@ def _place(out: np.ndarray, destinations: np.ndarray, sizes: np.ndarray, ids: np
     out[np.repeat(destinations - sources, sizes) + np.arange(len(ids))] = ids
 
 
-def _block(out: np.ndarray, marks: np.ndarray, lengths: np.ndarray, records: Sequence[Record], **counts: int) -> Block:
+def _block(
+    out: np.ndarray, marks: np.ndarray | None, lengths: np.ndarray, records: Sequence[Record], **counts: int
+) -> Block:
     columns = {
         "input_ids": out,
-        "marks": marks,
         "lengths": lengths.astype(np.uint32),
         "lines": np.array([record.line for record in records], dtype=np.uint32),
     }
-    return Block(columns, num_targets=int(marks.sum(dtype=np.int64)), **counts)
+    if marks is None:
+        return Block(columns, num_targets=len(out) - len(lengths), **counts)
+    return Block({**columns, "marks": marks}, num_targets=int(np.count_nonzero(marks)), **counts)
 
 
 def refuse_untrainable(faulty: np.ndarray, records: Sequence[Record], reason: str) -> None:

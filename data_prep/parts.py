@@ -16,6 +16,8 @@ import xxhash
 from data_prep.blocks import Block, Names
 from data_prep.errors import StorageError
 
+_BITS = "|b1"  # the type of columns of zeros and ones, which take one bit a value
+
 
 @dataclass(frozen=True)
 class PartAccount:
@@ -35,6 +37,10 @@ class PartAccount:
     first_seen: list[str] = field(default_factory=list)
     blocks: list[list[tuple[str, str, int]]] = field(default_factory=list)
     hash: str = ""
+
+
+def _num_bytes(dtype: str, count: int) -> int:
+    return -(-count // 8) if dtype == _BITS else np.dtype(dtype).itemsize * count
 
 
 def part_path(folder: Path, name: str) -> Path:
@@ -58,10 +64,10 @@ class PartWriter:
         """Append a block and count it."""
         shapes = []
         for name, column in block.columns.items():
-            data = np.ascontiguousarray(column).data
-            self._file.write(data)
-            self._digest.update(data)
-            shapes.append((name, column.dtype.str, len(column)))
+            stored = np.packbits(column) if name == "marks" else np.ascontiguousarray(column)
+            self._file.write(stored.data)
+            self._digest.update(stored.data)
+            shapes.append((name, _BITS if name == "marks" else column.dtype.str, len(column)))
         account = self._account
         self._account = replace(
             account,
@@ -101,7 +107,7 @@ def read_account(folder: Path, name: str) -> PartAccount | None:
         size = path.stat().st_size
     except (OSError, ValueError, TypeError):
         return None
-    wanted = sum(np.dtype(dtype).itemsize * count for block in account.blocks for _, dtype, count in block)
+    wanted = sum(_num_bytes(dtype, count) for block in account.blocks for _, dtype, count in block)
     return account if size == wanted else None
 
 
@@ -122,9 +128,10 @@ class Part:
             for shapes in self.account.blocks:
                 columns: dict[str, np.ndarray] = {}
                 for name, dtype, count in shapes:
-                    data = file.read(np.dtype(dtype).itemsize * count)
+                    data = file.read(_num_bytes(dtype, count))
                     digest.update(data)
-                    columns[name] = np.frombuffer(data, dtype=dtype)
+                    stored = np.frombuffer(data, dtype=np.uint8 if dtype == _BITS else dtype)
+                    columns[name] = np.unpackbits(stored, count=count) if dtype == _BITS else stored
                 yield columns
         if digest.hexdigest() != self.account.hash:
             self.path.with_suffix(".json").unlink(missing_ok=True)

@@ -75,7 +75,8 @@ def _blank_lines(chunk: bytes, ends: np.ndarray) -> np.ndarray:
     for place in np.flatnonzero(~empty).tolist():
         line = chunk[int(starts[place]) : int(ends[odd[place]])]
         empty[place] = line.isspace() or line.decode(errors="replace").isspace()
-    return odd[empty]
+    blank: np.ndarray = odd[empty]
+    return blank
 
 
 def _runs(ends: np.ndarray, blank: np.ndarray) -> Iterator[tuple[int, int, int, int]]:

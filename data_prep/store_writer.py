@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
-from data_prep.blocks import RAGGED_LENGTHS, TASK_COLUMNS
+from data_prep.blocks import RAGGED_LENGTHS, TASK_COLUMNS, marks_of
 from data_prep.parts import Part, PartAccount
 from data_prep.store_folder import sync_file
 from data_prep.token_store import hash_file
@@ -69,13 +69,23 @@ class _Marks:
 
     def __init__(self, writer: ColumnWriter):
         self._writer = writer
-        self._carried = np.zeros(0, dtype=np.uint8)
+        self._carried = np.zeros(0, dtype=np.uint8)  # the bits of the last, unfinished byte
 
-    def write(self, marks: np.ndarray) -> None:
-        marks = np.concatenate((self._carried, marks))
-        whole = len(marks) // 8 * 8
-        self._writer.write(np.packbits(marks[:whole]))
-        self._carried = marks[whole:]
+    def write(self, block: Mapping[str, np.ndarray]) -> None:
+        if "marks" in block:
+            marks = np.concatenate((self._carried, block["marks"]))
+            whole = len(marks) // 8 * 8
+            self._writer.write(np.packbits(marks[:whole]))
+            self._carried = marks[whole:]
+            return
+        before = len(self._carried)
+        num_bits = before + len(block["input_ids"])
+        bits = np.full(num_bits // 8 + 1, 255, dtype=np.uint8)
+        bits[:1] &= np.packbits(np.append(self._carried, np.ones(8 - before, dtype=np.uint8)))
+        first = np.cumsum(block["lengths"], dtype=np.int64) - block["lengths"] + before
+        np.bitwise_and.at(bits, first >> 3, ~(128 >> (first & 7)).astype(np.uint8))
+        self._writer.write(bits[:-1])
+        self._carried = np.unpackbits(bits[-1:], count=num_bits % 8)
 
     def flush(self) -> None:
         if len(self._carried):
@@ -150,7 +160,7 @@ def _sizes_of_kept(
             first += documents
             for name, values in chosen.items():
                 own[name] += len(values)
-            targets += int(chosen["marks"].sum(dtype=np.int64))
+            targets += int(np.count_nonzero(marks_of(chosen)))
         if not targets:
             targets = own["target_ids"] if "target_ids" in own else own.get("lengths", 0)
         remaining.append(
@@ -174,11 +184,10 @@ def _join(
     ends = dict.fromkeys(writers, 0)
     questions = 0
     for block, final in _kept_blocks(parts, number_of, kept):
+        if marks is not None:
+            marks.write(block)
         for name, values in block.items():
-            if name == "marks":
-                if marks is not None:
-                    marks.write(values)
-            elif name in ("lengths", "lines") or name.endswith(RAGGED_LENGTHS):
+            if name in ("lengths", "lines") or name.endswith(RAGGED_LENGTHS):
                 target = {"lengths": "document_ends", "lines": "document_lines"}.get(
                     name, f"{name.removesuffix(RAGGED_LENGTHS)}_ends"
                 )

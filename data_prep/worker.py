@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from data_prep.backends import open_backend
-from data_prep.blocks import Block, Names
+from data_prep.blocks import Block, Names, marks_of
 from data_prep.config import DataConfig
 from data_prep.encode import Context, encode_causal_lm
 from data_prep.encode_labels import (
@@ -279,7 +279,7 @@ def _characters(value: Any) -> int:
 
 def document_hashes(block: Block) -> dict[str, np.ndarray]:
     """128 bits of everything a document trains, as columns ``hash_low`` and ``hash_high`` (uint64)."""
-    columns = block.columns
+    columns = {**block.columns, "marks": marks_of(block.columns)}
     starts = np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]
     pieces = []
     for name, column in columns.items():

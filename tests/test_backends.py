@@ -111,6 +111,7 @@ class TestGigatoken:
         backend.encode(["a"])
         before = backend._engines["plain"]
         monkeypatch.setattr("data_prep.backends._GROWTH_LIMIT_BYTES", -(1 << 40))
+        monkeypatch.setattr("data_prep.backends._MEASURED_EVERY_CHARACTERS", 1)
         texts = sentences(5)
         assert split(backend.encode(texts)) == tokenizer.encode_batch(texts)
         assert backend._engines["plain"] is not before

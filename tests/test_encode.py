@@ -8,7 +8,7 @@ import pytest
 from data_fixtures import bert_vocabulary, byte_level_folder, sentencepiece_folder, sentences
 
 from data_prep.backends import TokenizersBackend
-from data_prep.blocks import Block, Names
+from data_prep.blocks import Block, Names, marks_of
 from data_prep.encode import Context, encode_causal_lm, spans_to_marks
 from data_prep.encode_labels import (
     encode_question_answering,
@@ -45,7 +45,8 @@ def encode(examples: list[Example], tokenizer: Tokenizer, **more: Any) -> Block:
 
 def documents(block: Block, column: str = "input_ids") -> list[list[int]]:
     ends = np.cumsum(block.columns["lengths"].astype(np.int64))
-    return [part.tolist() for part in np.split(block.columns[column], ends[:-1])]
+    values = marks_of(block.columns) if column == "marks" else block.columns[column]
+    return [part.tolist() for part in np.split(values, ends[:-1])]
 
 
 @pytest.fixture(params=["with bos", "without"])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from store_fixtures import SourceDocuments, make_store, random_documents
 
 from data_prep.arrange import RowPlan
+from data_prep.blocks import marks_of
 from data_prep.store_files import map_array
 from data_prep.store_writer import ColumnWriter, _Marks
 from data_prep.token_store import StoreError, TokenStore, _count_bits, hash_file, open_rows, resolve_store
@@ -453,15 +454,25 @@ def test_a_truncated_file_does_not_kill_the_process(copy: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.booleans(), max_size=30), max_size=12))
-def test_bits_of_blocks_are_bits_of_the_whole(blocks: list[list[bool]]) -> None:
-    whole = np.packbits(np.array([mark for block in blocks for mark in block], dtype=np.uint8))
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.lists(st.booleans(), min_size=1), max_size=5)), max_size=12))
+def test_bits_of_blocks_are_bits_of_the_whole(given: list[tuple[bool, list[list[bool]]]]) -> None:
+    blocks = []
+    for with_marks, documents in given:
+        lengths = np.array([len(document) for document in documents], dtype=np.uint32)
+        block = {"input_ids": np.zeros(int(lengths.sum()), dtype=np.uint16), "lengths": lengths}
+        if with_marks:
+            block["marks"] = np.array([mark for document in documents for mark in document], dtype=np.uint8)
+        else:
+            expected = [mark for length in lengths.tolist() for mark in [0, *[1] * (length - 1)]]
+            assert marks_of(block).tolist() == expected
+        blocks.append(block)
+    whole = np.packbits(np.concatenate([np.zeros(0, dtype=np.uint8), *map(marks_of, blocks)]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "targets.npy"
         with ColumnWriter(path, np.dtype(np.uint8), len(whole)) as writer:
             marks = _Marks(writer)
             for block in blocks:
-                marks.write(np.array(block, dtype=np.uint8))
+                marks.write(block)
             marks.flush()
             entry = writer.finish()
         assert np.load(path, allow_pickle=False).tolist() == whole.tolist()
