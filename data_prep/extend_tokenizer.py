@@ -19,12 +19,12 @@ from typing import Any
 import tokenizers
 
 from data_prep.base_model import BaseModel
-from data_prep.errors import CannotWriteError, DataConfigError, PreparationError
+from data_prep.errors import DataConfigError, PreparationError
 from data_prep.extension_pieces import NewPieces, learn_pieces
 from data_prep.tokenizer import EXTENSION_NAME, Tokenizer
 from data_prep.tokenizer_files import locate_tokenizer, open_tokenizer, read_tokenizer_config
 from data_prep.tokenizer_texts import LearningTexts
-from data_prep.train_tokenizer import Density, measure, write_folder
+from data_prep.train_tokenizer import Density, measure, require_new_folder, write_folder
 
 _FORMAT = 1
 _MOST_WORDS = 4_000_000
@@ -60,8 +60,7 @@ def extend_tokenizer(base_name: str, inputs: Iterable[str | Path], out_dir: Path
     Raises CannotWriteError for an `out_dir` that holds something, DataConfigError for a kind of tokenizer
     that cannot be extended or texts with nothing to learn, and as `open_tokenizer` and `train_sentencepiece` do.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise CannotWriteError(f"{out_dir}: exists and is not an empty folder; remove it or name another")
+    require_new_folder(out_dir)
     base = open_tokenizer(base_name)
     pipeline = json.loads(base.files(None)["tokenizer.json"])
     model = BaseModel(pipeline)

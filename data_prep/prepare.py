@@ -31,7 +31,7 @@ from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.ledger import ledger_table
 from data_prep.plain_template import plain_template
 from data_prep.records import Record, SourceFile
-from data_prep.shapes import recognise
+from data_prep.shapes import Shape, recognise
 from data_prep.sources import find_sources, read_records
 from data_prep.store_folder import exclusive, remove_leftovers, remove_work, storage_errors, write_text_atomically
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
@@ -188,9 +188,21 @@ def _inputs(
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
         shape = recognise(_first_records(files[0]), source, encoding.task)
-        say(f"{key} {name}: {shape.describe()}; {len(files)} {'file' if len(files) == 1 else 'files'}")
+        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        say(f"{key} {name}: {shape.describe()}; {count}{_joining(shape, config, encoding)}")
         inputs.append(Input(source, name, tuple(files), shape))
     return tuple(inputs)
+
+
+def _joining(shape: Shape, config: DataConfig, encoding: Encoding) -> str:
+    """How conversations and prompts become text, where that is not what everybody would expect."""
+    if encoding.task != "causal_lm" or shape.name == "text":
+        return ""
+    if not shape.gives_chats:
+        return "; prompt and response are joined as they stand, without a chat template"
+    if config.chat.template is None and encoding.tokenizer.chat_template is None:
+        return "; the tokenizer has no chat template: the built-in User/Assistant one is used (data.chat.template)"
+    return ""
 
 
 def _first_records(file: SourceFile) -> list[Record]:

@@ -31,6 +31,7 @@ _TEXTS: tuple[Form, ...] = (
     *({"text": name} for name in ("text", "sentence", "content", "text_a")),
     *_pairs(
         ("text", "pair"),
+        ("text", "pair"),
         ("text", "text_pair"),
         ("sentence1", "sentence2"),
         ("premise", "hypothesis"),

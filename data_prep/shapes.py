@@ -286,10 +286,12 @@ def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: st
         for other, its_shapes in TASK_SHAPES.items()
         if other != task and (found := readings(record.value, candidates_of(its_shapes, {}, False)))
     }
+    table = (config.path or "").lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
+    header = "; if the file has no header line, name its `columns:`" if table.endswith((".csv", ".tsv", ".tab")) else ""
     hint = "".join(f"; for task {other} it would be {shape}" for other, shape in list(others.items())[:2])
     raise BadDataError(
         f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names});"
-        f" say which with `shape:`, and what its fields are called with `fields:`{hint}"
+        f" say which with `shape:`, and what its fields are called with `fields:`{header}{hint}"
     )
 
 

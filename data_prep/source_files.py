@@ -81,7 +81,8 @@ def find_formats(paths: list[str], config: SourceConfig, dotted_key: str) -> lis
         if by_name is None:
             known = ", ".join(dict.fromkeys(FORMATS.values()))
             raise DataConfigError(
-                f"{path}: its name does not tell its format; set {dotted_key}.format ({known}, squad)"
+                f"{path}: its name does not tell its format; write the source as a mapping with `format:`"
+                f" ({known}, squad); archives are not read ({dotted_key})"
             )
         if by_name == "json" and config.format is None:
             by_name = _sniff_json(all_blocks(path, compression, config.encoding))

@@ -49,8 +49,9 @@ def train_tokenizer(
     """Train a tokenizer with `vocab_size` ids and write it to `out_dir`; returns how densely it encodes held-out text.
 
     Every text can be encoded and decoded exactly, and the same inputs give the same tokenizer.
-    Raises as `train_sentencepiece` does.
+    Raises CannotWriteError for an `out_dir` that holds something, and as `train_sentencepiece` does.
     """
+    require_new_folder(out_dir)
     from data_prep.tokenizer_files import open_tokenizer
 
     texts = LearningTexts(inputs, progress=True)
@@ -147,6 +148,12 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
         "tokenizer.json": backend.to_str().encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode() + b"\n",
     }
+
+
+def require_new_folder(out_dir: Path) -> None:
+    """Raise CannotWriteError if `out_dir` holds something."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise CannotWriteError(f"{out_dir}: exists and is not an empty folder; remove it or name another")
 
 
 def write_folder(out_dir: Path, files: dict[str, bytes]) -> None:

@@ -85,7 +85,10 @@ def test_formats_by_name_and_content(tmp_path: Path) -> None:
         assert one(tmp_path, tmp_path / f"{name}.bz2", **settings).format == kind, name
     (tmp_path / "f.dev").write_text("a\n")
     assert one(tmp_path, tmp_path / "f.dev", format="text").format == "text"
-    with pytest.raises(DataConfigError, match=r"f\.dev: its name does not tell its format; set data\.train\.format"):
+    with pytest.raises(
+        DataConfigError,
+        match=r"f\.dev: its name does not tell its format; write the source as a mapping with `format:`",
+    ):
         one(tmp_path, tmp_path / "f.dev")
     with pytest.raises(DataConfigError, match=r"files of several formats \(.*\); set data\.train\.format or a glob"):
         found(tmp_path, {"path": str(tmp_path)})
