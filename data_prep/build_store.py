@@ -23,7 +23,7 @@ from data_prep.records import SourceFile, Span
 from data_prep.shapes import Shape
 from data_prep.sources import check_unchanged
 from data_prep.store_folder import link_content, publish
-from data_prep.store_writer import describe_files, write_content
+from data_prep.store_writer import count_id, describe_files, write_content
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 from data_prep.tokenizer import Tokenizer
 from data_prep.worker import HashRange, Job, SplitJob, Task, Work
@@ -257,6 +257,7 @@ def _join_content(
         "num_documents": sum(account.num_documents for account in remaining),
         "num_tokens": sum(account.num_tokens for account in remaining),
         "num_targets": sum(account.num_targets for account in remaining),
+        "num_unknown": 0 if tokenizer.unk_id is None else count_id(folder / "input_ids.npy", tokenizer.unk_id),
         "num_answers": sum(account.num_answers for account in accounts),
         "num_trained_stops": sum(account.num_stops for account in accounts),
         "sources": sources,

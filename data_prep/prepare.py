@@ -40,6 +40,7 @@ from data_prep.tokenizer_files import open_tokenizer
 from data_prep.worker import HashRange, Task
 
 _RECOGNISED_FROM_RECORDS = 100
+_MUCH_UNKNOWN = 0.03
 
 #: Keys of the data section that change the documents of a store; the others change their rows or nothing.
 _CONTENT_KEYS = ("chat", "overlong", "min_targets", "deduplicate", "label_names", "stride_tokens", "target_tokens")
@@ -272,6 +273,10 @@ def _summary(name: str, store: TokenStore) -> str:
     if manifest["num_answers"]:
         share = manifest["num_trained_stops"] / manifest["num_answers"]
         lines.append(f"answers whose stop token is trained: {share:.2%} of {manifest['num_answers']}")
+    unknown = manifest["num_unknown"] / max(1, store.num_tokens)
+    if manifest["num_unknown"]:
+        advice = ": the tokenizer does not know this text; is it the right one?" if unknown > _MUCH_UNKNOWN else ""
+        lines.append(f"unknown tokens: {unknown:.2%} of {store.num_tokens}{advice}")
     if store.label_names:
         lines.append(f"labels: {', '.join(store.label_names[:8])}{' ...' if len(store.label_names) > 8 else ''}")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from data_prep.store_folder import sync_file
 from data_prep.token_store import hash_file
 
 FileEntry = dict[str, Any]
+_COUNTED_AT_ONCE = 1 << 22
 
 
 class ColumnWriter:
@@ -234,6 +235,13 @@ def _choose(block: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.nd
         else:
             result[name] = values[chosen]
     return result
+
+
+def count_id(path: Path, wanted: int) -> int:
+    """How often a column of ids holds `wanted`."""
+    column = np.load(path, mmap_mode="r", allow_pickle=False)
+    steps = range(0, len(column), _COUNTED_AT_ONCE)
+    return sum(int(np.count_nonzero(column[start : start + _COUNTED_AT_ONCE] == wanted)) for start in steps)
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:

@@ -460,3 +460,20 @@ def test_another_row_length_never_tokenises_again(tmp_path: Path, capsys: pytest
     assert (other / "input_ids.npy").stat().st_ino == (first / "input_ids.npy").stat().st_ino
     with pytest.raises(BadDataError, match=r"a\.jsonl:\d+: \d+ tokens do not fit a row of 8"):
         run({**values, "row_tokens": 8})
+
+
+def test_unknown_tokens_are_counted_and_much_of_them_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = bert_vocabulary(tmp_path / "vocab.txt")
+    known = [{"text": "the river", "label": "a"}, {"text": "boats drift", "label": "b"}] * 40
+    for records, share in (
+        (known, 0),
+        ([*known, {"text": "漢", "label": "a"}], 1),
+        ([{**r, "text": "漢"} for r in known], 80),
+    ):
+        path = write_jsonl(tmp_path / "a.jsonl", records)
+        folder = run(section(tmp_path, vocabulary, path), "sequence_classification", progress=True)["train"]
+        store, said = TokenStore.open(folder), capsys.readouterr().out
+        assert store.manifest["num_unknown"] == share
+        assert ("unknown tokens: " in said) == bool(share) and ("is it the right one?" in said) == (share > 1)
