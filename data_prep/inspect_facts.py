@@ -108,7 +108,7 @@ def _shares(rows: Rows, in_rows: int, packed: bool) -> tuple[tuple[str, int], ..
 
 def _sources(store: TokenStore) -> tuple[tuple[str, ...], ...]:
     weighted = any(source["weight"] is not None for source in store.manifest["sources"])
-    headings = ("", "source", "shape", "files", "documents", "tokens each", "share of tokens", "epochs")
+    headings = ("", "source", "shape", "files", "documents", "tokens each", "share of an epoch", "epochs")
     table = [(*headings, "weight") if weighted else headings]
     for index, (source, account) in enumerate(zip(store.manifest["sources"], store.ledger["sources"], strict=True)):
         documents, tokens = account["documents"], account["tokens"]
@@ -119,7 +119,7 @@ def _sources(store: TokenStore) -> tuple[tuple[str, ...], ...]:
             count(len(source["files"])),
             count(documents),
             f"{tokens / max(documents, 1):,.1f}",
-            f"{tokens / max(store.num_tokens, 1):.1%}",
+            f"{account['tokens_per_epoch'] / max(store.ledger['total']['tokens_per_epoch'], 1):.1%}",
             f"{account['epochs']:.3g}",
         )
         table.append((*line, f"{source['weight'] or 0:g}") if weighted else line)
