@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from data_prep.progress import Progress
 from data_prep.records import SourceFile, Span
 from data_prep.shapes import Shape
 from data_prep.sources import check_unchanged
+from data_prep.spans import SPAN_BYTES
 from data_prep.store_folder import link_content, publish
 from data_prep.store_writer import count_id, describe_files, write_content
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
@@ -30,6 +33,7 @@ from data_prep.worker import HashRange, Job, SplitJob, Task, Work
 
 Say = Callable[[str], None]
 _ABANDONED_SECONDS = 3600.0
+_PACKED = 4  # how many times as large compressed data is taken to be
 _NOT_READING = {"path", "hub", "aligned", "name", "weight", "epochs"}  # keys of a source that change no example
 
 
@@ -55,11 +59,27 @@ class Input:
         """What of it changes the examples that a file gives, as JSON values."""
         return [self.config.model_dump(mode="json", exclude=_NOT_READING), self.shape.key()]
 
+    @cached_property
+    def work(self) -> tuple[Work, ...]:
+        """Its spans in order; small ones are worked on together, up to about the size of a span."""
+        work = []
+        pieces: list[tuple[SourceFile, Span]] = []
+        size = 0
+        reading = self.reading_key()
+        spans = [(file, span) for file in self.files for span in file.spans]
+        for number, (file, span) in enumerate(spans, 1):
+            pieces.append((file, span))
+            size += _num_bytes(file, span) * (_PACKED if file.compression != "none" else 1)
+            if size >= SPAN_BYTES or number == len(spans):
+                work.append(Work(_part_name(reading, pieces), tuple(pieces), self.shape))
+                pieces, size = [], 0
+        return tuple(work)
 
-def _part_name(one: Input, file: SourceFile, span: Span) -> str:
-    """The same for the same content read in the same way, wherever the file lies and whatever is beside it."""
-    identity = [one.reading_key(), file.format, file.compression, file.xxh3_128, span.start, span.stop]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+def _part_name(reading_key: Any, pieces: Sequence[tuple[SourceFile, Span]]) -> str:
+    """The same for the same content read in the same way, wherever the files lie and whatever is beside them."""
+    spans = [(file.format, file.compression, file.xxh3_128, span.start, span.stop) for file, span in pieces]
+    return hashlib.sha256(json.dumps([reading_key, spans], sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -83,10 +103,7 @@ class Group:
     @property
     def work(self) -> list[Work]:
         """Every span of the input, in order."""
-        return [
-            Work(_part_name(one, file, span), file, span, one.shape)
-            for one in self.inputs for file in one.files for span in file.spans
-        ]  # fmt: skip
+        return [work for one in self.inputs for work in one.work]
 
 
 def work_dir(config: DataConfig, group: Group) -> Path:
@@ -122,18 +139,20 @@ def encode_parts(
         for work in group.work[part[0] :: part[1]]
         if any(read_account(split.parts_dir, work.part) is None for split in job.splits)
     ]
-    total = sum(_num_bytes(work) for work in todo)
+    sizes = [sum(_num_bytes(*piece) for piece in work.pieces) for work in todo]
     label = " and ".join(split.name for split in splits)
-    with Progress(f"tokenising {label}", total, progress) as bar:
-        for work, _ in zip(todo, encode_spans(job, todo, config.workers, encoding.tokenizer), strict=True):
-            bar.advance(_num_bytes(work))
+    with Progress(f"tokenising {label}", sum(sizes), progress) as bar:
+        for size, _ in zip(sizes, encode_spans(job, todo, config.workers, encoding.tokenizer), strict=True):
+            bar.advance(size)
     return len(todo)
 
 
-def _num_bytes(work: Work) -> int:
-    """A span's share of its file, for the progress display: the units of spans are those of their format."""
-    whole = sum(span.stop - span.start for span in work.source.spans)
-    return work.source.size_bytes * (work.span.stop - work.span.start) // max(1, whole)
+def _num_bytes(file: SourceFile, span: Span) -> int:
+    """A span's share of its file: the units of spans are those of their format."""
+    if len(file.spans) == 1:
+        return file.size_bytes
+    whole = sum(span.stop - span.start for span in file.spans)
+    return file.size_bytes * (span.stop - span.start) // max(1, whole)
 
 
 def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encoding: Encoding) -> Job:
@@ -289,18 +308,20 @@ def _account_sources(
     group: Group, accounts: Sequence[PartAccount], remaining: Sequence[PartAccount]
 ) -> list[dict[str, Any]]:
     """What every source and file came to, after checking that no file changed meanwhile."""
-    pairs = iter(zip(accounts, remaining, strict=True))
+    pairs = zip(accounts, remaining, strict=True)
     first_document = 0
     result = []
     for one in group.inputs:
         first_of_source = first_document
-        files, own = [], []
+        files = []
+        own = list(islice(pairs, len(one.work)))
+        pieces = iter([counts for _, left in own for counts in left.pieces])
         for file in one.files:
-            spans = [next(pairs) for _ in file.spans]
+            counts = list(islice(pieces, len(file.spans)))
             check_unchanged(file)
-            if not any(account.num_read for account, _ in spans):
+            if not any(read for read, _ in counts):
                 raise BadDataError(f"{file.label}: the file holds no records")
-            documents = sum(left.num_documents for _, left in spans)
+            documents = sum(made for _, made in counts)
             files.append(
                 {
                     "path": file.label, "xxh3_128": file.xxh3_128, "size_bytes": file.size_bytes,
@@ -308,7 +329,6 @@ def _account_sources(
                 }
             )  # fmt: skip
             first_document += documents
-            own += spans
         dropped: dict[str, int] = {}
         for account, _ in own:
             for reason, count in account.dropped.items():

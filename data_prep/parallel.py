@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from data_prep.errors import StorageError
 from data_prep.parts import PartAccount
 from data_prep.tokenizer import Tokenizer
-from data_prep.worker import Encoder, Job, Work, encode_span, encode_span_in_worker, start_worker
+from data_prep.worker import Encoder, Job, Work, encode_in_worker, encode_work, start_worker
 
 
 def num_processes(workers: int | None, num_tasks: int) -> int:
@@ -29,13 +29,13 @@ def encode_spans(
         encoder = Encoder(job, tokenizer) if work else None
         for item in work:
             assert encoder is not None
-            yield encode_span(encoder, item)
+            yield encode_work(encoder, item)
         return
     pool = ProcessPoolExecutor(
         num_processes(workers, len(work)), get_context("spawn"), initializer=start_worker, initargs=(job,)
     )
     with pool:
-        futures: list[Future[dict[str, PartAccount]]] = [pool.submit(encode_span_in_worker, item) for item in work]
+        futures: list[Future[dict[str, PartAccount]]] = [pool.submit(encode_in_worker, item) for item in work]
         try:
             for future in futures:
                 yield future.result()

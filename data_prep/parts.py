@@ -1,4 +1,4 @@
-"""What workers leave behind: the blocks of one span of input in one file, with a sealed account beside it.
+"""What workers leave behind: the blocks of some spans of input in one file, with a sealed account beside it.
 
 A part exists when its account does: both are written under another name first. Whatever killed a
 preparation, the parts that are there are whole, and the next preparation makes only the others.
@@ -21,9 +21,13 @@ _BITS = "|b1"  # the type of columns of zeros and ones, which take one bit a val
 
 @dataclass(frozen=True)
 class PartAccount:
-    """What one span came to for one split; counts are exact. `blocks` lists (column, dtype, values) of each block."""
+    """What the spans of one part came to for one split; counts are exact.
 
-    num_read: int = 0
+    `pieces`: for each span the records read and the documents made. `blocks` lists (column, dtype, values) of each
+    block.
+    """
+
+    pieces: list[tuple[int, int]] = field(default_factory=list)
     num_other_split: int = 0
     num_documents: int = 0
     num_tokens: int = 0
@@ -38,6 +42,10 @@ class PartAccount:
     blocks: list[list[tuple[str, str, int]]] = field(default_factory=list)
     hash: str = ""
 
+    @property
+    def num_read(self) -> int:
+        return sum(read for read, _ in self.pieces)
+
 
 def _num_bytes(dtype: str, count: int) -> int:
     return -(-count // 8) if dtype == _BITS else np.dtype(dtype).itemsize * count
@@ -49,7 +57,7 @@ def part_path(folder: Path, name: str) -> Path:
 
 
 class PartWriter:
-    """Collects the blocks of one span. `close` seals the part; a part that is not closed leaves nothing."""
+    """Collects the blocks of one part. `close` seals the part; a part that is not closed leaves nothing."""
 
     def __init__(self, folder: Path, name: str, names: Names):
         self._final = part_path(folder, name)
@@ -81,13 +89,18 @@ class PartWriter:
         )
         self._account.blocks.append(shapes)
 
-    def close(self, num_read: int, num_other_split: int, dropped: dict[str, int]) -> PartAccount:
-        """Seal the part."""
+    def close(self, read: list[int], made: list[int], num_taken: int, dropped: dict[str, int]) -> PartAccount:
+        """Seal the part: records read and documents made of each span, and the records taken into this split."""
         self._file.close()
         account = replace(
-            self._account, num_read=num_read, num_other_split=num_other_split, dropped=dropped,
-            names=list(self._names.index), first_seen=self._names.first_seen, hash=self._digest.hexdigest(),
-        )  # fmt: skip
+            self._account,
+            pieces=list(zip(read, made, strict=True)),
+            num_other_split=sum(read) - num_taken,
+            dropped=dropped,
+            names=list(self._names.index),
+            first_seen=self._names.first_seen,
+            hash=self._digest.hexdigest(),
+        )
         self._temporary.replace(self._final)
         self._temporary.write_text(json.dumps(asdict(account)), encoding="utf-8")
         self._temporary.replace(self._final.with_suffix(".json"))

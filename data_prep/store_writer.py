@@ -164,9 +164,13 @@ def _sizes_of_kept(
             targets += int(np.count_nonzero(marks_of(chosen)))
         if not targets:
             targets = own["target_ids"] if "target_ids" in own else own.get("lengths", 0)
+        pieces = part.account.pieces
+        borders = np.cumsum([0, *(made for _, made in pieces)])
+        left = np.diff(np.concatenate(([0], np.cumsum(kept[index])))[borders]).tolist()
         remaining.append(
             replace(
                 part.account,
+                pieces=[(read, made) for (read, _), made in zip(pieces, left, strict=True)],
                 num_documents=own.get("lengths", 0),
                 num_tokens=own.get("input_ids", 0),
                 num_targets=targets,

@@ -1,4 +1,4 @@
-"""Encodes one span of one source into part files, in worker processes. What it writes depends on the span alone."""
+"""Encodes spans of one source into part files, in worker processes. What it writes depends on the spans alone."""
 
 import gc
 import json
@@ -73,11 +73,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """One span of one file, what its records are, and the name of its parts, which follows from their content."""
+    """A span of a large file, or of several small ones, what their records are, and the name of its parts."""
 
-    part: str
-    source: SourceFile
-    span: Span
+    part: str  # follows from the content of the spans
+    pieces: tuple[tuple[SourceFile, Span], ...]
     shape: Shape
 
 
@@ -128,26 +127,26 @@ class Encoder:
             stride_tokens=config.stride_tokens,
         )
 
-    def encode(self, records: Sequence[Record], shape: Shape, context: Context) -> tuple[Block | None, int]:
-        """A block of a batch of records (None if all were dropped), and how many were dropped for want of targets.
+    def encode(self, records: Sequence[Record], shape: Shape, context: Context) -> tuple[Block | None, Sequence[int]]:
+        """A block of a batch of records (None if all were dropped), and which of them it holds, by index.
 
         Raises the BadDataError of the first faulty record, by line.
         """
-        dropped = 0
+        kept: Sequence[int] = range(len(records))
         while records:
             try:
-                return self._encode(records, shape, context), dropped
+                return self._encode(records, shape, context), kept
             except UntrainableError as error:
                 if self.job.config.min_targets is None:
                     self._raise_first(records, shape, context)
                     raise
                 gone = set(error.indices)
-                dropped += len(gone)
-                records = [record for index, record in enumerate(records) if index not in gone]
+                left = [index for index in range(len(records)) if index not in gone]
+                records, kept = [records[index] for index in left], [kept[index] for index in left]
             except BadDataError:
                 self._raise_first(records, shape, context)
                 raise
-        return None, dropped
+        return None, []
 
     def _raise_first(self, records: Sequence[Record], shape: Shape, context: Context) -> None:
         """Which of several faulty records comes first is known only when each is tried alone."""
@@ -189,10 +188,10 @@ def start_worker(job: Job) -> None:
     _encoder = Encoder(job)
 
 
-def encode_span_in_worker(work: Work) -> dict[str, PartAccount]:
-    """`encode_span` with the encoder of this process."""
+def encode_in_worker(work: Work) -> dict[str, PartAccount]:
+    """`encode_work` with the encoder of this process."""
     assert _encoder is not None
-    return encode_span(_encoder, work)
+    return encode_work(_encoder, work)
 
 
 @contextmanager
@@ -207,28 +206,36 @@ def _collector_at_rest() -> Iterator[None]:
 
 
 @_collector_at_rest()
-def encode_span(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
-    """Encode the records of one span and seal its part of every split. Raises BadDataError; then no part is left."""
+def encode_work(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
+    """Encode the records of some spans and seal their part of every split.
+
+    Raises BadDataError; then no part is left.
+    """
     job = encoder.job
     names = {split.name: Names() for split in job.splits}
     writers = {split.name: PartWriter(split.parts_dir, work.part, names[split.name]) for split in job.splits}
     contexts = {name: encoder.context(book) for name, book in names.items()}
-    read = 0
+    read = [0] * len(work.pieces)
+    made = {name: np.zeros(len(work.pieces), dtype=np.int64) for name in names}
     taken = dict.fromkeys(names, 0)
     dropped = dict.fromkeys(names, 0)
     try:
-        for name, batch, num_read in _batches(work, job.splits):
-            read += num_read
+        for name, batch, pieces in _batches(work, job.splits, read):
             taken[name] += len(batch)
             if batch:
-                block, num_dropped = encoder.encode(batch, work.shape, contexts[name])
-                dropped[name] += num_dropped
+                block, kept = encoder.encode(batch, work.shape, contexts[name])
+                dropped[name] += len(batch) - len(kept)
                 if block is not None:
+                    record_of_document = block.columns.get("questions", np.arange(block.num_documents))
+                    piece_of_record = np.array(pieces)[np.asarray(kept)]
+                    made[name] += np.bincount(piece_of_record[record_of_document], minlength=len(read))
                     if job.config.deduplicate:
                         block.columns.update(document_hashes(block))
                     writers[name].write(block)
         return {
-            name: writer.close(read, read - taken[name], {"no_targets": dropped[name]} if dropped[name] else {})
+            name: writer.close(
+                read, made[name].tolist(), taken[name], {"no_targets": dropped[name]} if dropped[name] else {}
+            )
             for name, writer in writers.items()
         }
     except BaseException:
@@ -237,33 +244,40 @@ def encode_span(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
         raise
 
 
-def _batches(work: Work, splits: Sequence[SplitJob]) -> Iterator[tuple[str, list[Record], int]]:
-    """Batches of records of one split each, with the number of records read since the batch before."""
-    batches: dict[str, list[Record]] = {split.name: [] for split in splits}
-    read = size = 0
+def _batches(work: Work, splits: Sequence[SplitJob], read: list[int]) -> Iterator[tuple[str, list[Record], list[int]]]:
+    """Batches of records of one split each, with the number of the piece of each record.
+
+    Counts in `read` the records of every piece.
+    """
+    batches: dict[str, tuple[list[Record], list[int]]] = {split.name: ([], []) for split in splits}
+    waiting = size = 0
     unreadable: BadDataError | None = None
-    everything = splits[0].name if len(splits) == 1 and splits[0].chosen is None else None
+    everything = batches[splits[0].name] if len(splits) == 1 and splits[0].chosen is None else None
     try:
-        for record in read_records(work.source, work.span):
-            read += 1
-            size += record.num_characters or _characters(record.value)
-            if everything is not None:
-                batches[everything].append(record)
-            else:
-                number = record_hash(record)
-                for split in splits:
-                    if split.chosen is None or split.chosen.low <= number < split.chosen.high:
-                        batches[split.name].append(record)
-            if size >= _BATCH_CHARACTERS or read >= _BATCH_RECORDS:
-                for name, batch in batches.items():
-                    yield name, batch, read
-                    batches[name], read = [], 0
-                size = 0
+        for number, (file, span) in enumerate(work.pieces):
+            for record in read_records(file, span):
+                read[number] += 1
+                waiting += 1
+                size += record.num_characters or _characters(record.value)
+                if everything is not None:
+                    everything[0].append(record)
+                    everything[1].append(number)
+                else:
+                    digest = record_hash(record)
+                    for split in splits:
+                        if split.chosen is None or split.chosen.low <= digest < split.chosen.high:
+                            batches[split.name][0].append(record)
+                            batches[split.name][1].append(number)
+                if size >= _BATCH_CHARACTERS or waiting >= _BATCH_RECORDS:
+                    for name, (records, pieces) in batches.items():
+                        yield name, records[:], pieces[:]
+                        records.clear()
+                        pieces.clear()
+                    waiting = size = 0
     except BadDataError as error:
         unreadable = error
-    for name, batch in batches.items():  # before a fault on a later line is told: they may hold the first one
-        yield name, batch, read
-        read = 0
+    for name, (records, pieces) in batches.items():  # before a fault on a later line is told: they may hold the first
+        yield name, records, pieces
     if unreadable is not None:
         raise unreadable
 

@@ -92,6 +92,47 @@ def test_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
         assert {"manifest.json", "input_ids.npy", "targets.npy", "document_ends.npy", "document_lines.npy"} <= columns
 
 
+@pytest.mark.parametrize("more", [{}, {"deduplicate": True}, {"validation_fraction": 0.3}, {"min_targets": 1}])
+def test_many_small_files_are_worked_on_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(build_store, "SPAN_BYTES", 4000)
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    texts = sentences(310, 3)
+    (tmp_path / "many").mkdir()
+    wanted: dict[str, list[tuple[str, int]]] = {}
+    seen: set[str] = set()
+    for number in range(300):
+        path = tmp_path / "many" / f"{number:03d}.jsonl"
+        answers = [*texts[number : number + number % 4], "" if number % 3 == 0 and "min_targets" in more else "yes"]
+        path.write_text("\n\n".join(json.dumps({"prompt": "why", "response": answer}) for answer in answers))
+        records = [(f"why{answer}", 2 * index + 1) for index, answer in enumerate(answers) if answer]
+        if "deduplicate" in more:
+            records = [record for record in dict(reversed(records)).items() if record[0] not in seen]
+            seen.update(text for text, _ in records)
+        wanted[str(path)] = sorted(records)
+    made = {}
+    for workers in (1, 3):
+        values = section(tmp_path, tokenizer, tmp_path / "many", overlong="split", workers=workers, **more)
+        values["store_dir"] = str(tmp_path / f"stores{workers}")
+        prepare(DataConfig.model_validate(values), values, "causal_lm", progress=False, part=(1, 1))
+        splits = 2 if "validation_fraction" in more else 1
+        assert 5 < len(list(Path(values["store_dir"]).glob(".*.work/*/*.part"))) / splits < 20
+        made[workers] = run(values)
+        assert [file_bytes(folder) for folder in made[workers].values()] == [file_bytes(f) for f in made[1].values()]
+
+    found: dict[str, list[tuple[str, int]]] = {path: [] for path in wanted}
+    for folder in made[1].values():
+        store = TokenStore.open(folder)
+        saved = tokenizers.Tokenizer.from_file(str(store.tokenizer_dir / "tokenizer.json"))
+        for file in store.manifest["sources"][0]["files"]:
+            for document in range(file["first_document"], file["first_document"] + file["num_documents"]):
+                name, _, line = store.locate(document).rpartition(":")
+                assert name == file["path"]
+                found[name].append((saved.decode(store.tokens(document)[:-1].tolist()), int(line)))
+    assert {name: sorted(records) for name, records in found.items()} == wanted
+
+
 def test_reuse_by_content_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = byte_level_folder(tmp_path / "tokenizer")
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(30)])
