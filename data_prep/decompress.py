@@ -6,7 +6,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import IO, Any, Literal
 
 from data_prep.errors import BadDataError, MissingInputError, StorageError
@@ -32,7 +31,7 @@ def find_compression(path: str) -> Compression:
     """
     with open_binary(path) as file:
         head = file.read(4)
-    named: Compression = _SUFFIXES.get(Path(path).suffix.lower(), "none")
+    named: Compression = next((kind for end, kind in _SUFFIXES.items() if path.lower().endswith(end)), "none")
     found: Compression = next((kind for kind, magic in _MAGIC.items() if head.startswith(magic)), "none")
     if named != "none" and named != found:
         raise BadDataError(f"{path}: is not {_NAMES[named]} data, whatever its name says")
@@ -42,7 +41,7 @@ def find_compression(path: str) -> Compression:
 def open_binary(path: str) -> IO[bytes]:
     """Open for reading, with this project's errors."""
     try:
-        return Path(path).open("rb")
+        return open(path, "rb")  # noqa: PTH123 - with many small files a Path for each counts
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
     except OSError as error:
@@ -52,7 +51,7 @@ def open_binary(path: str) -> IO[bytes]:
 def stat_file(path: str) -> os.stat_result:
     """Size and time of a file, with this project's errors."""
     try:
-        return Path(path).stat()
+        return os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
     except OSError as error:

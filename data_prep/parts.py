@@ -7,7 +7,7 @@ preparation, the parts that are there are whole, and the next preparation makes 
 import json
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ class PartWriter:
             hash=self._digest.hexdigest(),
         )
         self._temporary.replace(self._final)
-        self._temporary.write_text(json.dumps(asdict(account)), encoding="utf-8")
+        self._temporary.write_text(json.dumps(vars(account)), encoding="utf-8")
         self._temporary.replace(self._final.with_suffix(".json"))
         return account
 

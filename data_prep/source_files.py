@@ -1,6 +1,7 @@
 """Which files a source of the run file means, and what kind each of them is."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,8 @@ def find_files(config: SourceConfig, dotted_key: str) -> list[str]:
     assert config.path is not None
     path = Path(config.path).expanduser()
     if path.is_dir():
-        found = [str(child) for child in path.iterdir() if child.is_file() and _fits(child, config.format)]
+        with os.scandir(path) as entries:
+            found = [entry.path for entry in entries if _fits(entry.name, config.format) and entry.is_file()]
         missing = f"the folder holds no {config.format or 'data'} file (a glob such as /**/*.txt names any)"
     elif path.exists():
         found = [str(path)]
@@ -59,14 +61,15 @@ def find_files(config: SourceConfig, dotted_key: str) -> list[str]:
     return sorted(found)
 
 
-def _suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix not in _COMPRESSED), "")
+def _suffix(name: str) -> str:
+    """The last ending of a file's name, in small letters, that is none of a compression."""
+    endings = name.rpartition("/")[2].lower().lstrip(".").split(".")[1:]
+    return next((f".{ending}" for ending in reversed(endings) if f".{ending}" not in _COMPRESSED), "")
 
 
-def _fits(path: Path, wanted: Format | None) -> bool:
-    by_name = FORMATS.get(_suffix(path))
-    if path.name.startswith(".") or by_name is None:
+def _fits(name: str, wanted: Format | None) -> bool:
+    by_name = FORMATS.get(_suffix(name))
+    if name.startswith(".") or by_name is None:
         return False
     family = _JSON_FAMILY if wanted in _JSON_FAMILY else ("conll", "text") if wanted == "conll" else (wanted,)
     return wanted is None or by_name in family
@@ -77,7 +80,7 @@ def find_formats(paths: list[str], config: SourceConfig, dotted_key: str) -> lis
     found: list[tuple[str, Format, Compression]] = []
     for path in paths:
         compression = find_compression(path)
-        by_name = config.format or FORMATS.get(_suffix(Path(path)))
+        by_name = config.format or FORMATS.get(_suffix(path))
         if by_name is None:
             known = ", ".join(dict.fromkeys(FORMATS.values()))
             raise DataConfigError(

@@ -23,6 +23,7 @@ from data_prep.read_text import read_text
 from data_prep.records import WHOLE_FILE, Record, SourceFile, Span
 from data_prep.scan import aligned_paths, dialect_of, scan_aligned, scan_file
 from data_prep.source_files import check_keys, find_files, find_formats
+from data_prep.spans import SPAN_BYTES
 
 _HEADER_BLOCK_BYTES = 64 << 10
 
@@ -49,9 +50,12 @@ def find_sources(
             with lock:
                 bar.advance(num_bytes)
 
-        started = [[threads.submit(scan, advance) for scan, _ in some] for some in scans]  # hashing frees the lock
+        def scan_all(some: list[_Scan]) -> list[SourceFile]:
+            return [scan(advance) for scan in some]
+
+        started = [[threads.submit(scan_all, few) for few in _shared_out(some)] for some in scans]
         try:
-            return [[future.result() for future in some] for some in started]
+            return [[file for future in some for file in future.result()] for some in started]
         except BaseException:  # an interrupt too: nobody waits for the rest of large files
             failed.set()
             raise
@@ -71,6 +75,18 @@ def _scans(config: SourceConfig, key: str, cache_dir: Path, progress: bool) -> l
         return [(partial(scan_file, path, label, "jsonl", "none", config), stat_file(path).st_size)]
     files = find_formats(find_files(config, key), config, key)
     return [(partial(scan_file, path, path, name, how, config), stat_file(path).st_size) for path, name, how in files]
+
+
+def _shared_out(scans: list[tuple[_Scan, int]]) -> Iterator[list[_Scan]]:
+    """The scans in portions that are worth a thread: hashing frees Python's lock, small files do little else."""
+    portion: list[_Scan] = []
+    total = 0
+    for number, (scan, size) in enumerate(scans, 1):
+        portion.append(scan)
+        total += size
+        if total >= SPAN_BYTES or number == len(scans):
+            yield portion
+            portion, total = [], 0
 
 
 def read_records(source: SourceFile, span: Span | None = None) -> Iterator[Record]:

@@ -91,7 +91,9 @@ def link_content(donor: TokenStore, folder: Path) -> dict[str, Any]:
 
 def publish(folder: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest last, make everything durable, and give the folder its name."""
-    text = json.dumps({"format": FORMAT_VERSION, **manifest}, indent=1, ensure_ascii=False) + "\n"
+    entries = {"format": FORMAT_VERSION, **manifest}.items()  # a line each: with all indented, many files take long
+    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
     write_text_atomically(folder / MANIFEST_NAME, text)
     for inner in folder.iterdir():
         if inner.is_dir():
