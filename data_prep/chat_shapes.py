@@ -51,7 +51,7 @@ def chat_from_sharegpt(record: Record, fields: Mapping[str, str]) -> ChatExample
 
 def _chat(record: Record, fields: Mapping[str, str], name: str, role_field: str, content_field: str) -> ChatExample:
     value = record.value
-    messages = _plain_messages(value.get(name), role_field, content_field)
+    messages = _plain_messages(value.get(name), role_field, content_field, record.sound)
     trained = None
     if messages is None:
         messages, trained = _careful_messages(record, name, role_field, content_field)
@@ -65,7 +65,7 @@ def _get(value: Mapping[str, Any], fields: Mapping[str, str], ours: str) -> Any:
     return None if name is None else lookup(value, name)
 
 
-def _plain_messages(turns: Any, role_field: str, content_field: str) -> list[Message] | None:
+def _plain_messages(turns: Any, role_field: str, content_field: str, sound: bool = False) -> list[Message] | None:
     """The messages of turns about which nothing needs a second look, as in most conversations; else None."""
     if type(turns) is not list:
         return None
@@ -77,7 +77,7 @@ def _plain_messages(turns: Any, role_field: str, content_field: str) -> list[Mes
             role, content = _PLAIN_ROLES[turn[role_field]], turn[content_field]
         except (KeyError, TypeError):
             return None
-        if type(content) is not str or not (content.isascii() or is_sound(content)):
+        if type(content) is not str or not (sound or content.isascii() or is_sound(content)):
             return None
         if (not content or content.isspace()) and role in _WITH_WORDS:
             return None

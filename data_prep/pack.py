@@ -6,20 +6,20 @@ once. The work is O(documents) in numpy plus a number of group steps that depend
 lengths there are. Only at the end do concrete documents take the places, in the order of the store.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 _BLOCK = 1 << 18  # segments that are sorted at once
+_STRETCHES_AT_ONCE = 1 << 12  # stretches of equal segments that are copied at once
 _WORD = 512  # bits of one word of the set of spaces
 
 
-@dataclass(frozen=True)
-class _Pattern:
-    """Content of equal bins, as a chain: `count` items of `length` on top of what `below` holds."""
+class _Pattern(NamedTuple):
+    """Content of equal bins, as a chain: `items` of `length` on top of what `below` holds."""
 
     length: int
-    count: int
+    items: int
     below: "_Pattern | None"
 
 
@@ -145,14 +145,24 @@ def _hand_out(
     next_free = (np.cumsum(counts) - counts).tolist()
     order = np.empty(len(by_length), dtype=np.uint32)
     row_sizes, repeats = [], []
+    single: list[tuple[int, int, int]] = []  # of bins without an equal: place in `order`, first in `by_length`, count
     filled = 0
     for pattern, num_bins in groups:
         chain: list[tuple[int, int]] = []
         node: _Pattern | None = pattern
         while node is not None:
-            chain.append((node.length, node.count))
+            chain.append((node.length, node.items))
             node = node.below
-        size = sum(count for _, count in chain)
+        size = sum([count for _, count in chain])
+        row_sizes.append(size)
+        repeats.append(num_bins)
+        if num_bins == 1:
+            for length, count in reversed(chain):
+                first = next_free[length]
+                single.append((filled, first, count))
+                next_free[length] = first + count
+                filled += count
+            continue
         rows = order[filled : filled + num_bins * size].reshape(num_bins, size)
         column = 0
         for length, count in reversed(chain):
@@ -161,8 +171,10 @@ def _hand_out(
             next_free[length] = first + taken
             column += count
         filled += num_bins * size
-        row_sizes.append(size)
-        repeats.append(num_bins)
+    for start in range(0, len(single), _STRETCHES_AT_ONCE):
+        places, firsts, sizes = np.array(single[start : start + _STRETCHES_AT_ONCE], dtype=np.int64).T
+        inner = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        order[np.repeat(places, sizes) + inner] = by_length[np.repeat(firsts, sizes) + inner]
     return order, np.cumsum(np.repeat(row_sizes, repeats), dtype=np.int64)
 
 

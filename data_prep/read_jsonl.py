@@ -30,4 +30,4 @@ def read_jsonl(
             if not isinstance(value, dict):
                 hint = " (of a JSON array: `format: json`)" if isinstance(value, list) else ""
                 raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}{hint}')
-            yield Record(value, where, line, len(text))
+            yield Record(value, where, line, len(text), True)

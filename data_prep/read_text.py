@@ -33,7 +33,7 @@ def _lines(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int
     for lines, first in text_lines(blocks, path, first_line, limit_bytes):
         for line, text in enumerate(lines, first):
             if text and not text.isspace():
-                yield Record({"text": text[:-1] if text[-1] == "\r" else text}, f"{path}:{line}", line, len(text))
+                yield Record({"text": text[:-1] if text[-1] == "\r" else text}, f"{path}:{line}", line, len(text), True)
 
 
 def _paragraphs(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int) -> Iterator[Record]:
@@ -96,7 +96,7 @@ def _paragraph(pieces: list[bytes], path: str, line: int) -> Record:
     text, fault = decode(content, path, line)
     if fault is not None:
         raise fault
-    return Record({"text": text}, f"{path}:{line}", line, len(text))
+    return Record({"text": text}, f"{path}:{line}", line, len(text), True)
 
 
 def _file(blocks: Iterable[bytes], path: str, limit_bytes: int) -> Iterator[Record]:
@@ -111,4 +111,4 @@ def _file(blocks: Iterable[bytes], path: str, limit_bytes: int) -> Iterator[Reco
     if fault is not None:
         raise fault
     if text and not text.isspace():
-        yield Record({"text": text}, f"{path}:1", 1, len(text))
+        yield Record({"text": text}, f"{path}:1", 1, len(text), True)

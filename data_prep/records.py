@@ -11,13 +11,15 @@ from data_prep.errors import BadDataError
 class Record(NamedTuple):
     """One input object, where it stands for people (``file:line``), and the line, row or item as a number from 1.
 
-    `num_characters`: roughly what its texts take in memory, where the reader knows.
+    `num_characters`: roughly what its texts take in memory, where the reader knows. `sound`: the reader has seen to
+    it that UTF-8 can hold all its texts.
     """
 
     value: dict[str, Any]
     where: str
     line: int
     num_characters: int = 0
+    sound: bool = False
 
 
 @dataclass(frozen=True)

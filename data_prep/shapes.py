@@ -70,7 +70,8 @@ def to_example(shape: Shape, record: Record) -> Example:
         case "messages":
             return chat_from_messages(record, fields)
         case "text":
-            return TextExample(text_at(record.value, fields["text"], record.where))
+            text = record.value.get(fields["text"]) if record.sound else None
+            return TextExample(text if type(text) is str else text_at(record.value, fields["text"], record.where))
         case "prompt":
             return prompt_pair(record, fields)
         case "sharegpt":

@@ -26,7 +26,7 @@ def test_documents_are_lines_paragraphs_or_files() -> None:
     assert texts("file") == [(CONTENT.decode("utf-8-sig"), 1)]
     for document in ("line", "blank_line", "file"):
         assert texts(document, b" \n\n") == texts(document, b"") == []
-    assert next(read_text([CONTENT], "a.txt", "line")) == Record({"text": "first\u2028still"}, "a.txt:1", 1, 12)
+    assert next(read_text([CONTENT], "a.txt", "line")) == Record({"text": "first\u2028still"}, "a.txt:1", 1, 12, True)
 
 
 @pytest.mark.parametrize("document", ["line", "blank_line", "file"])
@@ -71,7 +71,7 @@ def test_a_text_source_needs_one_origin() -> None:
 
 
 def test_records_are_small_tuples(tmp_path: Path) -> None:
-    value, where, line, _ = Record({"text": "a"}, "a.txt:1", 1)
+    value, where, line, *_ = Record({"text": "a"}, "a.txt:1", 1)
     assert (value, where, line) == ({"text": "a"}, "a.txt:1", 1)
 
 
