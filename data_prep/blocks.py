@@ -35,6 +35,7 @@ class Block:
     num_stops: int = 0  # those whose stop token is a target
     num_truncated: int = 0  # records cut at encoding
     num_extra: int = 0  # documents beyond the first of a record
+    num_moved: int = 0  # answers found elsewhere than their record says
 
     @property
     def num_documents(self) -> int:
@@ -51,7 +52,7 @@ def join_blocks(blocks: Sequence[Block]) -> Block:
         return blocks[0]
     counts = {
         name: sum(getattr(block, name) for block in blocks)
-        for name in ("num_targets", "num_answers", "num_stops", "num_truncated", "num_extra")
+        for name in ("num_targets", "num_answers", "num_stops", "num_truncated", "num_extra", "num_moved")
     }
     given = [block.columns for block in blocks]
     if any("marks" in columns for columns in given):

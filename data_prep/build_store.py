@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -161,13 +161,16 @@ def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encodin
     tokenizer_dir = folder / "tokenizer"
     if not tokenizer_dir.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".tokenizer.{os.getpid()}.partial"
-        encoding.tokenizer.save(staged, encoding.chat_template)
-        (staged / "now.txt").write_text(datetime.now().isoformat(), encoding="ascii")
+        staged = folder / f".tokenizer.{uuid.uuid4().hex}.partial"  # machines may come at once
         try:
+            encoding.tokenizer.save(staged, encoding.chat_template)
+            (staged / "now.txt").write_text(datetime.now().isoformat(), encoding="ascii")
             staged.rename(tokenizer_dir)
-        except OSError:  # another preparation was first
-            shutil.rmtree(staged)
+        except OSError:
+            if not tokenizer_dir.exists():  # else another preparation was first
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
     jobs = tuple(SplitJob(split.name, split.chosen, parts_dir(config, group, split)) for split in splits)
     for job in jobs:
         job.parts_dir.mkdir(exist_ok=True)
@@ -347,6 +350,7 @@ def _account_sources(
                 "dropped": dropped,
                 "extra_documents": sum(account.num_extra for account, _ in own),
                 "records_truncated": sum(account.num_truncated for account, _ in own),
+                "answers_moved": sum(account.num_moved for account, _ in own),
                 "files": files,
             }
         )

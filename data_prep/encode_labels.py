@@ -191,7 +191,13 @@ def encode_question_answering(records: Sequence[Record], examples: Sequence[Exam
         "pair_starts": np.array(pair_starts, dtype=np.uint32),
         "questions": np.array(numbers, dtype=np.uint32),
     }
-    return Block(columns, num_targets=len(documents), num_truncated=truncated, num_extra=len(documents) - len(records))
+    return Block(
+        columns,
+        num_targets=len(documents),
+        num_truncated=truncated,
+        num_extra=len(documents) - len(records),
+        num_moved=sum(one.num_moved for one in chosen),
+    )
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:

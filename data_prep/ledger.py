@@ -22,9 +22,9 @@ from data_prep.token_store import TokenStore
 _BLOCK = 1 << 16  # documents that are sorted into the histogram at once
 REASONS = ("overlong", "too_few_targets")
 _COUNTS = (
-    "records_read", "records_of_other_split", "duplicates", "extra_documents", "truncated_at_encoding", "documents",
-    "kept", "split", "truncated", "tokens", "tokens_in_rows", "tokens_cut", "targets", "targets_in_rows", "targets_cut",
-    "rows", "rows_per_epoch", "tokens_per_epoch",
+    "records_read", "records_of_other_split", "duplicates", "extra_documents", "truncated_at_encoding", "answers_moved",
+    "documents", "kept", "split", "truncated", "tokens", "tokens_in_rows", "tokens_cut", "targets", "targets_in_rows",
+    "targets_cut", "rows", "rows_per_epoch", "tokens_per_epoch",
 )  # fmt: skip
 _BY_REASON = ("dropped_at_encoding", "dropped", "tokens_dropped", "targets_dropped")
 
@@ -90,6 +90,7 @@ class SourceAccount:
             "dropped_at_encoding": dict(source["dropped"]),
             "extra_documents": source["extra_documents"],
             "truncated_at_encoding": source["records_truncated"],
+            "answers_moved": source["answers_moved"],
             "documents": self.documents,
             "kept": self.kept,
             **self.cut_documents,
@@ -235,4 +236,6 @@ def _missing(total: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> 
     ]
     if total["tokens_cut"] or total["targets_cut"]:
         lines.append(f"cut off: {total['tokens_cut']:,} tokens, {total['targets_cut']:,} targets")
+    if total["answers_moved"]:
+        lines.append(f"moved: {total['answers_moved']:,} answers stand elsewhere in their context than they say")
     return lines

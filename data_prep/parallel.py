@@ -1,12 +1,14 @@
 """Runs the encoding of spans in processes, accounts in input order."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 
-from data_prep.errors import StorageError
+from data_prep.errors import PreparationError, RefusedError, StorageError
 from data_prep.parts import PartAccount
 from data_prep.tokenizer import Tokenizer
 from data_prep.worker import Encoder, Job, Work, encode_in_worker, encode_work, start_worker
@@ -22,27 +24,47 @@ def encode_spans(
 ) -> Iterator[dict[str, PartAccount]]:
     """Encode spans into the parts of every split; accounts in the order of `work`.
 
-    A single process is this one: it uses `tokenizer`, from which the job's files were written, and its threads.
+    A single process uses `tokenizer`, from which the job's files were written, and its threads. It is this one, but
+    for conversations: what a template does in a single step can only be ended with its process.
     The first error, by order, ends it; parts that are sealed by then stay.
     """
-    if num_processes(workers, len(work)) <= 1:
+    number = num_processes(workers, len(work))
+    if number <= 1 and job.plan is None:
         encoder = Encoder(job, tokenizer) if work else None
         for item in work:
             assert encoder is not None
             yield encode_work(encoder, item)
         return
-    pool = ProcessPoolExecutor(
-        num_processes(workers, len(work)), get_context("spawn"), initializer=start_worker, initargs=(job,)
-    )
+    if number > 1:
+        pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=start_worker, initargs=(job,))
+    else:
+        pool = ProcessPoolExecutor(1, get_context("fork"), initializer=start_worker, initargs=(job, tokenizer))
+    futures: list[Future[dict[str, PartAccount]]] = []
+    processes: set[BaseProcess] = set()
     with pool:
-        futures: list[Future[dict[str, PartAccount]]] = [pool.submit(encode_in_worker, item) for item in work]
         try:
+            for item in work:
+                futures.append(pool.submit(encode_in_worker, item))
+                if len(futures) <= number:  # each of these has started a process
+                    processes.update(active_children())
             for future in futures:
                 yield future.result()
         except BrokenProcessPool as error:
-            raise StorageError(
-                "a worker process died, perhaps for lack of memory; set data.workers lower, and prepare again:"
-                " finished parts are kept"
-            ) from error
+            pool.shutdown(wait=True)  # then every exit code is known
+            raise _why_it_broke([process.exitcode for process in processes]) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _why_it_broke(exit_codes: Sequence[int | None]) -> PreparationError:
+    """What to say of a pool whose processes ended like this; the pool itself ends those that are left."""
+    if -signal.SIGPROF in exit_codes:  # only template_sandbox.limits sets this clock
+        return RefusedError("chat template: it takes too much time in a single step, with one of the records")
+    kept = "finished parts are kept"
+    died = next((code for code in exit_codes if code and code not in (-signal.SIGTERM, -signal.SIGKILL)), None)
+    if died is None:
+        return StorageError(
+            "a worker process died, perhaps for lack of memory; set data.workers lower, and prepare again: " + kept
+        )
+    how = f"by signal {-died}" if died < 0 else f"with exit code {died}"
+    return StorageError(f"a worker process ended {how}; prepare again: {kept}")

@@ -7,6 +7,7 @@ preparation, the parts that are there are whole, and the next preparation makes 
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class PartAccount:
     num_stops: int = 0
     num_truncated: int = 0
     num_extra: int = 0
+    num_moved: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     first_seen: list[str] = field(default_factory=list)
@@ -86,6 +88,7 @@ class PartWriter:
             num_stops=account.num_stops + block.num_stops,
             num_truncated=account.num_truncated + block.num_truncated,
             num_extra=account.num_extra + block.num_extra,
+            num_moved=account.num_moved + block.num_moved,
         )
         self._account.blocks.append(shapes)
 
@@ -108,7 +111,8 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Leave nothing."""
-        self._file.close()
+        with suppress(OSError):  # what is still to be written may not fit on the disk
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

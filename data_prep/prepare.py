@@ -66,7 +66,7 @@ def prepare(
     _check_task(config, tokenizer, task)
     with storage_errors(config.store_dir):
         config.store_dir.mkdir(parents=True, exist_ok=True)
-        groups = _groups(config, encoding, say)
+        groups = _groups(config, encoding, say, progress)
         if part is not None:
             for group in groups:
                 made = encode_parts(config, group, group.splits, encoding, (part[0] - 1, part[1]), progress)
@@ -163,9 +163,9 @@ def _check_task(config: DataConfig, tokenizer: Tokenizer, task: Task) -> None:
         raise DataConfigError("data.deduplicate: windows of one context are not duplicates; leave it out")
 
 
-def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None]) -> tuple[Group, ...]:
+def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None], progress: bool) -> tuple[Group, ...]:
     encoded = _encoding_key(config, encoding)
-    train = _inputs(config.train, "train", config, encoding, say)
+    train = _inputs(config.train, "train", config, encoding, say, progress)
     whole = _input_key(encoded, train, "")
     share = config.validation_fraction
     if share is not None:
@@ -174,7 +174,7 @@ def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None]) 
         return (Group(tuple(_split(config, *one, whole, train) for one in ranges.items()), train, encoded),)
     groups = [Group((_split(config, "train", None, whole, train),), train, encoded)]
     if config.validation is not None:
-        held_out = _inputs(config.validation, "validation", config, encoding, say)
+        held_out = _inputs(config.validation, "validation", config, encoding, say, progress)
         # Labels are numbered as in train, so a store of held-out records belongs to its training records.
         key = _input_key(encoded, held_out, "" if encoding.task == "causal_lm" else whole)
         groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, encoded))
@@ -182,9 +182,10 @@ def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None]) 
 
 
 def _inputs(
-    sources: tuple[SourceConfig, ...], key: str, config: DataConfig, encoding: Encoding, say: Callable[[str], None]
-) -> tuple[Input, ...]:
-    found = find_sources(sources, f"data.{key}", config.store_dir / ".cache")
+    sources: tuple[SourceConfig, ...], key: str, config: DataConfig, encoding: Encoding, say: Callable[[str], None],
+    progress: bool,
+) -> tuple[Input, ...]:  # fmt: skip
+    found = find_sources(sources, f"data.{key}", config.store_dir / ".cache", progress)
     names = _source_names(sources, found)
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):

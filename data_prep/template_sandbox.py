@@ -30,7 +30,7 @@ from data_prep.errors import DataConfigError, RefusedError
 
 SOURCE_LIMIT_CHARACTERS = 1 << 20
 OUTPUT_LIMIT_CHARACTERS = 16 << 20  # beside a multiple of what went in
-CPU_LIMIT_SECONDS = 4.0
+CPU_LIMIT_SECONDS = 3.0
 MEMORY_LIMIT_BYTES = 2 << 30
 
 _REPEAT_LIMIT = 16 << 20  # items of a repeated text or list

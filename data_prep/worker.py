@@ -3,10 +3,12 @@
 import gc
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +29,7 @@ from data_prep.errors import BadDataError, UntrainableError
 from data_prep.parts import PartAccount, PartWriter
 from data_prep.records import Record, SourceFile, Span
 from data_prep.shapes import Shape, to_example
-from data_prep.sources import read_records
+from data_prep.sources import check_unchanged, read_records
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_files import open_tokenizer
 
@@ -178,19 +180,36 @@ class Encoder:
         return block
 
 
+_job: Job | None = None
+_tokenizer: Tokenizer | None = None
 _encoder: Encoder | None = None
 
 
-def start_worker(job: Job) -> None:
-    """Initialise a worker process: one tokenizer thread each, since there is a process for every core."""
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(job)
+def start_worker(job: Job, tokenizer: Tokenizer | None = None) -> None:
+    """Initialise a worker process, which ends when the one that started it is gone.
+
+    Without `tokenizer` it will open the job's own and give it one thread: there is a process for every core.
+    """
+    global _job, _tokenizer
+    if tokenizer is None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _job, _tokenizer = job, tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def encode_in_worker(work: Work) -> dict[str, PartAccount]:
-    """`encode_work` with the encoder of this process."""
-    assert _encoder is not None
+    """`encode_work` with the encoder of this process, opened for its first work: what fails then is told."""
+    global _encoder
+    if _encoder is None:
+        assert _job is not None
+        _encoder = Encoder(_job, _tokenizer)
     return encode_work(_encoder, work)
 
 
@@ -232,6 +251,8 @@ def encode_work(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
                     if job.config.deduplicate:
                         block.columns.update(document_hashes(block))
                     writers[name].write(block)
+        for file, _ in work.pieces:
+            check_unchanged(file)  # a part is known by the hashes of its files, so it must hold what was hashed
         return {
             name: writer.close(
                 read, made[name].tolist(), taken[name], {"no_targets": dropped[name]} if dropped[name] else {}

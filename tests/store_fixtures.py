@@ -91,6 +91,7 @@ def write_store(
                 "records_read": left_out + count - source.extra_documents,
                 "records_of_other_split": source.other_split, "duplicates": source.duplicates,
                 "dropped": source.dropped, "extra_documents": source.extra_documents, "records_truncated": 0,
+                "answers_moved": 0,
                 "files": [
                     {"path": f"{source.name}.jsonl", "xxh3_128": "", "size_bytes": 0, "first_document": first, "num_documents": count}
                 ],
