@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -27,6 +28,7 @@ from data_prep.sources import check_unchanged
 from data_prep.spans import SPAN_BYTES
 from data_prep.store_folder import link_content, publish
 from data_prep.store_writer import count_id, describe_files, write_content
+from data_prep.template_child import Proof, start_proof
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 from data_prep.tokenizer import Tokenizer
 from data_prep.worker import HashRange, Job, SplitJob, Task, Work
@@ -141,10 +143,18 @@ def encode_parts(
     ]
     sizes = [sum(_num_bytes(*piece) for piece in work.pieces) for work in todo]
     label = " and ".join(split.name for split in splits)
-    with Progress(f"tokenising {label}", sum(sizes), progress) as bar:
-        for size, _ in zip(sizes, encode_spans(job, todo, config.workers, encoding.tokenizer), strict=True):
+    proof = _start_proof(encoding, job.now) if todo and job.chats else None
+    with proof or nullcontext(), Progress(f"tokenising {label}", sum(sizes), progress) as bar:
+        for size, _ in zip(sizes, encode_spans(job, todo, config.workers, encoding.tokenizer, proof), strict=True):
             bar.advance(size)
     return len(todo)
+
+
+def _start_proof(encoding: Encoding, now: datetime) -> Proof:
+    tokenizer = encoding.tokenizer
+    assert encoding.chat_template is not None
+    strings = tokenizer.control_strings, tokenizer.plain_added_strings
+    return start_proof(encoding.chat_template, tokenizer.special_tokens, *strings, now)
 
 
 def _num_bytes(file: SourceFile, span: Span) -> int:
@@ -175,19 +185,8 @@ def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encodin
     for job in jobs:
         job.parts_dir.mkdir(exist_ok=True)
     now = datetime.fromisoformat((tokenizer_dir / "now.txt").read_text(encoding="ascii"))
-    plan = None
-    if encoding.chat_template is not None and any(one.shape.gives_chats for one in group.inputs):
-        from data_prep.template_child import prove_apart  # with the template engine, which most data does without
-
-        tokenizer = encoding.tokenizer
-        plan = prove_apart(
-            encoding.chat_template,
-            tokenizer.special_tokens,
-            tokenizer.control_strings,
-            tokenizer.plain_added_strings,
-            now,
-        )
-    return Job(encoding.task, config, tokenizer_dir, encoding.chat_template, now, plan, jobs)
+    chats = encoding.chat_template is not None and any(one.shape.gives_chats for one in group.inputs)
+    return Job(encoding.task, config, tokenizer_dir, encoding.chat_template, now, chats, jobs)
 
 
 def find_store(config: DataConfig, split: Split, say: Say) -> TokenStore | None:

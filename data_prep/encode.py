@@ -154,35 +154,36 @@ def _mark_rendered(
     A token that begins before a span and reaches into it counts: where a template ends its header with a
     blank, the answer's first word is one token with that blank, and it must not go untrained.
     """
-    if tokenizer.token_bytes is None:
+    if not tokenizer.is_byte_level:
         return np.concatenate([_marks_by_offsets(one, tokenizer, None) for one in rendered])
-    token_ends = np.cumsum(tokenizer.token_bytes[ids])
+    sizes = tokenizer.token_bytes(ids)
+    token_ends = np.cumsum(sizes, dtype=np.int64)
     text_bytes, span_starts, span_stops = _byte_spans(rendered)
     document_ends = token_ends[ends - 1]
     agree = np.diff(document_ends, prepend=0) == text_bytes
     if not tokenizer.keeps_text:
         agree &= np.array([one.text.isascii() for one in rendered])
     if agree.all():
-        return _marks_by_bytes(ids, token_ends, tokenizer, span_starts, span_stops)
+        return _marks_by_bytes(sizes, token_ends, span_starts, span_stops)
     parts = []
     starts = np.concatenate(([0], ends[:-1]))
     for index, one in enumerate(rendered):
-        own = ids[starts[index] : ends[index]]
+        own = slice(int(starts[index]), int(ends[index]))
         if agree[index]:
             _, begin, stop = _byte_spans([one])
-            parts.append(_marks_by_bytes(own, np.cumsum(tokenizer.token_bytes[own]), tokenizer, begin, stop))
+            parts.append(_marks_by_bytes(sizes[own], np.cumsum(sizes[own], dtype=np.int64), begin, stop))
         else:
-            parts.append(_marks_by_offsets(one, tokenizer, own))
+            parts.append(_marks_by_offsets(one, tokenizer, ids[own]))
     return np.concatenate(parts)
 
 
 def _marks_by_bytes(
-    ids: np.ndarray, token_ends: np.ndarray, tokenizer: Tokenizer, span_starts: np.ndarray, span_stops: np.ndarray
+    sizes: np.ndarray, token_ends: np.ndarray, span_starts: np.ndarray, span_stops: np.ndarray
 ) -> np.ndarray:
-    assert tokenizer.token_bytes is not None
+    """Marks from the bytes behind every token, where these end, and the trained spans in bytes."""
     first = np.searchsorted(token_ends, span_starts, side="right")
-    last = np.searchsorted(token_ends - tokenizer.token_bytes[ids], span_stops, side="left")
-    return spans_to_marks(len(ids), first, last)
+    last = np.searchsorted(token_ends - sizes, span_stops, side="left")
+    return spans_to_marks(len(sizes), first, last)
 
 
 def _byte_spans(rendered: "Sequence[Rendered]") -> tuple[np.ndarray, np.ndarray, np.ndarray]:

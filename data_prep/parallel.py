@@ -10,8 +10,9 @@ from multiprocessing.process import BaseProcess
 
 from data_prep.errors import PreparationError, RefusedError, StorageError
 from data_prep.parts import PartAccount
+from data_prep.template_child import Proof
 from data_prep.tokenizer import Tokenizer
-from data_prep.worker import Encoder, Job, Work, encode_in_worker, encode_work, start_worker
+from data_prep.worker import Encoder, Job, Work, encode_in_worker, encode_work, open_in_worker, start_worker
 
 
 def num_processes(workers: int | None, num_tasks: int) -> int:
@@ -20,16 +21,17 @@ def num_processes(workers: int | None, num_tasks: int) -> int:
 
 
 def encode_spans(
-    job: Job, work: Sequence[Work], workers: int | None, tokenizer: Tokenizer
+    job: Job, work: Sequence[Work], workers: int | None, tokenizer: Tokenizer, proof: Proof | None = None
 ) -> Iterator[dict[str, PartAccount]]:
     """Encode spans into the parts of every split; accounts in the order of `work`.
 
     A single process uses `tokenizer`, from which the job's files were written, and its threads. It is this one, but
     for conversations: what a template does in a single step can only be ended with its process.
+    `proof` is that of their template, waited for while the processes open all else.
     The first error, by order, ends it; parts that are sealed by then stay.
     """
     number = num_processes(workers, len(work))
-    if number <= 1 and job.plan is None:
+    if number <= 1 and proof is None:
         encoder = Encoder(job, tokenizer) if work else None
         for item in work:
             assert encoder is not None
@@ -43,8 +45,13 @@ def encode_spans(
     processes: set[BaseProcess] = set()
     with pool:
         try:
+            plan = None
+            if proof is not None:
+                for _ in range(number):
+                    pool.submit(open_in_worker)
+                plan = proof.result()
             for item in work:
-                futures.append(pool.submit(encode_in_worker, item))
+                futures.append(pool.submit(encode_in_worker, item, plan))
                 if len(futures) <= number:  # each of these has started a process
                     processes.update(active_children())
             for future in futures:

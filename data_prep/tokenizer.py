@@ -192,17 +192,22 @@ class Tokenizer:
         steps = pre_tokenizer_steps(self.pipeline_part("pre_tokenizer"))
         return type(self._backend.model).__name__ == "BPE" and any(step["type"] == "ByteLevel" for step in steps)
 
-    @cached_property
-    def token_bytes(self) -> np.ndarray | None:
-        """int64 [vocab_size]: bytes of text behind every token; None where they cannot be known from the token.
+    def token_bytes(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [len(ids)]: bytes of text behind every token of a byte-level BPE, whose pieces spell one a character.
 
-        Known for byte-level BPE, whose pieces spell one byte a character.
+        Ids without a token have none. The pieces are looked up as they are met: a vocabulary takes long to list.
         """
-        if not self.is_byte_level:
-            return None
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
-            lengths[index] = len(piece)
+        lengths: np.ndarray = self._piece_bytes[ids]
+        unknown = lengths < 0
+        if unknown.any():
+            for index in np.unique(ids[unknown]).tolist():
+                self._piece_bytes[index] = len(self._backend.id_to_token(index) or "")
+            lengths = self._piece_bytes[ids]
+        return lengths
+
+    @cached_property
+    def _piece_bytes(self) -> np.ndarray:
+        lengths = np.full(self.vocab_size, -1, dtype=np.int32)
         for index, token in self._backend.get_added_tokens_decoder().items():
             lengths[index] = len(token.content.encode())
         return lengths

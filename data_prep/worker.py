@@ -5,9 +5,11 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from importlib import import_module
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +36,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:  # with its template engine, which most data does without
-    from data_prep.template_proof import Plan
+    from data_prep.templates import ChatFormat
 
 Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"]
 
@@ -69,7 +71,7 @@ class Job:
     tokenizer_dir: Path  # the folder that goes into the store, so that exactly it is what encodes
     chat_template: str | None
     now: datetime
-    plan: "Plan | None"  # what is known of the template; None where no record is a conversation
+    chats: bool  # whether records are conversations
     splits: tuple[SplitJob, ...]
 
 
@@ -100,17 +102,26 @@ class Encoder:
     """A job with its tokenizer, backend and template opened, as each process holds it once."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer | None = None):
+        """Open all but the template, which `open_chat` does."""
         self.job = job
-        config = job.config
         self.tokenizer = tokenizer or open_tokenizer(str(job.tokenizer_dir))
-        self._backend = open_backend(config.backend, self.tokenizer, rendered=job.plan is not None)
-        self._chat = None
-        if job.plan is not None:
-            from data_prep.templates import ChatFormat
+        self._chat: ChatFormat | None = None
+        with ThreadPoolExecutor(1) as thread:
+            opening = thread.submit(open_backend, job.config.backend, self.tokenizer, rendered=job.chats)
+            if job.chats:
+                import_module("data_prep.templates")  # meanwhile: it brings the template engine
+            self._backend = opening.result()
 
+    def open_chat(self, plan: str) -> None:
+        """Open the template, of which `plan` is what its proof found."""
+        from data_prep.template_child import read_plan
+        from data_prep.templates import ChatFormat
+
+        job, tokenizer = self.job, self.tokenizer
+        if self._chat is None:
             assert job.chat_template is not None
-            names = self.tokenizer.special_tokens, self.tokenizer.control_strings
-            self._chat = ChatFormat(job.chat_template, *names, job.now, config.chat, job.plan)
+            names = tokenizer.special_tokens, tokenizer.control_strings
+            self._chat = ChatFormat(job.chat_template, *names, job.now, job.config.chat, read_plan(plan))
 
     def context(self, names: Names) -> Context:
         """What the encode functions take, with a book for the names they meet."""
@@ -204,12 +215,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_in_worker(work: Work) -> dict[str, PartAccount]:
-    """`encode_work` with the encoder of this process, opened for its first work: what fails then is told."""
+def open_in_worker() -> None:
+    """Open the encoder of this process, but for its template; what fails is told."""
     global _encoder
     if _encoder is None:
         assert _job is not None
         _encoder = Encoder(_job, _tokenizer)
+
+
+def encode_in_worker(work: Work, plan: str | None) -> dict[str, PartAccount]:
+    """`encode_work` with the encoder of this process; `plan` is that of the template, where there are conversations."""
+    open_in_worker()
+    assert _encoder is not None
+    if plan is not None:
+        _encoder.open_chat(plan)
     return encode_work(_encoder, work)
 
 

@@ -150,7 +150,7 @@ def test_a_process_of_its_own_finds_the_same_plan_and_the_same_faults() -> None:
 
 
 def test_proving_starts_without_heavy_imports() -> None:
-    code = "import sys, data_prep.template_child as p; print([m for m in ('pydantic', 'numpy', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
+    code = "import sys, data_prep.template_child, data_prep.template_proof; print([m for m in ('pydantic', 'numpy', 'torch', 'transformers', 'tokenizers') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
     assert shown.stdout.strip() == "[]"
