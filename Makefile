@@ -30,7 +30,7 @@ demo: $(STAMP) ## train a small model from nothing on this machine: corpus to ge
 test: $(STAMP) ## all tests; real DeepSpeed on 2 CPU ranks where ranks matter
 	@$(BIN)/python -m pytest
 
-test-unit: $(STAMP) ## the tests that start no ranks (about a minute)
+test-unit: $(STAMP) ## the tests that start no ranks (a few minutes)
 	@$(BIN)/python -m pytest -m "not ranks"
 
 lint: $(STAMP) ## ruff and mypy --strict

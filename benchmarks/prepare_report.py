@@ -130,7 +130,7 @@ def _measured(name: str, usages: list[Usage]) -> tuple[Any, ...]:
         for values in zip(*((usage.cpu_seconds, usage.wall_seconds, usage.peak_mb) for usage in usages), strict=True)
     )
     output = usages[-1].output
-    return name, f"{cpu:.2f}", f"{wall:.2f}", f"{peak:.0f}", output["documents"], output["tokens"]
+    return name, f"{cpu:.2f}", f"{wall:.2f}", f"{peak:.0f}", output.get("documents", ""), output.get("tokens", "")
 
 
 def machine() -> str:

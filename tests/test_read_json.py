@@ -41,7 +41,7 @@ def streamed(content: bytes, size: int, key: str | None = None, **more: Any) -> 
     return list(stream_json(pieces(content, size), "a.json", key, more.get("columns")))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(RECORDS, INDENTS, st.booleans(), st.integers(1, 40), st.integers(1, 200))
 def test_arrays_are_cut_where_a_parser_would(
     values: list[dict[str, Any]], indent: int | None, ascii_only: bool, size: int, span_bytes: int
@@ -53,7 +53,7 @@ def test_arrays_are_cut_where_a_parser_would(
         assert [record.where for record in found] == [f"a.json: item {record.line}" for record in found]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.dictionaries(TEXTS, RECORDS, min_size=1, max_size=4), VALUES, INDENTS, st.integers(1, 40), st.integers(1, 200)
 )
