@@ -18,7 +18,7 @@ from data_prep.pack import pack_rows, wrap_rows
 from data_prep.row_files import RowFiles, unsigned_type
 from data_prep.token_store import TokenStore
 from data_prep.truncate import Truncation
-from data_prep.worker import overlong_message
+from data_prep.work import overlong_message
 
 _WINDOW_ROWS = 4096  # packing apart loses about one row of them
 _WINDOW_DOCUMENTS = (1 << 16, 1 << 21)  # fewest and most; each takes some 60 bytes of memory

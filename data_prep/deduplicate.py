@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
+from data_prep.blocks import Block, marks_of
 from data_prep.parts import Part
 
 _DOCUMENTS_AT_ONCE = 1 << 22
@@ -40,3 +42,30 @@ def keep_first(parts: Sequence[Part]) -> list[np.ndarray]:
         for owner in np.unique(owners):
             kept[owner][repeated[owners == owner] - begins[owner]] = False
     return kept
+
+
+def document_hashes(block: Block) -> dict[str, np.ndarray]:
+    """128 bits of everything a document trains, as columns ``hash_low`` and ``hash_high`` (uint64)."""
+    columns = {**block.columns, "marks": marks_of(block.columns)}
+    starts = np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]
+    pieces = []
+    for name, column in columns.items():
+        if name in ("lines", "lengths", "questions") or name.endswith("_lengths"):
+            continue
+        if f"{name}_lengths" in columns:
+            counts = columns[f"{name}_lengths"].astype(np.int64)
+            firsts = np.cumsum(counts) - counts
+        elif len(column) == block.num_tokens and name in ("input_ids", "marks", "tags"):
+            firsts, counts = starts, columns["lengths"].astype(np.int64)
+        else:
+            firsts, counts = np.arange(block.num_documents), np.ones(block.num_documents, dtype=np.int64)
+        pieces.append((np.ascontiguousarray(column), firsts.tolist(), counts.tolist()))
+    digests = bytearray()
+    for document in range(block.num_documents):
+        digest = xxhash.xxh3_128()
+        for column, firsts, counts in pieces:
+            digest.update(counts[document].to_bytes(8, "little"))
+            digest.update(column[firsts[document] : firsts[document] + counts[document]].data)
+        digests += digest.digest()
+    halves = np.frombuffer(bytes(digests), dtype=np.uint64).reshape(-1, 2)
+    return {"hash_low": halves[:, 0].copy(), "hash_high": halves[:, 1].copy()}

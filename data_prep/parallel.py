@@ -12,7 +12,8 @@ from data_prep.errors import PreparationError, RefusedError, StorageError
 from data_prep.parts import PartAccount
 from data_prep.template_child import Proof
 from data_prep.tokenizer import Tokenizer
-from data_prep.worker import Encoder, Job, Work, encode_in_worker, encode_work, open_in_worker, start_worker
+from data_prep.work import Job, Work
+from data_prep.worker import Encoder, encode_in_worker, encode_work, open_in_worker, start_worker
 
 
 def num_processes(workers: int | None, num_tasks: int) -> int:

@@ -14,20 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.build_store import (
-    Encoding,
-    Group,
-    Input,
-    Split,
-    build,
-    discard_work,
-    encode_parts,
-    find_donor,
-    find_store,
-    work_dir,
-)
+from data_prep.build_store import build, discard_work, encode_parts, find_donor, find_store
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
+from data_prep.inputs import Encoding, Group, Input, Split, work_dir
 from data_prep.ledger import ledger_table
 from data_prep.plain_template import plain_template
 from data_prep.records import Record, SourceFile
@@ -37,7 +27,7 @@ from data_prep.store_folder import exclusive, remove_leftovers, remove_work, sto
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_files import open_tokenizer
-from data_prep.worker import HashRange, Task
+from data_prep.work import HashRange, Task
 
 _RECOGNISED_FROM_RECORDS = 100
 _MUCH_UNKNOWN = 0.03

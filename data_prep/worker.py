@@ -1,25 +1,20 @@
 """Encodes spans of one source into part files, in worker processes. What it writes depends on the spans alone."""
 
 import gc
-import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from importlib import import_module
 from multiprocessing import parent_process
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from data_prep.backends import open_backend
-from data_prep.blocks import Block, Names, marks_of
-from data_prep.config import DataConfig
+from data_prep.blocks import Block, Names
+from data_prep.deduplicate import document_hashes
 from data_prep.encode import Context, encode_causal_lm
 from data_prep.encode_labels import (
     encode_question_answering,
@@ -29,73 +24,20 @@ from data_prep.encode_labels import (
 )
 from data_prep.errors import BadDataError, UntrainableError
 from data_prep.parts import PartAccount, PartWriter
-from data_prep.records import Record, SourceFile, Span
+from data_prep.records import Record
 from data_prep.shapes import Shape, to_example
 from data_prep.sources import check_unchanged, read_records
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_files import open_tokenizer
+from data_prep.work import Job, SplitJob, Work, overlong_message, record_hash
 
 if TYPE_CHECKING:  # with its template engine, which most data does without
     from data_prep.templates import ChatFormat
 
-Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"]
 
 _BATCH_RECORDS = 1024
 _BATCH_CHARACTERS = 1 << 20
 _COLLECT_AFTER_OBJECTS = 200_000
-
-
-@dataclass(frozen=True)
-class HashRange:
-    """The records whose 64-bit hash lies in [low, high)."""
-
-    low: int
-    high: int
-
-
-@dataclass(frozen=True)
-class SplitJob:
-    """One split that is made of the spans: which records it takes and where its parts go."""
-
-    name: str
-    chosen: HashRange | None  # None: every record
-    parts_dir: Path
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker needs to know."""
-
-    task: Task
-    config: DataConfig
-    tokenizer_dir: Path  # the folder that goes into the store, so that exactly it is what encodes
-    chat_template: str | None
-    now: datetime
-    chats: bool  # whether records are conversations
-    splits: tuple[SplitJob, ...]
-
-
-@dataclass(frozen=True)
-class Work:
-    """A span of a large file, or of several small ones, what their records are, and the name of its parts."""
-
-    part: str  # follows from the content of the spans
-    pieces: tuple[tuple[SourceFile, Span], ...]
-    shape: Shape
-
-
-def record_hash(record: Record) -> int:
-    """64 bits from the content of a record alone, whatever its file, line and order of fields."""
-    canonical = json.dumps(record.value, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_64_intdigest(canonical.encode("ascii"))
-
-
-def overlong_message(where: str, num_tokens: int, row_tokens: int) -> str:
-    """The one line for a record that fits no row."""
-    return (
-        f"{where}: {num_tokens} tokens do not fit a row of {row_tokens} (data.row_tokens);"
-        " raise it, or set data.overlong to drop, split or truncate"
-    )
 
 
 class Encoder:
@@ -329,30 +271,3 @@ def _characters(value: Any) -> int:
     if isinstance(value, dict):
         return sum([_characters(inner) for inner in value.values()])
     return sum([_characters(inner) for inner in value]) if isinstance(value, list) else 8
-
-
-def document_hashes(block: Block) -> dict[str, np.ndarray]:
-    """128 bits of everything a document trains, as columns ``hash_low`` and ``hash_high`` (uint64)."""
-    columns = {**block.columns, "marks": marks_of(block.columns)}
-    starts = np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]
-    pieces = []
-    for name, column in columns.items():
-        if name in ("lines", "lengths", "questions") or name.endswith("_lengths"):
-            continue
-        if f"{name}_lengths" in columns:
-            counts = columns[f"{name}_lengths"].astype(np.int64)
-            firsts = np.cumsum(counts) - counts
-        elif len(column) == block.num_tokens and name in ("input_ids", "marks", "tags"):
-            firsts, counts = starts, columns["lengths"].astype(np.int64)
-        else:
-            firsts, counts = np.arange(block.num_documents), np.ones(block.num_documents, dtype=np.int64)
-        pieces.append((np.ascontiguousarray(column), firsts.tolist(), counts.tolist()))
-    digests = bytearray()
-    for document in range(block.num_documents):
-        digest = xxhash.xxh3_128()
-        for column, firsts, counts in pieces:
-            digest.update(counts[document].to_bytes(8, "little"))
-            digest.update(column[firsts[document] : firsts[document] + counts[document]].data)
-        digests += digest.digest()
-    halves = np.frombuffer(bytes(digests), dtype=np.uint64).reshape(-1, 2)
-    return {"hash_low": halves[:, 0].copy(), "hash_high": halves[:, 1].copy()}

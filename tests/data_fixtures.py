@@ -16,7 +16,7 @@ from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.token_store import Rows, TokenStore, open_rows
 from data_prep.train_tokenizer import train_sentencepiece
-from data_prep.worker import Task
+from data_prep.work import Task
 
 SAMPLES = Path(os.environ.get("FULLTUNE_SAMPLES", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
