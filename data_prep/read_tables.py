@@ -7,8 +7,16 @@ from datetime import date, time
 from math import isfinite
 from typing import IO, Any
 
-from data_prep.decompress import Compression, decompressed_blocks, open_binary
+from data_prep.decompress import (
+    RATIO_FREE_BYTES,
+    RATIO_LIMIT,
+    Compression,
+    decompressed_blocks,
+    open_binary,
+    stat_file,
+)
 from data_prep.errors import BadDataError, StorageError
+from data_prep.lines import LINE_LIMIT_BYTES
 from data_prep.records import WHOLE_FILE, Record, Span
 
 #: Row groups and batches are joined to spans of at least this many uncompressed bytes.
@@ -162,13 +170,51 @@ def _names(schema: Any, columns: Sequence[str] | None, path: str) -> list[str]:
 
 
 def _records(batches: Iterator[Any], names: list[str], path: str, row: int) -> Iterator[Record]:
-    for batch in batches:
+    for batch in _bounded(batches, path, row):
         plain = all(_is_plain(field.type) for field in batch.schema)
         for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             where = f"{path}: row {row}"
             value = dict(zip(names, values, strict=True))
             yield Record(value if plain else {name: json_value(value[name], name, where) for name in names}, where, row)
             row += 1
+
+
+def _bounded(batches: Iterator[Any], path: str, row: int) -> Iterator[Any]:
+    """The same rows, of which no more come together than what one record may hold.
+
+    BadDataError for a larger one, and for a file that grows as only bombs do: a text may be stored once for many rows.
+    """
+    size = total = 0
+    for batch in batches:
+        num_bytes = _num_bytes(batch)
+        total += num_bytes
+        if total > RATIO_FREE_BYTES and total > RATIO_LIMIT * (size := size or stat_file(path).st_size):
+            raise BadDataError(
+                f"{path}: its rows grow to more than {RATIO_LIMIT} times the file; if that is meant, write"
+                " them as JSON lines"
+            )
+        if num_bytes <= LINE_LIMIT_BYTES:
+            yield batch
+        else:
+            for index in range(batch.num_rows):
+                one = batch.slice(index, 1)
+                if _num_bytes(one) > LINE_LIMIT_BYTES:
+                    limit = LINE_LIMIT_BYTES >> 20
+                    raise BadDataError(f"{path}: row {row + index}: more than {limit} MiB is not one record")
+                yield one
+        row += batch.num_rows
+
+
+def _num_bytes(batch: Any) -> int:
+    """The memory of a batch, texts of dictionaries counted in every row that refers to them."""
+    from pyarrow import compute, types
+
+    total = int(batch.nbytes)
+    for column in batch.columns:
+        if types.is_dictionary(column.type) and types.is_string(column.type.value_type):
+            lengths = compute.take(compute.binary_length(column.dictionary), column.indices)
+            total += compute.sum(lengths).as_py() or 0
+    return total
 
 
 def _is_plain(kind: Any) -> bool:

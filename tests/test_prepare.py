@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from data_prep import build_store
+from data_prep import build_store, inputs
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError
 from data_prep.ledger import check_identities
@@ -96,7 +96,7 @@ def test_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
 def test_many_small_files_are_worked_on_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(build_store, "SPAN_BYTES", 4000)
+    monkeypatch.setattr(inputs, "SPAN_BYTES", 4000)
     tokenizer = byte_level_folder(tmp_path / "tokenizer")
     texts = sentences(310, 3)
     (tmp_path / "many").mkdir()
