@@ -518,3 +518,17 @@ def test_unknown_tokens_are_counted_and_much_of_them_is_said(
         store, said = TokenStore.open(folder), capsys.readouterr().out
         assert store.manifest["num_unknown"] == share
         assert ("unknown tokens: " in said) == bool(share) and ("is it the right one?" in said) == (share > 1)
+
+
+def test_an_answer_whose_stop_token_is_not_trained_is_an_error_unless_waived(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "three"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}] * 3)
+    values = section(tmp_path, byte_level_folder(tmp_path / "tokenizer", template), path)
+    with pytest.raises(BadDataError, match=r"a\.jsonl:1: .*stop token.*data\.chat\.allow_untrained_stop"):
+        run(values)
+    store, _ = prepared({**values, "chat": {"allow_untrained_stop": True}})
+    assert (store.manifest["num_answers"], store.manifest["num_trained_stops"]) == (3, 0)
