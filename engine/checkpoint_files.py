@@ -1,9 +1,9 @@
-"""The checkpoint's format: what lies in its folder, and how it is checked and read. One process suffices.
+"""The checkpoint's format: what lies in its folder and how it is checked. One process suffices.
 
 A checkpoint is a folder ``run_dir/checkpoints/step-00000020`` with, from every rank that wrote it,
-one safetensors file of 1-D fp32 slices (masters and both moments), once the frozen parameters and
-persistent buffers, the training state as JSON, and a manifest: which elements lie where, and the
-hash of every block. Padding is never stored, and nothing in it can run.
+one safetensors file of 1-D slices (fp32 masters and both moments; frozen parameters and persistent
+buffers in their own types), the training state as JSON, and a manifest: which elements lie where,
+and the hash of every block. Padding is never stored, and nothing in it can run.
 """
 
 import json
@@ -15,45 +15,58 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from torch import Tensor
 
 from engine.errors import DataError
-from engine.safetensors_file import (
-    BLOCK_BYTES,
-    FileRecord,
-    check_size,
-    read_file,
-    read_header,
-    read_range,
-    verify_blocks,
-)
+from engine.safetensors_file import BLOCK_BYTES, TENSOR_TYPES, FileRecord, read_file, verify_blocks
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
-FORMAT = "fulltune-checkpoint-1"
-FROZEN = "frozen.safetensors"
+FORMAT = "fulltune-checkpoint-2"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 _FOLDER_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[a-z][a-z0-9-]*\.(?:safetensors|json)")
-_MAX_JSON_BYTES = 2**30
+MAX_JSON_BYTES = 2**30
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TENSOR_TYPES}
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """A whole weight of the model: the type it is stored in and its shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint says of itself.
 
-    `slices` gives for each file its (parameter, start, stop); tensors in it are called
-    ``master/<parameter>`` and so on. `frozen` are the names in the frozen file.
+    `slices` gives for each file its (weight, start, stop) of flattened weights. Tensors in it are
+    called ``master/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` for a trained parameter,
+    ``frozen/<name>`` and ``buffer/<name>`` for the others.
     """
 
     step: int
     optimizer_steps: int
+    run_id: str
     architecture: str
-    shapes: dict[str, tuple[int, ...]]
+    trained: dict[str, WeightEntry]
+    frozen: dict[str, WeightEntry]
+    buffers: dict[str, WeightEntry]
     slices: dict[str, list[tuple[str, int, int]]]
-    frozen: list[str]
     files: dict[str, FileRecord]
+
+    @property
+    def weights(self) -> dict[str, WeightEntry]:
+        """All that makes up the model, trained parameters as their fp32 masters."""
+        return self.trained | self.frozen | self.buffers
+
+    def tensors_of(self, name: str) -> tuple[str, ...]:
+        """The names under which a slice of the weight `name` lies in its file."""
+        if name in self.trained:
+            return tuple(f"{kind}/{name}" for kind in KINDS)
+        return (f"frozen/{name}" if name in self.frozen else f"buffer/{name}",)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -76,7 +89,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that `mark_best` named last, if it is there. Any one process may call it."""
     path = run_dir / "checkpoints" / "best.json"
     try:
-        name = json.loads(read_file(path, _MAX_JSON_BYTES))["checkpoint"]
+        name = json.loads(read_file(path, MAX_JSON_BYTES))["checkpoint"]
     except (DataError, ValueError, KeyError, TypeError):
         return None
     known = isinstance(name, str) and _FOLDER_NAME.fullmatch(name) and (path.parent / name).is_dir()
@@ -101,7 +114,7 @@ def verify_checkpoint(path: Path, share: int = 0, shares: int = 1) -> Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint folder `path`, checked in itself. DataError when it is not sound."""
-    return parse_manifest(read_file(path / MANIFEST, _MAX_JSON_BYTES).decode("utf-8", "replace"), path)
+    return parse_manifest(read_file(path / MANIFEST, MAX_JSON_BYTES).decode("utf-8", "replace"), path)
 
 
 def parse_manifest(text: str, path: Path) -> Manifest:
@@ -115,10 +128,12 @@ def parse_manifest(text: str, path: Path) -> Manifest:
         manifest = Manifest(
             fields["step"],
             fields["optimizer_steps"],
+            fields["run_id"],
             fields["architecture"],
-            {name: tuple(shape) for name, shape in fields["parameters"].items()},
+            _entries(fields["trained"]),
+            _entries(fields["frozen"]),
+            _entries(fields["buffers"]),
             {file: [(name, start, stop) for name, start, stop in rows] for file, rows in fields["slices"].items()},
-            fields["frozen"],
             {name: FileRecord(name, size, tuple(blocks)) for name, (size, blocks) in fields["files"].items()},
         )
         _check_complete(manifest)
@@ -129,24 +144,36 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     return manifest
 
 
+def _entries(values: dict[str, Any]) -> dict[str, WeightEntry]:
+    return {name: WeightEntry(_DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in values.items()}
+
+
+def describe(dtype: torch.dtype, shape: tuple[int, ...]) -> list[Any]:
+    """A weight as the manifest holds it."""
+    return [str(dtype).removeprefix("torch."), list(shape)]
+
+
 def _check_complete(manifest: Manifest) -> None:
     """ValueError unless the slices cover each element once and every file that is named is recorded."""
-    needed = {*manifest.slices, STATE, *([FROZEN] if manifest.frozen else [])}
+    needed = {*manifest.slices, STATE}
     if needed != set(manifest.files) or not all(_FILE_NAME.fullmatch(name) for name in needed):
         raise ValueError("its files are not those that its index needs")
     if any(len(record.blocks) != -(-record.size_bytes // BLOCK_BYTES) for record in manifest.files.values()):
         raise ValueError("it has not one hash for each block")
-    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.shapes}
+    weights = manifest.weights
+    if len(weights) != len(manifest.trained) + len(manifest.frozen) + len(manifest.buffers):
+        raise ValueError("one weight is of two kinds")
+    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in weights}
     for rows in manifest.slices.values():
         for name, start, stop in rows:
             ranges[name].append((start, stop))
-    for name, shape in manifest.shapes.items():
+    for name, entry in weights.items():
         position = 0
         for start, stop in sorted(ranges[name]):
             if start != position or stop <= start:
                 raise ValueError(f"{name}: elements from {position} on are missing or stored twice")
             position = stop
-        if position != math.prod(shape):
+        if position != math.prod(entry.shape):
             raise ValueError(f"{name}: elements from {position} on are missing")
 
 
@@ -158,60 +185,3 @@ def seal(fields: dict[str, Any]) -> str:
 
 def _canonical(fields: dict[str, Any]) -> str:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"))
-
-
-class CheckpointReader:
-    """Reads ranges of a checkpoint's parameters, whichever ranks wrote them. Any process may use it.
-
-    DataError where a file's tensors are not those that the manifest names.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.manifest = read_manifest(path)
-        for name, record in self.manifest.files.items():
-            check_size(path / name, record)
-        self._headers = {name: read_header(path / name) for name in self.manifest.files if name != STATE}
-        self._slices: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.manifest.shapes}
-        for file, rows in self.manifest.slices.items():
-            for name, start, stop in rows:
-                self._slices[name].append((start, stop, file))
-                for kind in KINDS:
-                    entry = self._headers[file].get(f"{kind}/{name}")
-                    if entry is None or entry.shape != (stop - start,) or entry.dtype != torch.float32:
-                        raise DataError(f"{path / file}: {kind}/{name} is not the slice that the manifest names")
-        if set(self._headers.get(FROZEN, ())) != set(self.manifest.frozen):
-            raise DataError(f"{path / FROZEN}: its tensors are not those that the manifest names")
-
-    def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened state, 1-D fp32 on the CPU."""
-        values = torch.empty(stop - start)
-        for first, last, file in self._slices[name]:
-            begin, end = max(first, start), min(last, stop)
-            if begin < end:
-                entry = self._headers[file][f"{kind}/{name}"]
-                values[begin - start : end - start] = read_range(self.path / file, entry, begin - first, end - first)
-        return values
-
-    def verify_weights(self) -> None:
-        """DataError unless the blocks that hold masters, frozen parameters and buffers are as written."""
-        for name, header in self._headers.items():
-            ends = [entry.end for tensor, entry in header.items() if name == FROZEN or tensor.startswith("master/")]
-            verify_blocks(self.path / name, self.manifest.files[name], range(-(-max(ends, default=1) // BLOCK_BYTES)))
-
-    def frozen_shape(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and type of a frozen parameter or buffer."""
-        entry = self._headers[FROZEN][name]
-        return entry.shape, entry.dtype
-
-    def read_frozen(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened frozen parameter or buffer, 1-D, in the type it was saved in."""
-        return read_range(self.path / FROZEN, self._headers[FROZEN][name], start, stop)
-
-    def state(self) -> dict[str, Any]:
-        """The training state that was given to `save_checkpoint`."""
-        try:
-            state = json.loads(read_file(self.path / STATE, _MAX_JSON_BYTES))
-        except ValueError as error:
-            raise DataError(f"{self.path / STATE}: not a training state: {error}") from None
-        return dict(state)

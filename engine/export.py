@@ -11,19 +11,14 @@ import math
 import secrets
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint_files import (
-    CheckpointReader,
-    best_checkpoint,
-    list_checkpoints,
-    step_of,
-)
+from engine.checkpoint_files import best_checkpoint, list_checkpoints, step_of
+from engine.checkpoint_reader import CheckpointReader
 from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError, StorageError
 from engine.safetensors_file import CHUNK_BYTES, TensorSource, fsync_folder, write_file, write_safetensors
 
@@ -127,7 +122,7 @@ def _check_names(reader: CheckpointReader, model: Any) -> None:
     here = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     persistent = model.state_dict()
     here |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
-    there = reader.manifest.shapes | {name: reader.frozen_shape(name)[0] for name in reader.manifest.frozen}
+    there = {name: entry.shape for name, entry in reader.weights.items()}
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise DataError(
@@ -184,19 +179,15 @@ def _source(reader: CheckpointReader, stored: str, name: str, dtype: torch.dtype
 
     `dtype` None keeps the type it was saved in, as buffers do.
     """
-    if name in reader.manifest.shapes:
-        shape, saved, read = reader.manifest.shapes[name], torch.float32, partial(reader.read, "master", name)
-    else:
-        shape, saved = reader.frozen_shape(name)
-        read = partial(reader.read_frozen, name)
-    target = dtype or saved
+    entry = reader.weights[name]
+    target = dtype or entry.dtype
 
     def chunks() -> Iterator[Tensor]:
-        count, step = math.prod(shape), CHUNK_BYTES // 4
+        count, step = math.prod(entry.shape), CHUNK_BYTES // 4
         for start in range(0, count, step):
-            yield read(start, min(count, start + step)).to(target)
+            yield reader.read_weight(name, start, min(count, start + step)).to(target)
 
-    return TensorSource(stored, target, shape, chunks)
+    return TensorSource(stored, target, entry.shape, chunks)
 
 
 def _num_bytes(source: TensorSource) -> int:
@@ -223,10 +214,8 @@ def _save_in_memory(
     model.to_empty(device="cpu").to(dtype)
     model.tie_weights()
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if name in reader.manifest.shapes:
-            value.data.copy_(reader.read("master", name, 0, value.numel()).view(value.shape))
-        elif name in reader.manifest.frozen:
-            value.data.copy_(reader.read_frozen(name, 0, value.numel()).view(value.shape))
+        if name in reader.weights:
+            value.data.copy_(reader.read_weight(name, 0, value.numel()).view(value.shape))
     model.save_pretrained(folder, max_shard_size=max_shard_bytes)
 
 

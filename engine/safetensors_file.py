@@ -39,6 +39,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: What a file can hold.
+TENSOR_TYPES = tuple(_DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def write_file(path: Path, data: bytes, mode: int = 0o600) -> FileRecord:
 
 def read_file(path: Path, max_bytes: int) -> bytes:
     """The whole of a plain file of at most `max_bytes`. Raises DataError."""
-    with _opened(path) as descriptor:
+    with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > max_bytes:
             raise DataError(f"{path}: {size} bytes long, more than the {max_bytes} that such a file may have")
@@ -197,7 +199,7 @@ def _write_tensor(file: HashingFile, tensor: TensorSource) -> None:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of the file at `path`. DataError unless they fill it without gap, overlap or excess."""
-    with _opened(path) as descriptor:
+    with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size < 8:
             raise DataError(f"{path}: not a safetensors file: {size} bytes")
@@ -242,6 +244,13 @@ def _entry(value: Any, base: int) -> TensorEntry:
     return TensorEntry(dtype, tuple(value["shape"]), base + begin, base + end)
 
 
+def data_offset(path: Path) -> int:
+    """Where the tensors' bytes begin in a file that `read_header` has accepted."""
+    with opened(path) as descriptor:
+        (length,) = struct.unpack("<Q", _read_exactly(descriptor, 8, 0, path))
+    return 8 + int(length)
+
+
 def read_range(path: Path, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
     """Elements `[start, stop)` of the flattened tensor `entry` (from `read_header`) of `path`, 1-D, on the CPU."""
     count = math.prod(entry.shape)
@@ -250,34 +259,39 @@ def read_range(path: Path, entry: TensorEntry, start: int, stop: int) -> torch.T
     tensor = torch.empty(stop - start, dtype=entry.dtype)
     if stop > start:
         offset = entry.begin + start * entry.dtype.itemsize
-        with _opened(path) as descriptor:
-            _read_into(descriptor, tensor.view(torch.uint8).numpy().data, offset, path)
+        with opened(path) as descriptor:
+            read_into(descriptor, tensor.view(torch.uint8).numpy().data, offset, path)
     return tensor
 
 
 def check_size(path: Path, record: FileRecord) -> None:
     """DataError unless `path` is a plain file (no link) of the recorded size."""
-    with _opened(path) as descriptor:
+    with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
     if size != record.size_bytes:
         raise DataError(f"{path}: {size} bytes long, but {record.size_bytes} were written")
 
 
-def verify_blocks(path: Path, record: FileRecord, blocks: range | None = None) -> None:
+def block_digest(data: memoryview) -> str:
+    """The hash that a file's record holds for a block of these bytes."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def verify_blocks(path: Path, record: FileRecord, blocks: Iterable[int] | None = None) -> None:
     """DataError unless `path` still holds what was written; `blocks` limits the check to some of its blocks."""
     check_size(path, record)
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    with _opened(path) as descriptor:
+    with opened(path) as descriptor:
         for block in range(len(record.blocks)) if blocks is None else blocks:
             begin = block * BLOCK_BYTES
             piece = buffer[: min(BLOCK_BYTES, record.size_bytes - begin)]
-            _read_into(descriptor, piece, begin, path)
-            if xxhash.xxh3_128(piece).hexdigest() != record.blocks[block]:
+            read_into(descriptor, piece, begin, path)
+            if block_digest(piece) != record.blocks[block]:
                 raise DataError(f"{path}: damaged: bytes {begin} to {begin + len(piece)} are not what was written")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def opened(path: Path) -> Iterator[int]:
     """A descriptor of a plain file; a link, device or pipe is a DataError, absence too."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -293,11 +307,12 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
     data = bytearray(count)
-    _read_into(descriptor, memoryview(data), offset, path)
+    read_into(descriptor, memoryview(data), offset, path)
     return bytes(data)
 
 
-def _read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` with the bytes at `offset`. DataError when the file ends before, or cannot be read."""
     rest = buffer.cast("B")
     while rest:
         try:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,18 @@ import torch
 from torch import Tensor
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
-from engine.checkpoint import find_checkpoint
-from engine.checkpoint_files import CheckpointReader
+from engine.checkpoint_reader import CheckpointReader
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder, write_json
 from engine.ds_config import offloads_optimizer, resolve_ds_config
 from engine.errors import DataError, MissingInputError, StorageError
 from engine.model import StoreFacts, build_model, decay_groups, model_folder
+from engine.restore import restore_newest
 from engine.run_file import RunFile, dump_yaml
 from engine.run_log import RunLog
 from engine.tasks import TaskModel
-from engine.train import Progress, Training, resume
-from engine.zero_state import fill_masters
+from engine.train import Progress, Training
+from engine.zero_state import clear_padding, live_state, refresh_weights
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ def build_engine(
 
     def fill() -> None:
         if originals:
-            fill_masters(
-                engine, parameters, lambda name, start, stop: originals[name].reshape(-1)[start:stop].to(torch.float32)
-            )
+            clear_padding(engine)
+            for piece in live_state(engine, parameters, "master"):
+                piece.values.copy_(originals[piece.name].reshape(-1)[piece.start : piece.stop])
+            refresh_weights(engine)
         originals.clear()
 
     return engine, parameters, fill
@@ -154,14 +156,13 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
             "model_digest": model_digest(model),
         },
     )  # fmt: skip
-    path = find_checkpoint(config.run_dir)
-    if path is None:
+    state = restore_newest(engine, parameters, config.run_dir, partial(_check_same_run, training))
+    if state is None:
         fill()
         progress = Progress()
     else:
-        _check_same_run(training, path)
-        del fill  # and with it the starting weights, which the checkpoint replaces
-        progress = resume(training, path)
+        del fill  # and with it the starting weights, which the checkpoint has replaced
+        progress = Progress(**state["progress"])
     with ranks.together(), storage_errors(config.run_dir):
         if ranks.rank == 0:
             _write_records(run_file, config, ds_config, stores, model)
@@ -194,13 +195,12 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise StorageError(f"{folder}: cannot write: {error.strerror or error}") from error
 
 
-def _check_same_run(training: Training, path: Path) -> None:
-    state = CheckpointReader(path).state()
+def _check_same_run(training: Training, reader: CheckpointReader, state: dict[str, Any]) -> None:
     for key, value in training.identity.items():
         if state.get(key) != value:
             raise DataError(
-                f"{path}: {key} was {state.get(key)} and is {value} now, which changes the order or meaning of the "
-                "data: restore it, choose another run_dir, or start over with --fresh"
+                f"{reader.path}: {key} was {state.get(key)} and is {value} now, which changes the order or meaning of "
+                "the data: restore it, choose another run_dir, or start over with --fresh"
             )
 
 

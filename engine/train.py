@@ -13,11 +13,12 @@ from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
 from engine.batches import MicroBatches, split_rows, stream_rows
-from engine.checkpoint import load_checkpoint, mark_best, prune_checkpoints, save_checkpoint
+from engine.checkpoint import Owner, save_checkpoint
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder, StopSignal
 from engine.errors import NumericalStopError, StoppedError
 from engine.evaluate import evaluate
+from engine.retention import mark_best, prune_checkpoints
 from engine.run_log import RunLog, Stopwatch, memory_gib
 from engine.schedule import learning_rate
 from engine.tasks import build_batch
@@ -187,7 +188,7 @@ def save(training: Training, progress: Progress, log: RunLog) -> int:
     state = {"step": progress.step, "progress": asdict(progress), **training.identity}
     folder = training.folder
     path = save_checkpoint(
-        training.engine, training.parameters, folder.path, state, owner_check=folder.check_owner
+        training.engine, training.parameters, folder.path, state, Owner(check=folder.check_owner)
     )  # fmt: skip
     if progress.best_step == progress.step:
         assert progress.best_value is not None
@@ -267,9 +268,3 @@ def _name_rows(training: Training, rows: Any) -> str:
         documents, _, _ = training.rows.segments(int(row))
         named.append(f"{row} (from {training.store.locate(int(documents[0]))})")
     return ", ".join(named) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-
-
-def resume(training: Training, path: Any) -> Progress:
-    """Load the checkpoint at `path` into the engine and return where it stood. All ranks call it."""
-    state = load_checkpoint(training.engine, training.parameters, path)
-    return Progress(**state["progress"])

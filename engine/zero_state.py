@@ -7,7 +7,7 @@ group's concatenation, so a rank owns many parameters whole and its first and la
 way it is a list of slices: elements [start, stop) of a flattened parameter at an offset of a buffer.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch.nn import Parameter
 
 from engine.checkpoint_files import Kind
 from engine.errors import ConfigError
-
-ReadRange = Callable[[str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,19 @@ class Slice:
     offset: int
 
 
+@dataclass(frozen=True)
+class LiveSlice:
+    """Elements [start, stop) of the flattened parameter `name` and the live 1-D tensor that holds them.
+
+    Reading `values` saves them, filling them in place loads them.
+    """
+
+    name: str
+    start: int
+    stop: int
+    values: Tensor
+
+
 def owned_slices(engine: Any, parameters: Mapping[str, Parameter]) -> list[Slice]:
     """The slices of the trainable parameters whose state this rank owns, without padding.
 
@@ -43,26 +54,62 @@ def owned_slices(engine: Any, parameters: Mapping[str, Parameter]) -> list[Slice
     return [piece for piece in slices if piece.start < piece.stop]
 
 
-def state_view(engine: Any, piece: Slice, kind: Kind) -> Tensor:
-    """The live fp32 values behind `piece`, 1-D, on the device where DeepSpeed keeps them.
+def live_state(engine: Any, parameters: Mapping[str, Parameter], kind: Kind) -> list[LiveSlice]:
+    """This rank's masters or one kind of moments, fp32, on the device where DeepSpeed keeps them. No communication.
 
-    The moments exist after the first step or `create_optimizer_state`.
+    The moments exist after the first step or `create_optimizer_state`. Between two updates nothing
+    here changes, also during forward and backward.
     """
+    return [
+        LiveSlice(piece.name, piece.start, piece.stop, state_view(engine, piece, kind))
+        for piece in owned_slices(engine, parameters)
+    ]
+
+
+def state_view(engine: Any, piece: Slice, kind: Kind) -> Tensor:
+    """The live fp32 values behind `piece`, 1-D, on the device where DeepSpeed keeps them."""
     buffer = _master_buffers(engine)[piece.buffer]
     values: Tensor = buffer.data if kind == "master" else _zero_optimizer(engine).optimizer.state[buffer][kind]
     return values.narrow(0, piece.offset, piece.stop - piece.start)
 
 
-def copy_state(engine: Any, parameters: Mapping[str, Parameter], kind: Kind, source: ReadRange) -> None:
-    """Overwrite one kind of state with `source(name, start, stop)` and zero its padding. No communication.
+def live_frozen(engine: Any, parameters: Mapping[str, Parameter]) -> list[LiveSlice]:
+    """This rank's share of the frozen parameters in the type they are computed with. No communication.
 
-    After masters follow with `refresh_weights`, on all ranks.
+    Under ZeRO-3 what it holds; otherwise every rank holds all, and the shares are equal parts to
+    save; `frozen_to_fill` gives all of them.
     """
+    return list(_frozen_slices(engine, parameters, _is_zero3(engine)))
+
+
+def frozen_to_fill(engine: Any, parameters: Mapping[str, Parameter]) -> list[LiveSlice]:
+    """All values of frozen parameters that this rank holds, to be filled; `refresh_weights` must follow."""
+    return list(_frozen_slices(engine, parameters, True))
+
+
+def _frozen_slices(engine: Any, parameters: Mapping[str, Parameter], everything_here: bool) -> Iterator[LiveSlice]:
+    frozen: dict[str, Any] = dict(frozen_parameters(parameters))
+    for name, parameter in frozen.items():
+        if _is_zero3(engine):
+            start, stop = _zero3_range(parameter)
+            values = parameter.ds_tensor.data.view(-1)[: stop - start]
+        else:
+            values = parameter.data.view(-1)
+            start, stop = (0, len(values)) if everything_here else _equal_share(len(values))
+            values = values[start:stop]
+        if start < stop:
+            yield LiveSlice(name, start, stop, values)
+
+
+def _equal_share(count: int) -> tuple[int, int]:
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return count * rank // world_size, count * (rank + 1) // world_size
+
+
+def clear_padding(engine: Any) -> None:
+    """Zero the masters, whose padding is otherwise whatever the memory held. Call it before filling them."""
     for buffer in _master_buffers(engine):
-        values = buffer.data if kind == "master" else _zero_optimizer(engine).optimizer.state[buffer][kind]
-        values.zero_()
-    for piece in owned_slices(engine, parameters):
-        state_view(engine, piece, kind).copy_(source(piece.name, piece.start, piece.stop))
+        buffer.data.zero_()
 
 
 def refresh_weights(engine: Any) -> None:
@@ -76,15 +123,6 @@ def refresh_weights(engine: Any) -> None:
         optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
     # Small parameters stay gathered between steps: gather them again from the new partitions.
     optimizer.checkpoint_event_epilogue()
-
-
-def fill_masters(engine: Any, parameters: Mapping[str, Parameter], source: ReadRange) -> None:
-    """Set the masters to `source(name, start, stop)`, 1-D fp32, and the model's weights to their rounding.
-
-    All ranks call it together; each asks `source` for its own ranges only.
-    """
-    copy_state(engine, parameters, "master", source)
-    refresh_weights(engine)
 
 
 def optimizer_steps(engine: Any) -> int:
@@ -129,37 +167,9 @@ def _replay_beta_powers(optimizer: Any, steps: int) -> None:
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *one)
 
 
-def frozen_values(engine: Any, parameters: Mapping[str, Parameter]) -> Iterator[Tensor]:
-    """The frozen parameters, whole, one after the other. All ranks iterate to the end: each one is gathered."""
-    import deepspeed
-
-    zero3 = _is_zero3(engine)
-    if zero3:
-        _zero_optimizer(engine).checkpoint_event_prologue()
-    for parameter in frozen_parameters(parameters).values():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=zero3):
-            value = parameter.detach()
-            value = value.clone() if zero3 else value
-        yield value
-    if zero3:
-        _zero_optimizer(engine).checkpoint_event_epilogue()
-
-
-def fill_frozen(engine: Any, parameters: Mapping[str, Parameter], source: ReadRange) -> None:
-    """Overwrite this rank's share of the frozen parameters with `source(name, start, stop)`.
-
-    No communication; follow with `refresh_weights`, on all ranks.
-    """
-    for name, parameter in frozen_parameters(parameters).items():
-        start, stop = _zero3_range(parameter) if _is_zero3(engine) else (0, parameter.numel())
-        here = getattr(parameter, "ds_tensor", parameter).data.view(-1)
-        here[: stop - start].copy_(source(name, start, stop))
-
-
 def frozen_parameters(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """Those that are not trained, larger element sizes first, which is the order they are written in."""
-    frozen = [(name, parameter) for name, parameter in parameters.items() if not parameter.requires_grad]
-    return dict(sorted(frozen, key=lambda item: -item[1].dtype.itemsize))
+    """Those that are not trained."""
+    return {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
 
 
 def full_shape(parameter: Parameter) -> tuple[int, ...]:

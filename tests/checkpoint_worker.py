@@ -18,10 +18,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from engine.checkpoint import Owner, save_checkpoint
 from engine.distributed import leave
 from engine.errors import FulltuneError
-from engine.zero_state import fill_masters, optimizer_steps
+from engine.restore import find_checkpoint, load_checkpoint
+from engine.retention import prune_checkpoints
+from engine.zero_state import clear_padding, live_state, optimizer_steps, refresh_weights
 
 SAVED_STEP, LAST_STEP = 7, 10
 # name: ZeRO stage, dtype, optimizer on the CPU, parameters on the CPU
@@ -130,7 +132,10 @@ def build(setting: str, seed: int, model: nn.Module | None = None) -> tuple[Any,
     }  # fmt: skip
     optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8)
     engine, *_ = deepspeed.initialize(model=Task(model), optimizer=optimizer, config=config)
-    fill_masters(engine, parameters, lambda name, start, stop: originals[name].reshape(-1)[start:stop])
+    clear_padding(engine)
+    for piece in live_state(engine, parameters, "master"):
+        piece.values.copy_(originals[piece.name].reshape(-1)[piece.start : piece.stop])
+    refresh_weights(engine)
     return engine, parameters
 
 
@@ -239,8 +244,7 @@ def phase_fail(folder: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints" / "step-00000002").iterdir()}
 
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # 4 KiB stop the slices of one rank; 8 KiB let them pass and stop the frozen parameters that rank 0 writes.
-    for failing_rank, limit_bytes in ((0, 4096), (1, 4096), (0, 8192)):
+    for failing_rank, limit_bytes in ((0, 4096), (1, 4096)):
         if dist.get_rank() == failing_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
         outcomes[f"rank {failing_rank} has {limit_bytes}"] = _error_of(
@@ -259,7 +263,7 @@ def phase_fail(folder: Path) -> None:
         raise CannotWriteError("taken over by a newer job")
 
     outcomes["stale owner"] = _error_of(
-        lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3}, owner_check=taken)
+        lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3}, Owner(check=taken))
     )
     after = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints" / "step-00000002").iterdir()}
     outcomes["untouched"] = before == after

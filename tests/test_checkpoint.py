@@ -16,9 +16,11 @@ from checkpoint_worker import LAST_STEP, SAVED_STEP, SETTINGS, SmallModel
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from engine.checkpoint import best_checkpoint, find_checkpoint, list_checkpoints, mark_best, prune_checkpoints
-from engine.checkpoint_files import CheckpointReader, read_manifest, seal, verify_checkpoint
+from engine.checkpoint_files import best_checkpoint, list_checkpoints, read_manifest, seal, verify_checkpoint
+from engine.checkpoint_reader import CheckpointReader
 from engine.errors import DataError
+from engine.restore import find_checkpoint
+from engine.retention import mark_best, prune_checkpoints
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 STATE = ("master/", "exp_avg/", "exp_avg_sq/", "buffer/")
@@ -106,30 +108,31 @@ def test_the_folder_holds_plain_slices_of_every_element_once(folder: Path) -> No
     path = folder / "from-3" / "checkpoints" / f"step-{SAVED_STEP:08d}"
     names = {file.name for file in path.iterdir()}
     slices = [f"slices-{rank:05d}-of-00003.safetensors" for rank in range(3)]
-    assert names == {"manifest.json", "state.json", "frozen.safetensors", *slices}
+    assert names == {"manifest.json", "state.json", *slices}
     manifest = json.loads((path / "manifest.json").read_text())
-    whole = tensors(folder, "zero3-offload-saved", "master/", "exp_avg")
-    found = {name: torch.full((value.numel(),), torch.nan) for name, value in whole.items()}
+    saved = tensors(folder, "zero3-offload-saved")
+    whole = {
+        name.replace("weight/frozen", "frozen/frozen"): value
+        for name, value in saved.items()
+        if name.startswith(STATE) or name.startswith("weight/frozen")
+    }
+    found = {name: torch.full((value.numel(),), 99, dtype=value.dtype) for name, value in whole.items()}
     stored = 0
     for file in slices:
         values = load_file(path / file)
-        for name, start, stop in manifest["slices"][file]:
-            for kind in ("master", "exp_avg", "exp_avg_sq"):
-                found[f"{kind}/{name}"][start:stop] = values[f"{kind}/{name}"]
-                stored += stop - start
+        ranges = {name: slice(start, stop) for name, start, stop in manifest["slices"][file]}
+        for key, stored_slice in values.items():
+            found[key][ranges[key.partition("/")[2]]] = stored_slice
+            stored += stored_slice.numel()
     assert_same({name: value.view_as(whole[name]) for name, value in found.items()}, whole)
     assert stored == sum(value.numel() for value in whole.values())
-    frozen = load_file(path / "frozen.safetensors")
-    assert set(frozen) == {"frozen.weight", "frozen.bias", "frozen_table.weight", "calibration", "seen"}
-    assert frozen["seen"] == 1
+    assert sum(name.startswith("frozen/") for name in whole) == 3
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failed_save_is_one_error_on_all_ranks_and_leaves_the_others(folder: Path, rank: int) -> None:
     outcomes = json.loads((folder / f"fail-{rank}.json").read_text())
-    for failing, limit, file in (
-        (0, 4096, "slices-00000-of-00002"), (1, 4096, "slices-00001-of-00002"), (0, 8192, "frozen"),
-    ):  # fmt: skip
+    for failing, limit, file in ((0, 4096, "slices-00000-of-00002"), (1, 4096, "slices-00001-of-00002")):
         kind, message, code = outcomes[f"rank {failing} has {limit}"]
         assert (kind, code) == ("StorageError", 74)
         assert message.startswith(f"rank {failing}: ")
@@ -171,8 +174,7 @@ def flip(path: Path, position: float) -> None:
     path.write_bytes(data)
 
 
-FILES = ["slices-00000-of-00002.safetensors", "slices-00001-of-00002.safetensors", "frozen.safetensors",
-         "state.json", "manifest.json"]  # fmt: skip
+FILES = ["slices-00000-of-00002.safetensors", "slices-00001-of-00002.safetensors", "state.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -256,7 +258,7 @@ def test_manifests_that_lie_under_a_good_seal_are_refused(run_dir: Path) -> None
         "a slice less": lambda fields: fields["slices"][slices].pop(),
         "a slice twice": lambda fields: fields["slices"][slices].append(fields["slices"][slices][0]),
         "a slice shifted": lambda fields: fields["slices"][slices][0].__setitem__(1, 1),
-        "a larger parameter": lambda fields: fields["parameters"]["scale"].append(2),
+        "a larger parameter": lambda fields: fields["trained"]["scale"][1].append(2),
         "another format": lambda fields: fields.update(format="other"),
         "a file less": lambda fields: fields["files"].pop("state.json"),
         "a file outside": lambda fields: fields["files"].update({"../x.json": [0, []]}),
