@@ -85,6 +85,16 @@ def step_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
+def known_run_id(run_dir: Path) -> str:
+    """The run that the newest sound manifest names; "" when there is none. Any one process may call it."""
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            return read_manifest(path).run_id
+        except DataError:
+            continue
+    return ""
+
+
 def best_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that `mark_best` named last, if it is there. Any one process may call it."""
     path = run_dir / "checkpoints" / "best.json"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint_files import MAX_JSON_BYTES, STATE, WeightEntry, read_manifest
+from engine.checkpoint_files import MANIFEST, MAX_JSON_BYTES, STATE, WeightEntry, read_manifest
 from engine.errors import DataError
 from engine.range_reader import Wanted, read_ranges
 from engine.safetensors_file import (
@@ -42,6 +42,13 @@ class CheckpointReader:
             for name, start, stop in rows:
                 self._slices[name].append((start, stop, file))
             self._check_header(file, rows)
+
+    def check_no_extra_files(self) -> None:
+        """DataError for a file that the manifest does not name."""
+        known = {MANIFEST, *self.manifest.files}
+        extra = sorted(entry.name for entry in self.path.iterdir() if entry.name not in known and entry.name[0] != ".")
+        if extra:
+            raise DataError(f"{self.path / extra[0]}: does not belong to this checkpoint")
 
     def _check_header(self, file: str, rows: list[tuple[str, int, int]]) -> None:
         expected = {

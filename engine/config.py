@@ -127,7 +127,19 @@ class EvaluationSection(Section):
 class CheckpointSection(Section):
     save_every_steps: PositiveInt | None = Field(None, description="save each so many steps; null: only at the end")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep; the best one is kept besides")
+    archive_every_steps: PositiveInt | None = Field(
+        None, description="never remove a checkpoint whose step this divides; a multiple of save_every_steps"
+    )
     save_best: bool = Field(False, description="save whenever the evaluation metric improves")
+
+    @model_validator(mode="after")
+    def _archives_what_is_saved(self) -> Self:
+        archive, every = self.archive_every_steps, self.save_every_steps
+        if archive is not None and (every is None or archive % every):
+            raise ValueError(
+                f"checkpoint.archive_every_steps {archive} is not a multiple of checkpoint.save_every_steps {every}"
+            )
+        return self
 
 
 class LogSection(Section):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from typing import IO, NoReturn
 import torch
 import torch.distributed as dist
 
+from engine.checkpoint_files import known_run_id
 from engine.cpu_bf16 import multiply_bf16_in_fp32
 from engine.errors import INTERNAL, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
 
@@ -111,7 +113,9 @@ class RunFolder:
         self.path = path
         self._rank = rank
         self._lock: IO[str] | None = None
-        self._generation = 0
+        #: Of rank 0, which alone writes them down: how often the run was started, and which run it is.
+        self.generation = 0
+        self.run_id = ""
 
     def own(self) -> None:
         """Take ownership (rank 0 does; others have nothing to do). CannotWriteError when it is taken."""
@@ -136,15 +140,29 @@ class RunFolder:
             # No locks on this file system: the generation below still keeps a stale writer out.
             print(f"warning: {self.path} lies on a file system without locks: start one job at a time", flush=True)
         self._lock = lock
-        self._generation = int(self._owner().get("generation", 0)) + 1
+        self.generation = int(self._owner().get("generation", 0)) + 1
+        self.run_id = self.recorded_run_id() or known_run_id(self.path) or secrets.token_hex(8)
+        self._write_owner()
+
+    def recorded_run_id(self) -> str:
+        """Which run this folder is of, by what it says itself; "" for a new one."""
+        return str(self._owner().get("run_id", ""))
+
+    def begin_new_run(self) -> None:
+        """From now on checkpoints are those of another run. Rank 0 decides."""
+        if self._rank == 0:
+            self.run_id = secrets.token_hex(8)
+            self._write_owner()
+
+    def _write_owner(self) -> None:
         write_json(
             self.path / "owner.json",
-            {"generation": self._generation, "pid": os.getpid(), "host": socket.gethostname()},
+            {"run_id": self.run_id, "generation": self.generation, "pid": os.getpid(), "host": socket.gethostname()},
         )
 
     def check_owner(self) -> None:
         """CannotWriteError when a newer job has taken the folder over. Rank 0 decides."""
-        if self._rank == 0 and int(self._owner().get("generation", 0)) != self._generation:
+        if self._rank == 0 and int(self._owner().get("generation", 0)) != self.generation:
             raise CannotWriteError(f"run_dir: {self.path} was taken over by a newer job; this one may not publish")
 
     def _owner(self) -> dict[str, int | str]:

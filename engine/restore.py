@@ -15,7 +15,7 @@ from torch.nn import Module, Parameter
 from engine import zero_state
 from engine.agreement import agree, from_rank_0, num_ranks, this_rank
 from engine.checkpoint import finish_replacing, persistent_buffers
-from engine.checkpoint_files import KINDS, MANIFEST, list_checkpoints, verify_checkpoint
+from engine.checkpoint_files import KINDS, list_checkpoints, verify_checkpoint
 from engine.checkpoint_reader import CheckpointReader
 from engine.errors import DataError
 from engine.range_reader import Wanted
@@ -27,13 +27,15 @@ def restore_newest(
     engine: Any,
     parameters: Mapping[str, Parameter],
     run_dir: Path,
+    run_id: str,
     accept: Callable[[CheckpointReader, dict[str, Any]], None],
 ) -> dict[str, Any] | None:
     """Install the newest sound checkpoint of `run_dir` and return its training state; None when there is none.
 
-    What is damaged is refused with a warning and the one before it is taken. DataError when all are
-    refused: a run never starts over silently. `accept(reader, state)` may raise for a sound
-    checkpoint that this run must not continue; that ends the search. The engine is fresh.
+    What is damaged, of another model or of another run than `run_id` (as rank 0 gives it) is refused
+    with a warning and the one before it is taken. DataError when all are refused: a run never
+    starts over silently. `accept(reader, state)` may raise for a checkpoint of this run that must
+    not be continued as things stand; that ends the search. The engine is fresh.
     """
     names = from_rank_0(lambda: _names(run_dir))
     refused: list[str] = []
@@ -41,12 +43,13 @@ def restore_newest(
         path = run_dir / "checkpoints" / name
         try:
             reader, state = agree(partial(_open, path))
+            from_rank_0(partial(_check_run, reader, run_id))
         except DataError as error:
             _refuse(refused, error)
             continue
         agree(partial(accept, reader, state))
-        agree(partial(check_model, reader, parameters, engine.module.model))
         try:
+            agree(partial(check_model, reader, parameters, engine.module.model))
             _install(engine, parameters, reader)
         except DataError as error:
             _refuse(refused, error)
@@ -99,12 +102,17 @@ def _names(run_dir: Path) -> list[str]:
 
 def _open(path: Path) -> tuple[CheckpointReader, dict[str, Any]]:
     reader = CheckpointReader(path)
-    known = {MANIFEST, *reader.manifest.files}
-    extra = sorted(entry.name for entry in path.iterdir() if entry.name not in known and entry.name[0] != ".")
-    if extra:
-        raise DataError(f"{path / extra[0]}: does not belong to this checkpoint")
+    reader.check_no_extra_files()
     reader.verify_rest(this_rank(), num_ranks())
     return reader, reader.state()
+
+
+def _check_run(reader: CheckpointReader, run_id: str) -> None:
+    if reader.manifest.run_id != run_id:
+        raise DataError(
+            f"{reader.path}: belongs to another run ({reader.manifest.run_id}, this one is {run_id}); to start from "
+            "its weights, export it and name the folder as model.path"
+        )
 
 
 def _refuse(refused: list[str], error: DataError) -> None:

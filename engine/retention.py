@@ -1,16 +1,56 @@
-"""Which checkpoints stay on the disk."""
+"""Which checkpoints stay on the disk, and whether the next ones fit."""
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
 
 from engine.agreement import from_rank_0
 from engine.checkpoint import replace_text
 from engine.checkpoint_files import best_checkpoint, list_checkpoints, step_of
+from engine.errors import StorageError
 
 _LOG = logging.getLogger(__name__)
+_GIB = 2.0**30
+_FILES = 64  # some headers, manifests and folders; far below what any file system has left in good health
+
+
+def checkpoint_bytes(parameters: Mapping[str, Parameter], buffers: Mapping[str, Tensor]) -> int:
+    """What one checkpoint takes on the disk: 12 bytes a trained parameter, frozen ones and buffers as they are.
+
+    No communication.
+    """
+    whole: list[Any] = list(parameters.values())
+    total = sum(buffer.nbytes for buffer in buffers.values())
+    for parameter in whole:
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        total += count * (12 if parameter.requires_grad else parameter.element_size())
+    return total + 2**20 + 400 * (len(whole) + len(buffers))
+
+
+def check_space(folder: Path, needed_bytes: int, count: int) -> None:
+    """StorageError unless `count` checkpoints of `needed_bytes` fit beside or in place of what is in `folder`.
+
+    One process calls it. Checkpoints that are there already count as room for one each.
+    """
+    parent = next(path for path in (folder, *folder.parents) if path.is_dir())
+    system = os.statvfs(parent)
+    free = system.f_bavail * system.f_frsize
+    missing = max(1, count - (len(list_checkpoints(folder.parent)) if count > 1 else 0))
+    if free < missing * needed_bytes:
+        raise StorageError(
+            f"{folder}: {missing} checkpoint{'s' if missing > 1 else ''} of {needed_bytes / _GIB:.2f} GiB "
+            f"do not fit: {free / _GIB:.2f} GiB are free; make room, lower checkpoint.keep_checkpoints, or choose "
+            "another run_dir"
+        )
+    if system.f_files and system.f_favail < _FILES:
+        raise StorageError(f"{folder}: the file system has only {system.f_favail} inodes left; remove files from it")
 
 
 def prune_checkpoints(

@@ -277,6 +277,12 @@ def block_digest(data: memoryview) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
+def drop_cache(path: Path) -> None:
+    """Ask the system to forget its copy of a flushed file, so that the next read comes from the disk."""
+    with opened(path) as descriptor:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def verify_blocks(path: Path, record: FileRecord, blocks: Iterable[int] | None = None) -> None:
     """DataError unless `path` still holds what was written; `blocks` limits the check to some of its blocks."""
     check_size(path, record)

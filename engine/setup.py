@@ -10,7 +10,7 @@ import os
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
+from engine.checkpoint import Owner
 from engine.checkpoint_reader import CheckpointReader
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder, write_json
@@ -29,6 +30,7 @@ from engine.model import StoreFacts, build_model, decay_groups, model_folder
 from engine.restore import restore_newest
 from engine.run_file import RunFile, dump_yaml
 from engine.run_log import RunLog
+from engine.saves import Saves
 from engine.tasks import TaskModel
 from engine.train import Progress, Training
 from engine.zero_state import clear_padding, live_state, refresh_weights
@@ -139,6 +141,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         folder.own()
         if fresh and ranks.rank == 0:
             _put_aside(config.run_dir)
+            folder.begin_new_run()
     with ranks.together():
         stores = open_stores(config, run_file.values["data"])
         ds_config = resolve_ds_config(config, ranks.world_size)
@@ -149,14 +152,19 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         model = build_model(config.model, config.trained_task, stores.facts, config.seed)
     engine, parameters, fill = build_engine(config, ds_config, model)
     store, rows = stores.training
+    owner = Owner(folder.run_id, folder.generation, folder.check_owner)
     training = Training(
-        config, ranks, folder, engine, parameters, store, rows, stores.validation, total_steps(config, rows.epoch_rows),
+        config, ranks, Saves(engine, parameters, config.run_dir, owner, config.checkpoint), engine, parameters, store,
+        rows, stores.validation, total_steps(config, rows.epoch_rows),
         identity={
             "seed": config.seed, "task": config.task, "global_rows": config.global_rows, "rows_digest": rows.digest,
             "model_digest": model_digest(model),
         },
+        circumstances={
+            "config": config.model_dump(mode="json"), "deepspeed": ds_config, "ranks": ranks.world_size,
+        },
     )  # fmt: skip
-    state = restore_newest(engine, parameters, config.run_dir, partial(_check_same_run, training))
+    state = restore_newest(engine, parameters, config.run_dir, folder.run_id, partial(_check_same_run, training))
     if state is None:
         fill()
         progress = Progress()
@@ -174,7 +182,11 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
             config.log.tensorboard,
             config.log.log_every_steps,
         )
+    training.saves.say = log.say
     log.say(_summary(training, parameters, ds_config, progress))
+    for change in changes(state["circumstances"], training.circumstances) if state else []:
+        log.say(f"changed since the checkpoint: {change}")
+    training.saves.check_space_for_run(remaining_saves(config, progress.step, training.total_steps))
     return training, progress, log
 
 
@@ -202,6 +214,31 @@ def _check_same_run(training: Training, reader: CheckpointReader, state: dict[st
                 f"{reader.path}: {key} was {state.get(key)} and is {value} now, which changes the order or meaning of "
                 "the data: restore it, choose another run_dir, or start over with --fresh"
             )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested configurations, one line each: `a.b: old -> new`."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    names = [*new, *(name for name in old if name not in new)]
+    return [
+        f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}".removeprefix("config."), list(value) if isinstance(value, tuple) else value
+
+
+def remaining_saves(config: RunConfig, step: int, last_step: int) -> int:
+    """Checkpoints still to be written by their cadence, the last one included."""
+    every = config.checkpoint.save_every_steps or last_step
+    return max(0, -(-last_step // every) - step // every)
 
 
 def _summary(training: Training, parameters: Any, ds_config: dict[str, Any], progress: Progress) -> str:

@@ -1,7 +1,6 @@
 """The training loop: what happens in which order, and nothing else."""
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -13,13 +12,12 @@ from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
 from engine.batches import MicroBatches, split_rows, stream_rows
-from engine.checkpoint import Owner, save_checkpoint
 from engine.config import RunConfig
-from engine.distributed import Ranks, RunFolder, StopSignal
+from engine.distributed import Ranks, StopSignal
 from engine.errors import NumericalStopError, StoppedError
 from engine.evaluate import evaluate
-from engine.retention import mark_best, prune_checkpoints
 from engine.run_log import RunLog, Stopwatch, memory_gib
+from engine.saves import Best, Saves
 from engine.schedule import learning_rate
 from engine.tasks import build_batch
 
@@ -44,14 +42,15 @@ class Training:
 
     config: RunConfig
     ranks: Ranks
-    folder: RunFolder
+    saves: Saves
     engine: Any
     parameters: Mapping[str, nn.Parameter]
     store: TokenStore
     rows: Rows
     validation: tuple[TokenStore, Rows] | None
     total_steps: int
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what may not change during a run
+    circumstances: Mapping[str, Any] = field(default_factory=dict)  # what may, and is told
     received: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -78,9 +77,13 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
         log.evaluation(0, _evaluate(training))
     if progress.owes_evaluation:
         _evaluate_and_judge(training, progress, log)
-        save(training, progress, log)
+        save(training, progress, at_once=True)
     while not is_finished(training, progress):
-        figures, stopping = train_step(training, progress, stop)
+        try:
+            figures, stopping = train_step(training, progress, stop)
+        except NumericalStopError:
+            training.saves.close(verify=False)  # no update came: what is being written is sound
+            raise
         log.train(progress.step, figures)
         due = progress.step == training.total_steps or progress.step % evaluation_every == 0
         progress.owes_evaluation = due and training.validation is not None
@@ -89,9 +92,10 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
         finished = is_finished(training, progress) and not progress.owes_evaluation
         best = progress.best_step == progress.step and config.checkpoint.save_best
         if finished or stopping or best or progress.step % save_every == 0:
-            save(training, progress, log)
+            save(training, progress, at_once=finished or stopping)
         if stopping and not finished:
             raise StoppedError(f"stopped on request after step {progress.step}, checkpoint committed: start again")
+    training.saves.close(verify=True)
     if progress.step < training.total_steps:
         log.say(
             f"no better {config.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
@@ -141,13 +145,16 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         watch.mark("backward")
     sums = torch.stack(losses).tolist()
     missing = _parameters_without_gradient(training)
-    total_loss, total_tokens, total_padding, stops, any_missing = ranks.sum(
-        [sum(sums), tokens, padding, float(stop.asked), float(len(missing))]
+    total_loss, total_tokens, total_padding, stops, any_missing, verifying = ranks.sum(
+        [sum(sums), tokens, padding, float(stop.asked), float(len(missing)), float(training.saves.is_verifying)]
     )
     if not math.isfinite(total_loss):
         _stop_for_loss(training, progress, sums, micro_batches)
     if any_missing:
         _stop_for_missing_gradients(training, progress, missing, rows)
+    watch.mark("optimizer")
+    training.saves.before_update(all_verified=verifying == 0)
+    watch.mark("save")
     engine.step()
     if not engine.was_step_applied():
         raise NumericalStopError(
@@ -156,6 +163,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         )
     watch.mark("optimizer")
     seconds = watch.seconds()
+    del seconds["save"]  # told as a stall, together with what the save's beginning took
     progress.step += 1
     progress.row_position += config.global_rows
     progress.tokens += int(total_tokens)
@@ -169,6 +177,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         "targets_per_second": num_targets / elapsed,
         "step_seconds": elapsed,
         **{f"{phase}_seconds": value for phase, value in seconds.items()},
+        "save_stall_seconds": training.saves.take_stall_seconds(),
         "padding_fraction": total_padding / (total_tokens + total_padding),
         "epoch": progress.row_position / training.rows.epoch_rows,
         "tokens": float(progress.tokens),
@@ -182,20 +191,19 @@ def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def save(training: Training, progress: Progress, log: RunLog) -> int:
-    """Commit a checkpoint and prune old ones; returns its step. All ranks call it."""
-    started = time.perf_counter()
-    state = {"step": progress.step, "progress": asdict(progress), **training.identity}
-    folder = training.folder
-    path = save_checkpoint(
-        training.engine, training.parameters, folder.path, state, Owner(check=folder.check_owner)
-    )  # fmt: skip
+def save(training: Training, progress: Progress, at_once: bool) -> None:
+    """Save a checkpoint, in the shadow of the next step or `at_once`. All ranks call it."""
+    state = {
+        "step": progress.step,
+        "progress": asdict(progress),
+        **training.identity,
+        "circumstances": training.circumstances,
+    }
+    best = None
     if progress.best_step == progress.step:
         assert progress.best_value is not None
-        mark_best(folder.path, path, training.config.best_metric, progress.best_value)
-    prune_checkpoints(folder.path, training.config.checkpoint.keep_checkpoints)
-    log.say(f"checkpoint {path.name} committed in {time.perf_counter() - started:.1f} s")
-    return progress.step
+        best = Best(training.config.best_metric, progress.best_value)
+    (training.saves.save_now if at_once else training.saves.begin)(state, best)
 
 
 def _evaluate(training: Training) -> dict[str, float]:

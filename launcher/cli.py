@@ -98,6 +98,9 @@ def build_parser() -> _Parser:
     export.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     export.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
 
+    verify = _add(commands, "verify", _verify, "read a run's checkpoints and say whether they are what was written")
+    verify.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+
     generate = _add(commands, "generate", _generate, "continue prompts with a Hugging Face folder")
     generate.add_argument("model", metavar="MODEL", help="folder of a causal language model")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: one prompt on stdin)")
@@ -217,6 +220,12 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.run_dir, arguments.out_dir, arguments.step, arguments.best, arguments.dtype, arguments.max_shard_size
     )
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from launcher.verify import verify_run
+
+    return verify_run(arguments.run_dir)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ the folder of the test and the phase (a function below).
 import json
 import resource
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.checkpoint import Owner, save_checkpoint
+from engine.checkpoint import Owner, begin_save, finish_save, save_checkpoint
 from engine.distributed import leave
 from engine.errors import FulltuneError
 from engine.restore import find_checkpoint, load_checkpoint
@@ -139,7 +141,7 @@ def build(setting: str, seed: int, model: nn.Module | None = None) -> tuple[Any,
     return engine, parameters
 
 
-def train(engine: Any, first: int, last: int) -> list[list[float]]:
+def train(engine: Any, first: int, last: int, before_update: Callable[[], Any] = lambda: None) -> list[list[float]]:
     """Steps first+1 to last on data that depends on step and rank only; [loss, gradient norm] of each."""
     figures = []
     for step in range(first + 1, last + 1):
@@ -148,6 +150,8 @@ def train(engine: Any, first: int, last: int) -> list[list[float]]:
         tokens[:, -1] = 1  # T5's classifier reads where the end token stands
         loss = engine(tokens)
         engine.backward(loss)
+        if step == first + 1:
+            before_update()
         engine.step()
         figures.append([float(loss.detach()), float(engine.get_global_grad_norm())])
     return figures
@@ -199,9 +203,13 @@ def phase_write(folder: Path) -> None:
         engine, parameters = build(setting, seed=1)
         record_start(folder, setting, parameters)
         train(engine, 0, SAVED_STEP)
-        path = save_checkpoint(engine, parameters, folder / setting, {"step": SAVED_STEP, "note": setting})
-        record(folder, f"{setting}-saved", engine, parameters, path.name)
-        record(folder, f"{setting}-last", engine, parameters, train(engine, SAVED_STEP, LAST_STEP))
+        record(folder, f"{setting}-saved", engine, parameters, None)
+        pending = begin_save(
+            engine, parameters, folder / setting, {"step": SAVED_STEP, "note": setting}, Owner(run_id=setting)
+        )
+        # It is published before the next update, after a forward and backward pass that ran beside it.
+        figures = train(engine, SAVED_STEP, LAST_STEP, before_update=partial(finish_save, pending))
+        record(folder, f"{setting}-last", engine, parameters, figures)
         engine.destroy()
 
 

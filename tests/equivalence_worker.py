@@ -14,8 +14,10 @@ from equivalence_cases import BETA1, Case, case_config, cases, make_model, memor
 from safetensors.torch import save_file
 
 from engine.attention import register_packed_attention
-from engine.distributed import RunFolder, StopSignal, leave, start_ranks
+from engine.checkpoint import Owner
+from engine.distributed import StopSignal, leave, start_ranks
 from engine.ds_config import resolve_ds_config
+from engine.saves import Saves
 from engine.setup import build_engine, quiet_libraries
 from engine.train import Progress, Training, train_step
 from engine.zero_state import owned_slices, state_view
@@ -30,8 +32,8 @@ def run_case(case: Case, out_dir: Path, ranks) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     engine, parameters, fill = build_engine(config, ds_config, model)
     fill()
-    folder = RunFolder(out_dir, ranks.rank)
-    training = Training(config, ranks, folder, engine, parameters, store, rows, None, 10, {})
+    saves = Saves(engine, parameters, out_dir, Owner(), config.checkpoint)
+    training = Training(config, ranks, saves, engine, parameters, store, rows, None, 10)
     engine.train()
     figures, _ = train_step(training, Progress(), StopSignal())
     shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from data_prep.token_store import RowSource, StoreError, TokenStore, open_rows
 from engine.attention import register_packed_attention
 from engine.batches import MicroBatches
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import Owner, save_checkpoint
 from engine.config import ModelSection
-from engine.distributed import RunFolder, StopSignal, leave, start_ranks
+from engine.distributed import StopSignal, leave, start_ranks
 from engine.ds_config import resolve_ds_config, shipped_ds_configs
 from engine.errors import NumericalStopError
 from engine.evaluate import evaluate
 from engine.model import StoreFacts, build_model
+from engine.saves import Saves
 from engine.setup import build_engine, quiet_libraries
 from engine.train import Progress, Training, train_step
 from engine.zero_state import owned_slices, state_view
@@ -35,7 +36,17 @@ def training_of(case: Case, out_dir: Path, ranks, model: Any = None, **changes: 
     engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
     fill()
     engine.train()
-    return Training(config, ranks, RunFolder(out_dir, ranks.rank), engine, parameters, store, rows, None, 10, {})
+    return Training(
+        config,
+        ranks,
+        Saves(engine, parameters, out_dir, Owner(), config.checkpoint),
+        engine,
+        parameters,
+        store,
+        rows,
+        None,
+        10,
+    )
 
 
 def masters(training: Training) -> torch.Tensor:
@@ -219,7 +230,17 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
     engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
     fill()
     rows = open_rows(store, 64)
-    training = Training(config, ranks, RunFolder(out_dir, ranks.rank), engine, parameters, store, rows, None, 10, {})
+    training = Training(
+        config,
+        ranks,
+        Saves(engine, parameters, out_dir, Owner(), config.checkpoint),
+        engine,
+        parameters,
+        store,
+        rows,
+        None,
+        10,
+    )
     names = ("model.embed_tokens.weight", "lm_head.weight")
     expected = {
         name: torch.stack(
