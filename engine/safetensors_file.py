@@ -251,19 +251,6 @@ def data_offset(path: Path) -> int:
     return 8 + int(length)
 
 
-def read_range(path: Path, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    """Elements `[start, stop)` of the flattened tensor `entry` (from `read_header`) of `path`, 1-D, on the CPU."""
-    count = math.prod(entry.shape)
-    if not 0 <= start <= stop <= count:
-        raise ValueError(f"{path}: elements {start} to {stop} of a tensor of {count}")
-    tensor = torch.empty(stop - start, dtype=entry.dtype)
-    if stop > start:
-        offset = entry.begin + start * entry.dtype.itemsize
-        with opened(path) as descriptor:
-            read_into(descriptor, tensor.view(torch.uint8).numpy().data, offset, path)
-    return tensor
-
-
 def check_size(path: Path, record: FileRecord) -> None:
     """DataError unless `path` is a plain file (no link) of the recorded size."""
     with opened(path) as descriptor:

@@ -161,7 +161,8 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
             "model_digest": model_digest(model),
         },
         circumstances={
-            "config": config.model_dump(mode="json"), "deepspeed": ds_config, "ranks": ranks.world_size,
+            "config": config.model_dump(mode="json", exclude={"data"}), "ranks": ranks.world_size,
+            "deepspeed": {key: value for key, value in ds_config.items() if "batch_size" not in key},  # they follow
         },
     )  # fmt: skip
     state = restore_newest(engine, parameters, config.run_dir, folder.run_id, partial(_check_same_run, training))

@@ -20,11 +20,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import nn
 
+import engine.saves as engine_saves
 from engine.checkpoint import Owner, begin_save, finish_save, save_checkpoint
+from engine.config import CheckpointSection
 from engine.distributed import leave
-from engine.errors import FulltuneError
-from engine.restore import find_checkpoint, load_checkpoint
+from engine.errors import CannotWriteError, FulltuneError
+from engine.restore import find_checkpoint, load_checkpoint, restore_newest
 from engine.retention import prune_checkpoints
+from engine.saves import Saves
 from engine.zero_state import clear_padding, live_state, optimizer_steps, refresh_weights
 
 SAVED_STEP, LAST_STEP = 7, 10
@@ -265,13 +268,8 @@ def phase_fail(folder: Path) -> None:
         )
         dist.barrier()  # the next save makes its folder at once; the others have listed by then
 
-    def taken() -> None:
-        from engine.errors import CannotWriteError
-
-        raise CannotWriteError("taken over by a newer job")
-
     outcomes["stale owner"] = _error_of(
-        lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3}, Owner(check=taken))
+        lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3}, Owner(check=_taken))
     )
     after = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints" / "step-00000002").iterdir()}
     outcomes["untouched"] = before == after
@@ -290,6 +288,119 @@ def phase_fail(folder: Path) -> None:
     prune_checkpoints(run_dir, keep=1)
     outcomes["after pruning"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     (folder / f"fail-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
+
+
+class Listed:
+    """The checkpoints that are there, and what was said, after each of a series of events."""
+
+    def __init__(self, run_dir: Path):
+        self.events: dict[str, Any] = {}
+        self._run_dir = run_dir
+
+    def note(self, name: str, outcome: Any = None) -> None:
+        dist.barrier()
+        names = sorted(path.name for path in (self._run_dir / "checkpoints").iterdir())
+        self.events[name] = [[name.replace("step-0000000", "") for name in names if name != "latest"], outcome]
+        dist.barrier()
+
+
+def phase_saves(folder: Path) -> None:
+    """A run's saves: what stays, what failures do, and what is found when a file is not what was written."""
+    engine, parameters = build("zero3-offload", seed=1)
+    run_dir = folder / "saves"
+    section = CheckpointSection(save_every_steps=1, keep_checkpoints=1, archive_every_steps=2)
+    said: list[str] = []
+    saves = Saves(engine, parameters, run_dir, Owner(run_id="saves"), section, said.append)
+    saves.check_space_for_run(5)
+    listed = Listed(run_dir)
+    for step in (1, 2, 3):
+        train(engine, step - 1, step, partial(saves.before_update, all_verified=False))
+        saves.begin({"step": step})
+        listed.note(f"begun {step}")
+    saves.before_update(all_verified=False)
+    listed.note("published 3")
+    saves.close(verify=True)
+    listed.note("closed")
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in (4, 5, 6):
+        if dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        saves.begin({"step": step})
+        error = _error_of(partial(saves.before_update, all_verified=True))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        listed.note(f"failed {step}", error)
+    saves.save_now({"step": 7})
+    listed.note("saved 7")
+
+    damage = engine_saves.drop_cache
+    engine_saves.drop_cache = _flip_a_bit if dist.get_rank() == 1 else damage
+    saves.begin({"step": 8})
+    saves.before_update(all_verified=False)
+    saves.close(verify=True)
+    engine_saves.drop_cache = damage
+    listed.note("damaged 8")
+    taken_over = Owner(run_id="saves", generation=1, check=_taken)
+    late = Saves(engine, parameters, run_dir, taken_over, section)
+    listed.note("taken over", _error_of(partial(late.begin, {"step": 9})))
+    if dist.get_rank() == 0:
+        (folder / "saves.json").write_text(json.dumps({"events": listed.events, "said": said}))
+    outcomes = {}
+    for run_id in ("saves", "another"):
+        outcomes[run_id] = _error_of(partial(restore_newest, engine, parameters, run_dir, run_id, lambda *_: None))
+    (folder / f"restored-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
+
+
+def _flip_a_bit(path: Path) -> None:
+    """A disk that keeps something else than it was given."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _taken() -> None:
+    raise CannotWriteError("taken over by a newer job")
+
+
+def phase_damage(folder: Path) -> None:
+    """Files that are spoiled for a start with several ranks: none installs anything of them."""
+    engine, parameters = build("zero3-offload", seed=1)
+    run_dir = folder / "damage"
+    masters = []
+    for step in (1, 2):
+        train(engine, step - 1, step)
+        masters.append(gathered(engine, parameters))
+        save_checkpoint(engine, parameters, run_dir, {"step": step}, Owner(run_id="damage"))
+    newest = run_dir / "checkpoints" / "step-00000002"
+    outcomes = {}
+    for file in sorted(path.name for path in newest.iterdir()):
+        pristine = (newest / file).read_bytes()
+        for position in (0.02, 0.5, 0.98):
+            dist.barrier()
+            if dist.get_rank() == 0:
+                data = bytearray(pristine)
+                data[int(len(data) * position)] ^= 8
+                (newest / file).write_bytes(data)
+            dist.barrier()
+            before = gathered(engine, parameters)
+            alone = _error_of(partial(load_checkpoint, engine, parameters, newest))
+            after = gathered(engine, parameters)
+            same = all(torch.equal(before[name], after[name]) for name in before if name.startswith("weight/"))
+            state = restore_newest(engine, parameters, run_dir, "damage", lambda *_: None)
+            assert state is not None
+            now = gathered(engine, parameters)
+            right = all(torch.equal(now[name], value) for name, value in masters[0].items())
+            outcomes[f"{file} at {position}"] = [alone, same, state["step"], right]
+            dist.barrier()
+            if dist.get_rank() == 0:
+                (newest / file).write_bytes(pristine)
+    dist.barrier()
+    state = restore_newest(engine, parameters, run_dir, "damage", lambda *_: None)
+    assert state is not None
+    now = gathered(engine, parameters)
+    right = all(torch.equal(now[name], value) for name, value in masters[1].items())
+    outcomes["clean"] = [None, True, state["step"], right]
+    (folder / f"damage-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
 
 
 def export_tokens() -> torch.Tensor:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.ranks
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What 2 ranks saved, 3 and 1 loaded and saved again, and 2 went on from."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(2, WORKER, str(folder), "write", "fail")
+    run_ranks(2, WORKER, str(folder), "write", "fail", "saves", "damage")
     run_ranks(3, WORKER, str(folder), "load")
     run_ranks(1, WORKER, str(folder), "load")
     run_ranks(2, WORKER, str(folder), "resume", "load")
@@ -144,6 +144,51 @@ def test_a_failed_save_is_one_error_on_all_ranks_and_leaves_the_others(folder: P
     assert outcomes["found after damage"] == "step-00000001"
     assert outcomes["found after repair"] == "step-00000002"
     assert outcomes["after pruning"] == ["latest", "step-00000002"]
+
+
+def test_saves_keep_what_they_should_and_a_failure_does_not_end_the_run(folder: Path) -> None:
+    written = json.loads((folder / "saves.json").read_text())
+    events = {name: ([entry for entry in there if not entry.startswith(".tmp")], said)
+              for name, (there, said) in written["events"].items()}  # fmt: skip
+    assert events["begun 1"] == ([], None), "nothing is published before the next update"
+    assert events["begun 2"] == (["1"], None)
+    # Step 1 went when step 2 had been read back, before step 3 was begun; keep_checkpoints is 1.
+    assert events["begun 3"] == (["2"], None)
+    assert events["published 3"] == (["2", "3"], None)
+    assert events["closed"] == (["2", "3"], None), "step 2 is archived"
+    assert events["failed 4"] == (["2", "3"], [])
+    assert events["failed 5"] == (["2", "3"], [])
+    there, (kind, message, code) = events["failed 6"]
+    assert (there, kind, code) == (["2", "3"], "StorageError", 74)
+    assert message.startswith("rank 1: ")
+    assert "File too large" in message
+    assert events["saved 7"] == (["2", "3", "7"], None)
+    # What the disk did not keep as written is removed; the one before had not been removed yet.
+    assert events["damaged 8"] == (["2", "7"], None)
+    assert events["taken over"][1] == ["CannotWriteError", "taken over by a newer job", 73]
+    assert [line.split()[1] for line in written["said"]] == [f"step-{step:08d}" for step in (1, 2, 3, 7, 8)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_of_another_run_is_refused_on_all_ranks(folder: Path, rank: int) -> None:
+    outcomes = json.loads((folder / f"restored-{rank}.json").read_text())
+    assert outcomes["saves"] == []
+    kind, message, code = outcomes["another"]
+    assert (kind, code) == ("DataError", 65)
+    assert "step-00000007: belongs to another run (saves, this one is another)" in message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_damage_is_found_by_all_ranks_before_a_weight_changes(folder: Path, rank: int) -> None:
+    outcomes = json.loads((folder / f"damage-{rank}.json").read_text())
+    assert outcomes.pop("clean") == [None, True, 2, True]
+    assert len(outcomes) == 4 * 3
+    for name, (error, weights_unchanged, step, right) in outcomes.items():
+        assert error is not None, name
+        assert error[0] == "DataError", name
+        assert name.partition(" ")[0] in error[1], error
+        assert weights_unchanged, name
+        assert (step, right) == (1, True), name
 
 
 # What follows needs no ranks: copies of a real run folder, spoiled in one place each.

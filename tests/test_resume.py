@@ -154,6 +154,7 @@ def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, stra
     assert 2 <= stopped_step < STEPS
     output = run_ranks(1, "-m", "engine", str(path))
     assert f"resuming after step {stopped_step}" in output
+    assert "changed since the checkpoint: ranks: 2 -> 1" in output
     expected, got = metrics(straight), metrics(folder / "moved")
     # The evaluation that fell on the stop was made up for, and judged.
     assert sorted(metrics(folder / "moved", "evaluation")) == list(range(STEPS + 1))
@@ -180,6 +181,9 @@ def test_a_finished_run_has_nothing_to_do_and_a_changed_seed_is_refused(folder: 
     assert (straight / "metrics.jsonl").read_text() == before
     output = run_ranks(1, "-m", "engine", str(run_file(folder, "straight")))
     assert "resuming after step 9" in output
+    assert (
+        output.count("changed since the checkpoint") == output.count("changed since the checkpoint: ranks: 2 -> 1") == 1
+    )
     assert (straight / "metrics.jsonl").read_text() == before
 
 
@@ -211,6 +215,9 @@ def test_a_real_run_goes_on_through_a_hostfile(folder: Path, straight: Path) -> 
     done = fulltune_train(run_file(folder, "hosts"), *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"resuming after step {STEPS}" in done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith("changed since the checkpoint: ")]
+    assert told[1:] == [f"changed since the checkpoint: duration.steps: {STEPS} -> {STEPS + 1}"]
+    assert told[0].startswith("changed since the checkpoint: run_dir: ")
     assert sorted(metrics(folder / "hosts")) == list(range(1, STEPS + 2))
     manifest = json.loads((folder / f"hosts/checkpoints/step-{STEPS + 1:08d}/manifest.json").read_text())
     assert manifest["written_by"]["world_size"] == 2
@@ -236,7 +243,7 @@ def test_the_run_folder_tells_what_was_run(straight: Path) -> None:
     for figure in (
         "loss", "learning_rate", "gradient_norm", "tokens_per_second", "targets_per_second", "step_seconds",
         "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "host_gib", "host_peak_gib",
-        "padding_fraction", "epoch",
+        "padding_fraction", "epoch", "save_stall_seconds",
     ):  # fmt: skip
         values = [line[figure] for line in metrics(straight).values()]
         assert [event.value for event in events.Scalars(f"train/{figure}")] == pytest.approx(values, rel=1e-6), figure

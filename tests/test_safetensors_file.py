@@ -10,8 +10,6 @@ import pytest
 import safetensors
 import torch
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.errors import DataError
@@ -20,7 +18,6 @@ from engine.safetensors_file import (
     FileRecord,
     TensorSource,
     read_header,
-    read_range,
     tensor_chunks,
     verify_blocks,
     write_file,
@@ -54,20 +51,6 @@ def test_every_type_and_shape_opens_with_the_ordinary_library(tmp_path: Path) ->
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "who": "us"}
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o600
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_a_range_is_that_part_of_the_flattened_tensor(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    path = tmp_path_factory.mktemp("ranges") / "x.safetensors"
-    dtype = data.draw(st.sampled_from(DTYPES))
-    tensor = make_tensor(dtype, data.draw(st.integers(1, 9)), data.draw(st.integers(0, 40)))
-    save_file({"before": torch.ones(3), "x": tensor}, path)  # the library's file, our reader
-    start = data.draw(st.integers(0, tensor.numel()))
-    stop = data.draw(st.integers(start, tensor.numel()))
-    assert torch.equal(read_range(path, read_header(path)["x"], start, stop), tensor.flatten()[start:stop])
 
 
 def test_chunks_of_a_large_tensor_are_written_in_order_and_each_block_has_its_hash(tmp_path: Path) -> None:
