@@ -11,6 +11,7 @@ import yaml
 from data_prep.config import ChatConfig, DataConfig, Format, ShapeName, SourceConfig
 from data_prep.source_files import FORMATS
 from data_prep.work import Task
+from engine.config import CheckpointSection
 from launcher.cli import _parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,12 @@ def test_every_example_is_part_of_a_data_section(block: str) -> None:
     assert set(shown["data"]) <= set(given)
 
 
+@pytest.mark.parametrize("block", blocks((ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"), "yaml"))
+def test_the_checkpoint_section_shown_is_complete(block: str) -> None:
+    section = CheckpointSection.model_validate(yaml.safe_load(block)["checkpoint"])
+    assert section.model_fields_set == set(CheckpointSection.model_fields)
+
+
 def test_every_format_is_in_the_table_with_its_endings() -> None:
     named: set[str] = set()
     for cells in table("What can be read"):
@@ -67,7 +74,8 @@ def test_every_key_of_the_data_section_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/data.md", "docs/inspect.md", "docs/tokenizers.md", "docs/formats.md"]
+    "page",
+    ["README.md", "docs/data.md", "docs/inspect.md", "docs/tokenizers.md", "docs/formats.md", "docs/checkpoints.md"],
 )
 def test_every_command_is_one(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
