@@ -170,6 +170,39 @@ def _indices(noted: Sequence[Any], messages: Sequence[Any]) -> Iterator[int | No
         yield found
 
 
+def read_blocks(pieces: Sequence[str], noted: Sequence[Any], messages: Sequence[Any]) -> tuple[str, list[Block]] | None:
+    """The text without its marks, and its generation blocks in their order.
+
+    `pieces` are what the template writes one after the other. None if the marks are not those that were written.
+    """
+    belongs: Sequence[int | None]
+    if len(noted) == len(messages) + 1 and noted[-1] is None and noted[:-1] == messages:  # one loop over all of them
+        belongs = [None, *range(len(messages)), None]
+    else:
+        belongs = [None, *_indices(noted, messages)]
+    texts: list[str] = []
+    blocks: list[Block] = []
+    size = turn = 0
+    start = -1
+    for piece in pieces:
+        if piece == TURN:
+            turn += 1
+        elif piece == START and start < 0:
+            start = size
+        elif piece == STOP and start >= 0:
+            blocks.append(Block(belongs[turn] if turn < len(belongs) else None, start, size))
+            start = -1
+        else:
+            texts.append(piece)
+            size += len(piece)
+    text = "".join(texts)
+    if START in text or STOP in text:  # some are inside of what the template put together first
+        parts = split_at_turns(list(pieces))
+        found = find_blocks(parts, noted, messages)
+        return None if found is None else (without_marks(parts), found)
+    return (text, blocks) if start < 0 and turn == len(noted) else None
+
+
 def find_blocks(parts: Sequence[str], noted: Sequence[Any], messages: Sequence[Any]) -> list[Block] | None:
     """The generation blocks in their order; None if the marks are not those that were written."""
     if len(parts) != len(noted) + 1:

@@ -49,20 +49,25 @@ class ChatTemplate:
 
         Raises, naming `where`: BadDataError if the template refuses it, RefusedError if it leaves the sandbox.
         """
+        return split_at_turns(self.pieces(messages, tools, add_generation_prompt, where))
+
+    def pieces(
+        self, messages: Sequence[Any], tools: Sequence[Any] | None, add_generation_prompt: bool, where: str
+    ) -> list[str]:
+        """As `render`, the text and its marks as the template writes them one after the other."""
         self.noted.clear()
-        variables = {
-            **self._variables,
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
         # Making a context takes as long as a short render; one that a render has left in order serves again.
-        context, self._context = self._context or Context(self._environment, variables, None, {}), None
-        context.parent = variables
+        context, self._context = self._context, None
+        if context is None:
+            context = Context(self._environment, dict(self._variables), None, {})
+        variables = context.parent
+        variables["messages"] = messages
+        variables["tools"] = tools
+        variables["add_generation_prompt"] = add_generation_prompt
         context.vars.clear()
         context.exported_vars.clear()
         try:
-            parts = split_at_turns(list(self._template.root_render_func(context)))
+            pieces = list(self._template.root_render_func(context))
         except SecurityError as error:
             raise RefusedError(f"{where}: the chat template tries what its sandbox forbids: {error}") from error
         except (OutOfTime, MemoryError, RecursionError) as error:
@@ -75,10 +80,10 @@ class ChatTemplate:
                 f"{where}: line {line} of the chat template fails on this conversation: {type(error).__name__}: {error}"
             ) from error
         self._context = context
-        size = sum(map(len, parts))
+        size = sum(map(len, pieces))
         if size > OUTPUT_LIMIT_CHARACTERS and size > 64 * sum(map(_num_characters, (*messages, tools))):
             raise RefusedError(f"{where}: the chat template writes {size} characters for this conversation")
-        return parts
+        return pieces
 
     def _line_of(self, traceback: TracebackType | None) -> int | str:
         line: int | str = "?"

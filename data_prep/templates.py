@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.examples import ChatExample, Message
-from data_prep.template_marks import BLOCK_MARKS, BREAK, Turn, find_blocks, find_turns, without_marks
+from data_prep.template_marks import BLOCK_MARKS, BREAK, Turn, find_turns, read_blocks, split_at_turns, without_marks
 from data_prep.template_messages import ControlText, prepare_messages
 from data_prep.template_proof import Plan, prove
 from data_prep.template_render import ChatTemplate
@@ -86,20 +86,20 @@ class ChatFormat:
         messages, tools, broken, plain = prepare_messages(
             example.messages, example.tools, self._forms, self._control, where
         )
-        parts = self._marked.render(messages, tools, False, where)
+        pieces = self._marked.pieces(messages, tools, False, where)
         trained = self._trained(example, messages)
         self._num_rendered += 1
         check = self._num_rendered % _CHECKED_EVERY == 0 or (not plain and bool(self.plan.failed))
         spans: list[tuple[int, int]] = []
         num_stops = 0
         if self.plan.unproven:
-            text = without_marks(parts)
+            text = without_marks(split_at_turns(pieces))
         elif self.plan.blocks:
-            text, spans, num_stops = self._block_spans(parts, messages, trained, where)
+            text, spans, num_stops = self._block_spans(pieces, messages, trained, where)
             if check:
                 self._check_text(text, messages, tools, where)
         else:
-            text, spans, num_stops = self._turn_spans(parts, messages, tools, trained, check, where)
+            text, spans, num_stops = self._turn_spans(split_at_turns(pieces), messages, tools, trained, check, where)
         if self._chat.train_on_prompt:
             spans = [(0, len(text))] if text else []
         if broken:
@@ -173,12 +173,12 @@ class ChatFormat:
         return text, spans, num_stops
 
     def _block_spans(
-        self, parts: Sequence[str], messages: Sequence[Message], trained: Sequence[int], where: str
+        self, pieces: Sequence[str], messages: Sequence[Message], trained: Sequence[int], where: str
     ) -> tuple[str, list[tuple[int, int]], int]:
-        blocks = find_blocks(parts, self._marked.noted, messages)
-        if blocks is None:
+        read = read_blocks(pieces, self._marked.noted, messages)
+        if read is None:
             raise BadDataError(f"{where}: {_LOST}")
-        text = without_marks(parts)
+        text, blocks = read
         found = block_spans(blocks, messages)
         spans: list[tuple[int, int]] = []
         num_stops = 0

@@ -289,3 +289,17 @@ def test_long_conversations_stay_linear() -> None:
         for number in range(256):
             chat.render(example if number == 255 else talk("ua", "a", "b"), "a:1")
         assert chat.render(example, "a:1").num_answers == 2000
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([TURN, START, STOP, "a", "é", "", f"b{START}c", f"{STOP}d", f"x{START}y{STOP}z"])),
+    st.integers(0, 3),
+)
+def test_blocks_read_from_pieces_are_those_of_the_text(pieces: list[str], num_messages: int) -> None:
+    messages = [{"role": "user", "content": str(number)} for number in range(num_messages)]
+    noted = [*messages, None, *messages, *messages][: pieces.count(TURN)]
+    parts = split_at_turns(pieces)
+    blocks = find_blocks(parts, noted, messages)
+    expected = None if blocks is None else (without_marks(parts), blocks)
+    assert read_blocks(pieces, noted, messages) == expected
