@@ -32,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from data_prep import template_marks as marks
 from data_prep.config import ChatConfig
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.examples import ChatExample
@@ -291,15 +292,18 @@ def test_long_conversations_stay_linear() -> None:
         assert chat.render(example, "a:1").num_answers == 2000
 
 
+_MARKS = (marks.TURN, marks.START, marks.STOP)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.sampled_from([TURN, START, STOP, "a", "é", "", f"b{START}c", f"{STOP}d", f"x{START}y{STOP}z"])),
+    st.lists(st.sampled_from([*_MARKS, "a", "é", "", f"b{_MARKS[1]}c", f"{_MARKS[2]}d", f"x{_MARKS[1]}y{_MARKS[2]}z"])),
     st.integers(0, 3),
 )
 def test_blocks_read_from_pieces_are_those_of_the_text(pieces: list[str], num_messages: int) -> None:
     messages = [{"role": "user", "content": str(number)} for number in range(num_messages)]
-    noted = [*messages, None, *messages, *messages][: pieces.count(TURN)]
-    parts = split_at_turns(pieces)
-    blocks = find_blocks(parts, noted, messages)
-    expected = None if blocks is None else (without_marks(parts), blocks)
-    assert read_blocks(pieces, noted, messages) == expected
+    noted = [*messages, None, *messages, *messages][: pieces.count(marks.TURN)]
+    parts = marks.split_at_turns(pieces)
+    blocks = marks.find_blocks(parts, noted, messages)
+    expected = None if blocks is None else (marks.without_marks(parts), blocks)
+    assert marks.read_blocks(pieces, noted, messages) == expected
