@@ -49,10 +49,9 @@ class Encoder:
         self.tokenizer = tokenizer or open_tokenizer(str(job.tokenizer_dir))
         self._chat: ChatFormat | None = None
         with ThreadPoolExecutor(1) as thread:
-            opening = thread.submit(open_backend, job.config.backend, self.tokenizer, rendered=job.chats)
             if job.chats:
-                import_module("data_prep.templates")  # meanwhile: it brings the template engine
-            self._backend = opening.result()
+                thread.submit(import_module, "data_prep.templates")  # meanwhile: it brings the template engine
+            self._backend = open_backend(job.config.backend, self.tokenizer, rendered=job.chats)
 
     def open_chat(self, plan: str) -> None:
         """Open the template, of which `plan` is what its proof found."""
