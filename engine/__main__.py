@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import COMPLETE, INTERNAL, OTHER_RANK_FAILED, SUPERVISED, FulltuneError
+from engine.errors import COMPLETE, INTERNAL, OTHER_RANK_FAILED, SUPERVISED, FulltuneError, StoppedError
 from engine.run_file import RunFile, load_run_file, with_absolute_paths
 
 
@@ -69,6 +69,10 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, record: "_RankReco
     record.phase = "training"
     try:
         train(training, progress, log, stop)
+        log.ended()
+    except StoppedError:
+        log.ended()
+        raise
     finally:
         log.close()
     record.phase = "end"

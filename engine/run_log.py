@@ -12,7 +12,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from engine.goodput import CAUSES, Goodput, useful_seconds
+
+PHASES = ("data", "forward", "backward", "optimizer")
 GIB = 2.0**30
+#: What TensorBoard's page of custom scalars shows, in the order in which a person looks.
+LAYOUT = {
+    "fulltune": {
+        "loss": ["Multiline", ["train/loss", "evaluation/loss"]],
+        "throughput, tokens a second": ["Multiline", ["train/tokens_per_second"]],
+        "step, seconds by phase": ["Multiline", [f"train/{phase}_seconds" for phase in PHASES]],
+        "memory, GiB": ["Multiline", [r"train/(host|device)(_peak)?_gib"]],
+        "offload: update on the CPU, seconds": ["Multiline", ["train/optimizer_seconds", "train/save_stall_seconds"]],
+        "goodput, useful part of the wall time": ["Multiline", ["time/useful_fraction"]],
+        "lost time, seconds by cause": ["Multiline", [f"time/{cause}_seconds" for cause in CAUSES]],
+    }
+}
 
 
 class Stopwatch:
@@ -65,10 +80,20 @@ def memory_gib() -> dict[str, float]:
 class RunLog:
     """Writes a run's figures (rank 0), or nothing (the other ranks).
 
-    Resuming at `step` removes what a later, lost part of the run had written beyond it.
+    Resuming at `step` removes what a later, lost part of the run had written beyond it. Filling
+    the weights took `load_seconds`.
     """
 
-    def __init__(self, run_dir: Path, rank: int, step: int, total_steps: int, tensorboard: bool, log_every_steps: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        step: int,
+        total_steps: int,
+        tensorboard: bool,
+        log_every_steps: int,
+        load_seconds: float = 0.0,
+    ):
         self._writing = rank == 0
         self._total_steps = total_steps
         self._every = log_every_steps
@@ -77,12 +102,15 @@ class RunLog:
         if not self._writing:
             return
         path = run_dir / "metrics.jsonl"
-        _keep_lines_until(path, step)
+        lost_seconds = _keep_lines_until(path, step)
+        self._goodput = Goodput(run_dir / "time.json")
+        self._goodput.started(load_seconds, lost_seconds)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            self._board.add_custom_scalars(LAYOUT)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
 
@@ -99,7 +127,11 @@ class RunLog:
         """Figures of update number `step` (1-based)."""
         if not self._writing:
             return
-        self._record("train", step, figures)
+        time_spent = self._goodput.step(figures)
+        self._record("train", step, figures | {"useful_fraction": time_spent["useful_fraction"]})
+        if self._board is not None:
+            for name, value in time_spent.items():
+                self._board.add_scalar(f"time/{name}", value, step)
         line = (
             f"loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}  "
             f"grad {figures['gradient_norm']:.3f}  {figures['tokens_per_second']:,.0f} tok/s"
@@ -117,9 +149,15 @@ class RunLog:
         """Figures of an evaluation after `step` updates."""
         if not self._writing:
             return
+        self._goodput.evaluation(figures.get("seconds", 0.0))
         self._record("evaluation", step, figures)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "seconds")
         self.say(f"evaluation after step {step}: {shown}")
+
+    def ended(self) -> None:
+        """The run is complete, or stops because it was asked to."""
+        if self._writing:
+            self._goodput.ended()
 
     def close(self) -> None:
         """Flush everything to storage."""
@@ -140,20 +178,27 @@ class RunLog:
             self._board.flush()
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step` (all of them at 0), and a last line that a crash cut short."""
+def _keep_lines_until(path: Path, step: int) -> float:
+    """Drop the lines of steps after `step` (all of them at 0), and a last line that a crash cut short.
+
+    Returns the useful seconds of the steps that are gone.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0.0
+    kept, lost_seconds = [], 0.0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step and step > 0:
+            figures = json.loads(line)
+            if figures["step"] <= step and step > 0:
                 kept.append(line + "\n")
+            elif figures["kind"] == "train":
+                lost_seconds += useful_seconds(figures)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+    return lost_seconds
 
 
 Say = Callable[[str], None]

@@ -165,6 +165,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
             "deepspeed": {key: value for key, value in ds_config.items() if "batch_size" not in key},  # they follow
         },
     )  # fmt: skip
+    began_loading = time.perf_counter()
     state = restore_newest(engine, parameters, config.run_dir, folder.run_id, partial(_check_same_run, training))
     if state is None:
         fill()
@@ -172,6 +173,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     else:
         del fill  # and with it the starting weights, which the checkpoint has replaced
         progress = Progress(**state["progress"])
+    load_seconds = time.perf_counter() - began_loading
     with ranks.together(), storage_errors(config.run_dir):
         if ranks.rank == 0:
             _write_records(run_file, config, ds_config, stores, model)
@@ -182,6 +184,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
             training.total_steps,
             config.log.tensorboard,
             config.log.log_every_steps,
+            load_seconds,
         )
     training.saves.say = log.say
     log.say(_summary(training, parameters, ds_config, progress))
@@ -290,7 +293,7 @@ def _write_records(run_file: RunFile, config: RunConfig, ds_config: dict[str, An
 
 def _put_aside(run_dir: Path) -> None:
     """--fresh: earlier results move into a dated folder; deleting them is left to a person."""
-    earlier = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "tensorboard")]
+    earlier = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "tensorboard", "time.json")]
     present = [path for path in earlier if path.exists()]
     if present:
         aside = run_dir / time.strftime("before-%Y%m%d-%H%M%S")

@@ -101,6 +101,10 @@ def build_parser() -> _Parser:
     verify = _add(commands, "verify", _verify, "read a run's checkpoints and say whether they are what was written")
     verify.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
 
+    tensorboard = _add(commands, "tensorboard", _tensorboard, "show runs side by side in TensorBoard, on localhost")
+    tensorboard.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    tensorboard.add_argument("--port", type=int, default=6006, metavar="PORT", help="default 6006; 0: a free one")
+
     generate = _add(commands, "generate", _generate, "continue prompts with a Hugging Face folder")
     generate.add_argument("model", metavar="MODEL", help="folder of a causal language model")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: one prompt on stdin)")
@@ -226,6 +230,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     from launcher.verify import verify_run
 
     return verify_run(arguments.run_dir)
+
+
+def _tensorboard(arguments: argparse.Namespace) -> int:
+    from launcher.tensorboard import show_runs
+
+    return show_runs(arguments.run_dirs, arguments.port)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,40 @@
+"""``fulltune tensorboard``: the runs side by side, on this machine's own address only."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import MissingInputError
+
+
+def show_runs(run_dirs: Sequence[Path], port: int) -> int:
+    """Start TensorBoard on localhost for these run folders and stay until it ends; returns its exit code.
+
+    Raises MissingInputError for a folder without TensorBoard events.
+    """
+    with tempfile.TemporaryDirectory(prefix="fulltune-tensorboard-") as folder:
+        for name, run_dir in name_runs(run_dirs).items():
+            (Path(folder) / name).symlink_to(run_dir / "tensorboard", target_is_directory=True)
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "localhost"]
+        print("from another machine: ssh -L {0}:localhost:{0} HOST".format(port or "PORT"), flush=True)
+        process = subprocess.Popen([*command, "--port", str(port), "--reload_multifile", "true"])
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            return 0
+
+
+def name_runs(run_dirs: Sequence[Path]) -> dict[str, Path]:
+    """Names to tell the runs apart by: the folders' own, with as much of their parents as it takes."""
+    absolute = list(dict.fromkeys(run_dir.absolute() for run_dir in run_dirs))
+    for run_dir in absolute:
+        if not (run_dir / "tensorboard").is_dir():
+            raise MissingInputError(f"{run_dir}: has no TensorBoard events (log.tensorboard is off, or no run yet)")
+    depth = 1
+    while len({path.parts[-depth:] for path in absolute}) < len(absolute):
+        depth += 1
+    return {"-".join(part.strip("/") for part in path.parts[-depth:]): path for path in absolute}
