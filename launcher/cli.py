@@ -13,6 +13,7 @@ from engine.errors import INTERNAL, ConfigError
 from launcher.inspect_store import add_arguments as add_inspect_arguments
 from launcher.inspect_store import inspect_store
 from launcher.run_config import load_run, run_file_schema
+from launcher.submit import add_arguments as add_submit_arguments
 
 _INTERRUPTED = 130
 
@@ -83,11 +84,28 @@ def build_parser() -> _Parser:
     _add_run_file(train)
     train.add_argument("--dry-run", action="store_true", help="print what would happen; write and start nothing")
     train.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: every GPU, or 2 on CPU)")
+    train.add_argument(
+        "--ranks-per-node", type=_count, metavar="R", help="inside a Slurm job: ranks of each node (default: every GPU)"
+    )
     train.add_argument("--hostfile", type=Path, metavar="HOSTS", help="several machines: lines `host slots=N`")
     train.add_argument("--include", metavar="SPEC", help="with --hostfile: use only host1@host2:0,2")
     train.add_argument("--exclude", metavar="SPEC", help="with --hostfile: leave out host1@host2:0,2")
     train.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet (default: a free one)")
     train.add_argument("--fresh", action="store_true", help="start over even if the run folder holds a checkpoint")
+
+    submit = _add(commands, "submit", _submit, "write a Slurm batch script for a run and submit it")
+    _add_run_file(submit)
+    add_submit_arguments(submit)
+
+    status = _add(commands, "status", _status, "where runs stand, local ones and Slurm jobs")
+    status.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders (default: those found here)")
+
+    logs = _add(commands, "logs", _logs, "what a run that was submitted has printed")
+    logs.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+
+    stop = _add(commands, "stop", _stop, "have a run save a checkpoint and end, for good")
+    stop.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
 
     export = _add(commands, "export", _export, "turn a checkpoint into a Hugging Face folder (no GPU needed)")
     export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
@@ -200,6 +218,7 @@ def _train(arguments: argparse.Namespace) -> int:
     job = plan_job(
         run,
         ranks=arguments.ranks,
+        ranks_per_node=arguments.ranks_per_node,
         hostfile=arguments.hostfile,
         include=arguments.include,
         exclude=arguments.exclude,
@@ -215,6 +234,31 @@ def _train(arguments: argparse.Namespace) -> int:
     if message:
         print(f"fulltune: {message}", file=sys.stderr)
     return code
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from launcher.submit import check_request, submit
+
+    run = load_run(arguments.run_file, arguments.overrides)
+    return submit(run, check_request(arguments, run.config.run_dir), arguments.dry_run)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from launcher.runs import show_status
+
+    return show_status(arguments.runs)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from launcher.runs import show_logs
+
+    return show_logs(arguments.run_dir, arguments.follow)
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from launcher.runs import stop_run
+
+    return stop_run(arguments.run_dir)
 
 
 def _export(arguments: argparse.Namespace) -> int:

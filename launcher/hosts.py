@@ -118,6 +118,11 @@ def _parse_filter(text: str, option: str) -> dict[str, frozenset[int]]:
     return wanted
 
 
+def is_host_name(name: str) -> bool:
+    """Whether `name` is spelled as a host name, so that no tool can take it for an option or a command."""
+    return _HOST.fullmatch(name) is not None
+
+
 def is_local(name: str) -> bool:
     """Whether a host name of a hostfile means this machine, without asking the network."""
     host = os.uname().nodename

@@ -31,7 +31,7 @@ _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 @dataclass(frozen=True)
 class Job:
-    """One start of the engine: what runs where. `command` is the complete `deepspeed` argv."""
+    """One start of the engine: what runs where. `command` is the complete `deepspeed` or `srun` argv."""
 
     run_dir: Path
     run_file: Path
@@ -44,6 +44,11 @@ class Job:
     def num_ranks(self) -> int:
         """World size."""
         return sum(len(node.slots) for node in self.nodes)
+
+    @property
+    def starts_through_srun(self) -> bool:
+        """Whether Slurm starts the ranks (see launcher.slurm)."""
+        return self.command[0] == "srun"
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from engine.ds_config import resolve_ds_config
 from engine.errors import ConfigError, FulltuneError
 from engine.prebuild import extensions_dir, missing_ops
+from launcher import runs, slurm
 from launcher.environment import job_environment, remote_environment
 from launcher.hosts import filter_nodes, is_local, local_node, read_hostfile
 from launcher.launch import DEFAULT_PORT, Job, free_port, hostfile_command, local_command, owned_run_dir, run_job
@@ -20,14 +22,30 @@ def plan_job(
     run: Run,
     *,
     ranks: int | None = None,
+    ranks_per_node: int | None = None,
     hostfile: Path | None = None,
     include: str | None = None,
     exclude: str | None = None,
     master_port: int | None = None,
     engine_flags: list[str] | None = None,
 ) -> Job:
-    """Decide what runs where. Starts and writes nothing; ConfigError for what cannot work."""
+    """Decide what runs where. Starts and writes nothing; ConfigError for what cannot work.
+
+    Inside a Slurm allocation all of it is used, unless `ranks` or `hostfile` say otherwise.
+    """
     _ = run.config.trained_task  # one that is not trained is told before anything is prepared
+    if slurm.is_inside(os.environ) and ranks is None and hostfile is None:
+        allocation = slurm.read_allocation(os.environ)
+        # A job that comes back goes on; it does not start over again.
+        comes_back = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        flags = [flag for flag in engine_flags or [] if not (comes_back and flag == "--fresh")]
+        job = slurm.plan_slurm_job(
+            allocation, run.config.run_dir, run.resolved_path, flags, ranks_per_node, master_port
+        )
+        resolve_ds_config(run.config, job.num_ranks)
+        return job
+    if ranks_per_node is not None:
+        raise ConfigError("--ranks-per-node is for Slurm jobs: on one machine --ranks says how many")
     engine_arguments = [str(run.resolved_path), *(engine_flags or [])]
     if hostfile is None:
         if include or exclude:
@@ -76,9 +94,19 @@ def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
 
 def start(run: Run, job: Job) -> tuple[int, str]:
     """Prepare what is missing, then run `job` to its end; (exit code, one line unless it is 0)."""
+    if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):
+        print(f"{run.config.run_dir}: already complete, nothing to do", flush=True)
+        return 0, ""
     with owned_run_dir(run.config.run_dir):
+        runs.record_start(run.config.run_dir)
         prepare_store(run)
         write_resolved(run)
+        if job.starts_through_srun:
+            print(f"starting: {shlex.join(job.command)}", flush=True)
+            code, message = slurm.run_slurm_job(job)
+            if code == 0:
+                runs.record_complete(run)
+            return code, message
         _prebuild(job.environment)
         if not all(is_local(node.name) for node in job.nodes):
             ours = job.environment | remote_environment(job.run_dir, job.environment)

@@ -109,9 +109,9 @@ class SlurmCluster:
         assert not check or done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def submit(self, *words: str | Path) -> int:
+    def submit(self, *words: str | Path, **more: Any) -> int:
         """`sbatch` with these words; the job's id."""
-        return int(self.run("sbatch", "--parsable", *words).split(";")[0])
+        return int(self.run("sbatch", "--parsable", *words, **more).split(";")[0])
 
     def job(self, number: int) -> dict[str, str]:
         """What `scontrol show job` says: JobState, Restarts, ExitCode, ..."""

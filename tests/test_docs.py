@@ -83,6 +83,7 @@ def test_every_key_of_the_data_section_is_explained() -> None:
         "docs/formats.md",
         "docs/checkpoints.md",
         "docs/tensorboard.md",
+        "docs/slurm.md",
     ],
 )
 def test_every_command_is_one(page: str) -> None:

@@ -16,7 +16,7 @@ from engine import prebuild
 from launcher import check_system
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [ROOT / "slurm" / "train.sbatch", ROOT / "launcher" / "install.sh", ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), ROOT / "launcher" / "install.sh", ROOT / ".ci" / "run"]
 
 
 def test_nothing_is_missing_where_the_tests_run() -> None:
@@ -62,10 +62,12 @@ def test_continuous_integration_fails_when_its_parts_fail(tmp_path: Path) -> Non
     (tmp_path / "launcher").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     shutil.copy(ROOT / "launcher" / "check_system.py", tmp_path / "launcher")
-    (tmp_path / "Makefile").write_text("lint:\n\t@true\ntest:\n\t@exit 5\n")
-    assert subprocess.run([str(tmp_path / ".ci" / "run")], capture_output=True).returncode != 0
-    (tmp_path / "Makefile").write_text("lint:\n\t@true\ntest:\n\t@true\n")
-    assert subprocess.run([str(tmp_path / ".ci" / "run")], capture_output=True).returncode == 0
+    parts = ("lint", "test", "test-cluster-short")
+    for failing in (*parts, None):
+        rules = (f"{part}:\n\t@exit {5 if part == failing else 0}\n" for part in parts)
+        (tmp_path / "Makefile").write_text("".join(rules))
+        code = subprocess.run([str(tmp_path / ".ci" / "run")], capture_output=True).returncode
+        assert (code != 0) == (failing is not None), failing
 
 
 def test_constraints_pin_everything_that_is_declared() -> None:
@@ -90,7 +92,7 @@ def test_slurm_script_says_what_it_would_start(tmp_path: Path) -> None:
     words = ["my run.yaml", "--dry-run", f"run_dir=$(touch {canary})", f"x;touch {canary}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     environment |= {"NODES": "alpha beta gamma", "RANKS_PER_NODE": "4"}
-    command = ["bash", str(ROOT / "slurm" / "train.sbatch"), *words]
+    command = ["bash", str(ROOT / "slurm" / "train_deepspeed.sbatch"), *words]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     assert lines[0].startswith("nodes: 3, ranks: 12")
@@ -101,9 +103,10 @@ def test_slurm_script_says_what_it_would_start(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "nothing is written, and no word of ours is run"
 
 
-def test_slurm_script_outside_a_job() -> None:
+@pytest.mark.parametrize("script", ["train", "train_deepspeed"])
+def test_slurm_script_outside_a_job(script: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    command = ["bash", str(ROOT / "slurm" / "train.sbatch")]
+    command = ["bash", str(ROOT / "slurm" / f"{script}.sbatch")]
     assert subprocess.run([*command, "run.yaml"], env=environment, capture_output=True).returncode == 78
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 78
 

@@ -1,0 +1,300 @@
+"""What became of a run: a record of who runs it, kept in the run folder; ``fulltune status``, ``logs`` and ``stop``.
+
+``run_dir/job.json`` names the local process or the Slurm job, ``run_dir/complete.json`` what was
+completed. Nothing is kept outside of run folders.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingInputError
+from launcher.run_config import Run
+from launcher.verdict import judge, read_exits, read_starts
+
+RECORD, COMPLETE = "job.json", "complete.json"
+_ENDED = ("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT").split()
+_NUMBERS = ("job_id", "pid", "started_ticks")
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """Who runs a run folder: a process of `host`, or the Slurm job `job_id`."""
+
+    job_id: int | None
+    pid: int | None
+    started_ticks: int | None
+    host: str
+    log: str | None
+
+
+def record_start(run_dir: Path, environment: Mapping[str, str] = os.environ) -> None:
+    """Note that this process runs the folder, or that the Slurm job does which it is part of."""
+    job_id = environment.get("SLURM_JOB_ID", "")
+    host = socket.gethostname()
+    if job_id.isdecimal():
+        before = read_record(run_dir)
+        log = before.log if before is not None and before.job_id == int(job_id) else _slurm_facts(int(job_id)).log
+        write_record(run_dir, JobRecord(int(job_id), None, None, host, log))
+    else:
+        write_record(run_dir, JobRecord(None, os.getpid(), _start_ticks(os.getpid()), host, None))
+
+
+def write_record(run_dir: Path, record: JobRecord) -> None:
+    """Write job.json, for its owner's eyes alone."""
+    write_private(run_dir / RECORD, json.dumps(record.__dict__, indent=2) + "\n")
+
+
+def read_record(run_dir: Path) -> JobRecord | None:
+    """Who ran this folder last; None if nobody said."""
+    try:
+        values = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+        job_id, pid, ticks = (None if values[key] is None else int(values[key]) for key in _NUMBERS)
+        return JobRecord(job_id, pid, ticks, str(values["host"]), None if values["log"] is None else str(values["log"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read; a reader sees the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise CannotWriteError(f"cannot write {path}: {error.strerror}") from error
+
+
+def record_complete(run: Run) -> None:
+    """Note that exactly this run file was trained to its end."""
+    values = {"digest": _digest(run), "checkpoint": _newest(run.config.run_dir)}
+    write_private(run.config.run_dir / COMPLETE, json.dumps(values, indent=2) + "\n")
+
+
+def is_complete(run: Run) -> bool:
+    """Whether this run file, as it is, was trained to its end and the checkpoint is still there."""
+    try:
+        values = json.loads((run.config.run_dir / COMPLETE).read_text(encoding="utf-8"))
+        return bool(values == {"digest": _digest(run), "checkpoint": _newest(run.config.run_dir)})
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(run: Run) -> str:
+    values = run.config.model_dump(mode="json") | {"data": run.data.model_dump(mode="json")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _newest(run_dir: Path) -> str | None:
+    """The committed checkpoint of the highest step."""
+    return max((path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")), default=None)
+
+
+@dataclass(frozen=True)
+class SlurmFacts:
+    """What Slurm says about a job now; `state` is "" when it no longer knows it."""
+
+    state: str
+    reason: str
+    nodes: str
+    restarts: str
+    log: str | None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs or will."""
+        return bool(self.state) and self.state not in _ENDED
+
+
+def _slurm_facts(job_id: int) -> SlurmFacts:
+    """Ask `scontrol`. ConfigError when there is none, or when it does not answer."""
+    done = ask_slurm("scontrol", "show", "job", "-o", str(job_id), check=False)
+    if done.returncode:
+        if "Invalid job id" not in done.stderr:
+            raise FulltuneError(f"`scontrol show job {job_id}` failed: {' '.join(done.stderr.split())}")
+        return SlurmFacts("", "", "", "", None)
+
+    def value(key: str) -> str:
+        match = re.search(rf"(?:^|\s){key}=(\S*)", done.stdout)
+        return match[1] if match else ""
+
+    log = re.search(r"\sStdOut=(.*?)(?=\s\w+=|\s*$)", done.stdout)
+    return SlurmFacts(value("JobState"), value("Reason"), value("NodeList"), value("Restarts"), log[1] if log else None)
+
+
+def ask_slurm(*words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    """Run one of Slurm's commands. ConfigError where there is none, FulltuneError with its words if it fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no `{words[0]}` here: this needs a Slurm cluster's login node") from None
+    except subprocess.TimeoutExpired:
+        raise FulltuneError(f"`{words[0]}` did not answer within two minutes") from None
+    if check and done.returncode:
+        raise FulltuneError(f"`{words[0]}` refused: {' '.join((done.stderr or done.stdout).split())}")
+    return done
+
+
+def is_alive(record: JobRecord) -> bool:
+    """Whether the process or job of a record runs or waits to run."""
+    if record.job_id is not None:
+        return _slurm_facts(record.job_id).is_alive
+    if record.host != socket.gethostname():
+        raise ConfigError(f"it runs on {record.host}: ask there")
+    return record.pid is not None and _start_ticks(record.pid) == record.started_ticks is not None
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks: with its number, an identity. None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def find_runs(named: list[Path]) -> list[Path]:
+    """The run folders named, or those in and below the current folder that somebody has run."""
+    if named:
+        for path in named:
+            if not path.is_dir():
+                raise MissingInputError(f"{path}: no such run folder")
+        return [path.absolute() for path in named]
+    here = Path.cwd()
+    return sorted(record.parent for depth in ("", "*/", "*/*/") for record in here.glob(f"{depth}{RECORD}"))
+
+
+def show_status(named: list[Path]) -> int:
+    """``fulltune status``: a line a run; returns the exit code."""
+    folders = find_runs(named)
+    if not folders:
+        print("no run in this folder or in the two levels below it; name one: fulltune status RUN")
+        return MissingInputError.exit_code
+    lines = [("RUN", "STATE", "STEP", "LOSS", "CHECKPOINT", "WHERE")]
+    for folder in folders:
+        name = str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+        state, where = _state(folder)
+        step, loss = _last_step(folder)
+        lines.append(
+            (name, state, step, loss, (_newest(folder) or "-").removeprefix("step-").lstrip("0") or "0", where)
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+def _state(folder: Path) -> tuple[str, str]:
+    """(state, where) of a run in words."""
+    record = read_record(folder)
+    if record is None:
+        return "unknown", "-"
+    if record.job_id is not None:
+        facts = _slurm_facts(record.job_id)
+        where = f"Slurm job {record.job_id}"
+        if facts.is_alive:
+            more = [facts.nodes] if facts.nodes not in ("", "(null)") else []
+            more += [facts.reason] if facts.state == "PENDING" else []
+            more += [f"requeued {facts.restarts}x"] if facts.restarts not in ("", "0") else []
+            return facts.state.lower(), ", ".join([where, *more])
+        return _outcome(folder), where + (f" ({facts.state})" if facts.state else "")
+    where = f"process {record.pid} on {record.host}"
+    if record.host != socket.gethostname():
+        return "unknown", where
+    return ("running", where) if is_alive(record) else (_outcome(folder), record.host)
+
+
+def _outcome(folder: Path) -> str:
+    """How a run that has ended did, by its ranks' records."""
+    ranks = len(read_starts(folder))
+    if (folder / COMPLETE).exists() and not any(record.code for record in read_exits(folder).values()):
+        return "complete"
+    if not ranks:
+        return "never started"
+    code, _ = judge(folder, ranks, 1)
+    return {0: "complete", 75: "stopped"}.get(code, f"failed ({code})")
+
+
+def _last_step(folder: Path) -> tuple[str, str]:
+    """(step, loss) of the last training line of metrics.jsonl."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return "-", "-"
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values: dict[str, Any] = json.loads(line)
+            if values["kind"] == "train":
+                return str(values["step"]), f"{values['loss']:.4f}"
+    return "-", "-"
+
+
+def show_logs(run_dir: Path, follow: bool) -> int:
+    """``fulltune logs``: what the run has printed; with `follow`, until it has ended. Returns the exit code."""
+    record = read_record(find_runs([run_dir])[0])
+    if record is None:
+        raise MissingInputError(f"{run_dir}: nobody has run it yet")
+    if record.job_id is None or record.log is None:
+        raise MissingInputError(f"{run_dir}: it was started by hand, and printed where it was started")
+    path = Path(record.log)
+    for text in _lines(path, record, follow):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    if not path.exists():
+        print(f"fulltune: {path}: not there yet: job {record.job_id} has not started", file=sys.stderr)
+    return 0
+
+
+def _lines(path: Path, record: JobRecord, follow: bool) -> Iterator[str]:
+    """The text of a log, and what is added to it while its job lives."""
+    position = 0
+    while True:
+        alive = follow and is_alive(record)  # asked before reading, so that last words are not lost
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(position)
+            while block := file.read(1 << 20):
+                position += len(block)
+                yield block.decode("utf-8", errors="replace")
+        if not alive:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def stop_run(run_dir: Path) -> int:
+    """``fulltune stop``: have a run save a checkpoint and end, for good; returns the exit code."""
+    record = read_record(find_runs([run_dir])[0])
+    if record is None or not is_alive(record):
+        raise MissingInputError(f"{run_dir}: it does not run")
+    if record.job_id is None:
+        assert record.pid is not None
+        os.kill(record.pid, signal.SIGTERM)
+        print(f"process {record.pid} was asked to save a checkpoint and end")
+        return 0
+    job = str(record.job_id)
+    if _slurm_facts(record.job_id).state == "PENDING":
+        ask_slurm("scancel", job)
+        print(f"Slurm job {job} had not started; cancelled")
+        return 0
+    # First it loses the right to come back, then it is asked to end: Slurm refuses to requeue it.
+    ask_slurm("scontrol", "update", f"JobId={job}", "Requeue=0")
+    ask_slurm("scancel", "--signal=TERM", job)
+    print(f"Slurm job {job} was asked to save a checkpoint and end; it does not come back")
+    return 0

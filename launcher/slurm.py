@@ -1,0 +1,225 @@
+"""Inside a Slurm allocation: one task a rank through `srun`, no ssh, no hostfile; and staying with it.
+
+`srun` starts `launcher.slurm_rank` in every task, which becomes the parent of one rank. Signals:
+Slurm sends TERM to every task by itself when it wants the job to end; what reaches us is handed on.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from engine.errors import SUPERVISED, ConfigError
+from launcher.environment import job_environment, remove_shared_memory
+from launcher.hosts import Node, is_host_name
+from launcher.launch import Job, free_port
+from launcher.verdict import clear_records, judge, read_exits
+
+_ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# A rank that ended well waits this long for the others before `srun` ends the step.
+_WAIT_SECONDS = 300
+_KILLED_SECONDS = 40.0
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm gave to this job. `cpus` and `gpus` are those of one node, the fewest where nodes differ."""
+
+    job_id: int
+    nodes: tuple[str, ...]
+    address: str
+    cpus: int
+    gpus: int
+    tasks_per_node: int | None
+    is_first_node: bool
+
+
+def is_inside(environment: Mapping[str, str]) -> bool:
+    """Whether this process runs inside a Slurm job."""
+    return bool(environment.get("SLURM_JOB_ID"))
+
+
+def read_allocation(environment: Mapping[str, str]) -> Allocation:
+    """The allocation this process runs in. ConfigError for what Slurm would not say, or for one task of many."""
+    if int(_number(environment, "SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError("`fulltune train` was started once in every task: start it once a job, without srun")
+    job_id = int(_number(environment, "SLURM_JOB_ID"))
+    names = _ask("scontrol", "show", "hostnames", "--", environment.get("SLURM_JOB_NODELIST", "")).split()
+    if not names or not all(map(is_host_name, names)):
+        raise ConfigError(f"SLURM_JOB_NODELIST: `{environment.get('SLURM_JOB_NODELIST')}` names no hosts")
+    per_task = environment.get("SLURM_NTASKS_PER_NODE")
+    return Allocation(
+        job_id,
+        tuple(names),
+        _address(names[0]),
+        _fewest(environment, "SLURM_JOB_CPUS_PER_NODE"),
+        _gpus(environment),
+        int(_number(environment, "SLURM_NTASKS_PER_NODE")) if per_task else None,
+        environment.get("SLURMD_NODENAME") == names[0],
+    )
+
+
+def plan_slurm_job(
+    allocation: Allocation,
+    run_dir: Path,
+    run_file: Path,
+    engine_flags: list[str],
+    ranks_per_node: int | None = None,
+    master_port: int | None = None,
+) -> Job:
+    """The `srun` that starts every rank of the allocation. ConfigError for more ranks than it has devices or cores."""
+    ranks = ranks_per_node or allocation.gpus or allocation.tasks_per_node or 1
+    uses_gpus = allocation.gpus > 0 and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if ranks < 1 or (uses_gpus and ranks > allocation.gpus):
+        raise ConfigError(f"--ranks-per-node {ranks}: the job has {allocation.gpus} GPU(s) a node")
+    cpus = allocation.cpus // ranks
+    if cpus < 1:
+        raise ConfigError(
+            f"--ranks-per-node {ranks}: the job has {allocation.cpus} CPU(s) a node, and a rank needs one: "
+            "ask for more with --cpus-per-task"
+        )
+    # The port is asked of the machine where rank 0 will run, if this is it; else it follows from the job.
+    port = master_port or (free_port() if allocation.is_first_node else 15000 + allocation.job_id % 15000)
+    count = len(allocation.nodes)
+    command = (
+        "srun", "--kill-on-bad-exit=1", f"--wait={_WAIT_SECONDS}", f"--nodes={count}", f"--ntasks={count * ranks}",
+        f"--ntasks-per-node={ranks}", f"--cpus-per-task={cpus}", "--distribution=block", "--input=none",
+        "--export=ALL", sys.executable, "-m", "launcher.slurm_rank", f"--ranks={count * ranks}",
+        f"--ranks-per-node={ranks}", f"--master-addr={allocation.address}", f"--master-port={port}",
+        f"--run-dir={run_dir}", str(run_file), *engine_flags,
+    )  # fmt: skip
+    environment = job_environment(ranks, uses_gpus)
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cpus))
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        del environment["TORCH_EXTENSIONS_DIR"]  # nodes may have other CPUs: every rank finds its own
+    nodes = tuple(Node(name, tuple(range(ranks))) for name in allocation.nodes)
+    return Job(run_dir, run_file, nodes, command, environment, port)
+
+
+def run_slurm_job(job: Job) -> tuple[int, str]:
+    """Run `job` under `srun` to its end; (exit code, one line that explains it unless it is 0).
+
+    INT, TERM, HUP and USR1 ask the ranks to save a checkpoint and end; a second INT kills them.
+    """
+    clear_records(job.run_dir)
+    requests: list[int] = []
+    with _handling(requests):
+        # A session of its own: a terminal's Ctrl-C reaches us alone, and `srun` cannot take it for a second one.
+        process = subprocess.Popen(
+            job.command, env=os.environ | job.environment | {SUPERVISED: "1"}, start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        _stay(process, requests)
+        process.wait()
+    remove_shared_memory("*", job.master_port)
+    code, message = _judge(job, process.returncode)
+    if requests.count(signal.SIGINT) > 1 and code:
+        return 130, "interrupted twice: killed, no checkpoint saved"
+    return code, message
+
+
+def killed_path(run_dir: Path, rank: int) -> Path:
+    """Where the parent of a rank notes that a signal ended it."""
+    return run_dir / "ranks" / f"killed-{rank:05d}.json"
+
+
+def _judge(job: Job, srun_code: int) -> tuple[int, str]:
+    """The verdict: what ranks wrote, and of those that could not, what their parents saw.
+
+    `srun` kills the other ranks when one fails, so its own code often is theirs and says nothing.
+    """
+    notes = []
+    for path in (job.run_dir / "ranks").glob("killed-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            note = json.loads(path.read_text(encoding="utf-8"))
+            notes.append((float(note["time"]), int(note["rank"]), int(note["signal"])))
+    if notes:
+        first = min(notes)
+        return judge(job.run_dir, job.num_ranks, 128 + first[2], died_first=[first[1]])
+    return judge(job.run_dir, job.num_ranks, 1 if read_exits(job.run_dir) else srun_code)
+
+
+def _stay(process: "subprocess.Popen[bytes]", requests: list[int]) -> None:
+    handed_on = 0
+    killed_at: float | None = None
+    while process.poll() is None:
+        if requests and handed_on == 0:
+            print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
+        if len(requests) > handed_on:
+            handed_on = len(requests)
+            process.send_signal(signal.SIGTERM)  # `srun` hands it to every task
+        if requests.count(signal.SIGINT) > 1 and killed_at is None:
+            killed_at = time.monotonic()
+            for _ in range(2):  # `srun` ends the step when INT comes twice within a second
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+        if killed_at is not None and time.monotonic() - killed_at > _KILLED_SECONDS:
+            process.kill()
+        time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _handling(requests: list[int]) -> Iterator[None]:
+    def remember(number: int, _frame: FrameType | None) -> None:
+        requests.append(number)
+
+    before = {number: signal.signal(number, remember) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ask(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise ConfigError(f"inside a Slurm job, but there is no `{words[0]}` here: load Slurm's module") from None
+    except subprocess.SubprocessError as error:
+        told = getattr(error, "stderr", None) or str(error)
+        raise ConfigError(f"`{' '.join(words)}` failed: {' '.join(told.split())}") from None
+    return done.stdout
+
+
+def _address(node: str) -> str:
+    """Where Slurm itself reaches a node: its name need not mean anything outside of Slurm."""
+    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", _ask("scontrol", "show", "node", "-o", node))
+    if match is None or not _ADDRESS.fullmatch(match[1]):
+        raise ConfigError(f"Slurm gives no usable address for node {node}")
+    return match[1]
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> str:
+    value = environment.get(name) or default
+    if not value.isascii() or not value.isdecimal():
+        raise ConfigError(f"{name}=`{value}` is not a number: this is no Slurm job's environment")
+    return value
+
+
+def _fewest(environment: Mapping[str, str], name: str) -> int:
+    """The smallest of a list such as `8(x2),4`."""
+    parts = environment.get(name, "").split(",")
+    matches = [re.fullmatch(r"(\d+)(\(x\d+\))?", part) for part in parts]
+    numbers = [int(match[1]) for match in matches if match is not None]
+    if len(numbers) < len(parts):
+        raise ConfigError(f"{name}=`{environment.get(name)}` is not a list of CPUs: this is no Slurm job's environment")
+    return min(numbers)
+
+
+def _gpus(environment: Mapping[str, str]) -> int:
+    """GPUs a node; on a login node (salloc) from what was asked for, `8` or `a100:8`."""
+    if environment.get("SLURM_GPUS_ON_NODE"):
+        return int(_number(environment, "SLURM_GPUS_ON_NODE"))
+    match = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", environment.get("SLURM_GPUS_PER_NODE", ""))
+    return int(match[1]) if match else 0

@@ -1,0 +1,408 @@
+"""What `fulltune submit` writes, what a Slurm task makes of its environment, and what run folders remember."""
+
+import argparse
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from test_cli import RUN_FILE
+
+from engine.errors import ConfigError, MissingInputError
+from launcher import check_nodes, cli, runs, slurm, slurm_rank, submit
+from launcher.run_config import load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = {
+    "run_dir": "run_dir", "name": "--name", "time": "--time", "partition": "--partition", "account": "--account",
+    "qos": "--qos", "reservation": "--reservation", "constraint": "--constraint", "mem": "--mem",
+    "prepare_partition": "--prepare-partition", "prepare_time": "--prepare-time", "site": "--site",
+}  # fmt: skip
+#: Where a value must come back from: the option of sbatch, in which script.
+OPTIONS = {
+    "name": "job-name", "time": "time", "partition": "partition", "account": "account", "qos": "qos",
+    "reservation": "reservation", "constraint": "constraint", "mem": "mem",
+}  # fmt: skip
+
+
+def options(**given: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    submit.add_arguments(parser)
+    arguments = parser.parse_args(["--ranks-per-node", "2", "--nodes", "2", "--prepare"])
+    for key, value in given.items():
+        setattr(arguments, key, value)
+    return arguments
+
+
+def scripts(run_dir: str = "/runs/one", **given: object) -> list[str]:
+    request = submit.check_request(options(**given), Path(run_dir))
+    return [submit.training_script(request, Path(run_dir)), submit.preparation_script(request, Path(run_dir))]
+
+
+def header(script: str) -> dict[str, str]:
+    lines = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script, re.MULTILINE)
+    assert len(lines) == script.count("SBATCH"), "a line that only looks like an option"
+    return dict(lines)
+
+
+def arguments_of(script: str) -> list[str]:
+    (line,) = re.findall(r"^set -- (.*)$", script, re.MULTILINE)
+    return shlex.split(line)
+
+
+def test_the_script_asks_for_what_was_asked_for() -> None:
+    training, preparation = scripts(
+        gpus_per_node=8,
+        ranks_per_node=None,
+        cpus_per_rank=12,
+        partition="gpu,gpu-low",
+        account="lab",
+        time="2-12:00:00",
+    )
+    asked = header(training)
+    assert asked == {
+        "job-name": "one", "nodes": "2", "gpus-per-node": "8", "ntasks-per-node": "8", "cpus-per-task": "12", "mem": "0",
+        "time": "2-12:00:00", "partition": "gpu,gpu-low", "account": "lab", "requeue": "", "open-mode": "append",
+        "output": "/runs/one/slurm-%j.log", "signal": "TERM@180",
+    }  # fmt: skip
+    assert arguments_of(training) == ["/runs/one/submitted.yaml", "--ranks-per-node", "8"]
+    assert "gpus-per-node" not in header(preparation)
+    assert header(preparation)["ntasks"] == "1"
+    assert arguments_of(preparation) == ["/runs/one/submitted.yaml"]
+    assert "EDIT" not in re.sub(r"^# `fulltune submit.*$", "", training + preparation, flags=re.MULTILINE)
+
+
+def test_whole_nodes_unless_cores_are_counted() -> None:
+    assert "exclusive" in header(scripts()[0])
+    assert "exclusive" not in header(scripts(cpus_per_rank=4)[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ranks_per_node": None}, "--ranks-per-node R"),
+        ({"ranks_per_node": 0}, "--ranks-per-node R"),
+        ({"gpus_per_node": 2, "ranks_per_node": 4}, "--ranks-per-node 4"),
+        ({"nodes": 0}, "--nodes"),
+        ({"nodes": -1}, "--nodes"),
+        ({"stop_seconds": 0}, "--stop-seconds"),
+        ({"site": Path("/nowhere/site.sh")}, "--site"),
+        ({"time": "tomorrow"}, "--time"),
+        ({"partition": "gpu\n#SBATCH --wrap=x"}, "--partition"),
+        ({"account": "lab\n"}, "--account"),
+        ({"name": "-name"}, "--name"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_named(given: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        scripts(**given)
+
+
+def hostile_words(count: int, canary: Path) -> list[str]:
+    """Names as users and attackers write them; many are fine."""
+    chance = random.Random(5)
+    payloads = [
+        f"$(touch {canary})", f"`touch {canary}`", f";touch {canary};", f"\ntouch {canary}\n", f"' ; touch {canary} #",
+        f'" ; touch {canary} #', f"\n#SBATCH --wrap=touch\t{canary}", "--wrap=x", "-x", "\x00", "a" * 4096, "..", "../x",
+        "%j", "~", "*", "\u0430", "\u202e", "\r", "\t", " ", "", "$HOME", "${IFS}", "!!", "&&", "|", ">", "<(x)", "\\", "é",
+        "gpu", "a-b", "x_1", "A.b", "12", "1:00:00", "64G", "node,gpu", "a&b", "run+1", "x=1", "@home",
+    ]  # fmt: skip
+    letters = "abcXYZ019._-" * 4 + "$`'\"\\;&|<>(){}[]*?!#~%^ \t\r\n\x00\x1b,:=+@/é\u2028"
+    words = list(payloads)
+    while len(words) < count:
+        shape = chance.random()
+        if shape < 0.4:
+            words.append("".join(chance.choice(letters) for _ in range(chance.randint(0, 12))))
+        elif shape < 0.6:
+            words.append("".join(chance.choice("abcxyz019._-") for _ in range(chance.randint(1, 12))))
+        else:
+            words.append("".join(chance.choice([*payloads, "gpu", "a", "-"]) for _ in range(chance.randint(1, 3))))
+    return words
+
+
+def test_ten_thousand_names_are_refused_by_name_or_come_back(tmp_path: Path) -> None:
+    """Every name in every place; a sample of the scripts is really run with programs that do nothing."""
+    canary = tmp_path / "canary"
+    (tmp_path / "site.sh").write_text("")
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name in ("fulltune", "scontrol", "srun", "touch-nothing"):
+        (bin_dir / name).write_text("#!/bin/sh\nexit 0\n")
+        (bin_dir / name).chmod(0o700)
+    chance, accepted, refused, sample = random.Random(7), 0, 0, []
+    places = list(FIELDS)
+    for number, word in enumerate(hostile_words(10_000, canary)):
+        place = places[number % len(places)]
+        try:
+            if place == "run_dir":
+                given = f"/runs/{word}"
+                made = scripts(run_dir=given)
+            elif place == "site":
+                given = f"{tmp_path}/{word}"
+                made = scripts(site=Path(given))
+            else:
+                given = word
+                made = scripts(**{place: word})
+        except ConfigError as error:
+            assert str(error).startswith(FIELDS[place]), (place, word, error)
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        accepted += 1
+        training, preparation = map(header, made)
+        if place in OPTIONS and not (place == "name" and not word):
+            assert training[OPTIONS[place]] == given
+        elif place == "run_dir":
+            folder = str(Path(given))
+            assert arguments_of(made[0])[0] == f"{folder}/submitted.yaml"
+            assert training["output"] == f"{folder}/slurm-%j.log"
+            assert not re.search(r"[^\w./+=@,:-]", folder, re.ASCII)
+        elif place in ("prepare_partition", "prepare_time"):
+            assert preparation[place.removeprefix("prepare_")] == given
+        if chance.random() < 0.02 or len(sample) < 8:
+            sample += made
+    assert accepted > 1000
+    assert refused > 1000
+    environment = {"PATH": f"{bin_dir}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "HOME": str(tmp_path)}
+    for script in sample:
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    for script in sample[:40]:
+        ours = script.replace(f"export PATH={Path(sys.executable).parent}:", "export PATH=")
+        done = subprocess.run(["bash"], input=ours, text=True, capture_output=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert not canary.exists()
+
+
+def test_a_canary_would_have_been_noticed(tmp_path: Path) -> None:
+    """The check above can fail: without the character set a run folder's name is a command."""
+    script = scripts()[0].replace("/runs/one/submitted.yaml", f"$(touch {tmp_path}/canary)")
+    environment = {"PATH": "/usr/bin:/bin"}
+    subprocess.run(["bash"], input=script, text=True, capture_output=True, env=environment)
+    assert (tmp_path / "canary").exists()
+
+
+def make_run_file(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(RUN_FILE.replace("run_dir: run", f"run_dir: {tmp_path}/run"))
+    return tmp_path / "run.yaml"
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_run_file(tmp_path)
+    words = ["submit", str(path), "--nodes", "2", "--gpus-per-node", "4", "--dry-run", "seed=5"]
+    assert cli.main(words) == 0
+    assert "#SBATCH --nodes=2" in capsys.readouterr().out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """A program in sbatch's place: what a cluster refuses cannot be had from a healthy one."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    for name in ("sbatch", "scancel", "scontrol"):
+        (folder / name).write_text(
+            f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/calls\n{body if name == "sbatch" else ""}'
+        )
+        (folder / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_refused_training_job_takes_its_preparation_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(
+        tmp_path, monkeypatch, 'case "$*" in *train.sbatch*) echo "no such account" >&2; exit 1;; esac\necho 41\n'
+    )
+    words = ["submit", str(make_run_file(tmp_path)), "--ranks-per-node", "1", "--prepare"]
+    assert cli.main(words) == 70
+    assert "`sbatch` refused: no such account" in capsys.readouterr().err
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "scancel 41"
+    assert not (tmp_path / "run" / "job.json").exists()
+
+
+def test_overrides_go_into_the_file_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_sbatch(tmp_path, monkeypatch, "echo 42\n")
+    value = f"$(touch {tmp_path}/canary) '\" ; x"
+    words = ["submit", str(make_run_file(tmp_path)), "--ranks-per-node", "1", f"data.text_field={json.dumps(value)}"]
+    words[-1] = f"model.config.note={json.dumps(value)}"
+    assert cli.main(words) == 0
+    assert load_run(tmp_path / "run" / "submitted.yaml", []).config.model.config == {
+        "model_type": "llama",
+        "note": value,
+    }
+    assert "touch" not in (tmp_path / "run" / "train.sbatch").read_text()
+    assert "touch" not in (tmp_path / "calls").read_text()
+    record = runs.read_record(tmp_path / "run")
+    assert record is not None
+    assert (record.job_id, record.log) == (42, f"{tmp_path}/run/slurm-42.log")
+
+
+def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no `sbatch` here"):
+        submit._sbatch(["x"], {"PATH": str(tmp_path)})
+
+
+TASK = {
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2", "SLURMD_NODENAME": "n2", "SLURM_GPUS_ON_NODE": "4",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("visible", "local_rank"), [("0,1,2,3", "1"), ("3", "0"), ("MIG-abc", "0")])
+def test_a_rank_takes_its_own_device_whether_it_sees_one_or_all(visible: str, local_rank: str) -> None:
+    placed = slurm_rank.rank_environment(TASK | {"CUDA_VISIBLE_DEVICES": visible}, 8, 4, "10.0.0.1", 29501)
+    assert placed == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank, "LOCAL_SIZE": "4", "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29501",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"SLURM_STEP_NUM_TASKS": "7"},
+        {"SLURM_STEP_NUM_NODES": "1"},
+        {"SLURM_LOCALID": "2"},
+        {"SLURM_PROCID": ""},
+        {"CUDA_VISIBLE_DEVICES": "0,1"},
+        {"CUDA_VISIBLE_DEVICES": ""},
+        {"SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"},
+    ],
+)
+def test_another_world_than_the_one_asked_for_is_refused(changed: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        slurm_rank.rank_environment({"CUDA_VISIBLE_DEVICES": "0,1,2,3"} | TASK | changed, 8, 4, "a", 1)
+
+
+def test_a_cpu_rank_asks_for_no_device() -> None:
+    task = {**TASK, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    assert slurm_rank.rank_environment(task, 8, 4, "a", 1)["LOCAL_RANK"] == "1"
+
+
+def test_a_refused_world_is_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in TASK.items():
+        monkeypatch.setenv(key, value)
+    words = [
+        "--ranks=9",
+        "--ranks-per-node=4",
+        "--master-addr=a",
+        "--master-port=1",
+        f"--run-dir={tmp_path}",
+        "run.yaml",
+    ]
+    assert slurm_rank.main(words) == 78
+    record = json.loads((tmp_path / "ranks" / "exit-00005.json").read_text())
+    assert record["code"] == 78
+    assert "9 ranks, 4 a node, were asked for, and Slurm started 8 tasks on 2 nodes" in record["message"]
+
+
+ALLOCATION = slurm.Allocation(7, ("n1", "n2"), "10.0.0.1", 16, 0, None, False)
+
+
+def test_one_task_a_rank() -> None:
+    job = slurm.plan_slurm_job(ALLOCATION, Path("/r"), Path("/r/run.yaml"), ["--debug"], ranks_per_node=4)
+    assert job.num_ranks == 8
+    assert job.command[:2] == ("srun", "--kill-on-bad-exit=1")
+    for word in ("--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4", "--master-addr=10.0.0.1"):
+        assert word in job.command
+    assert job.command[-2:] == ("/r/run.yaml", "--debug")
+    assert job.environment["DS_ACCELERATOR"] == "cpu"
+    with pytest.raises(ConfigError, match="--cpus-per-task"):
+        slurm.plan_slurm_job(ALLOCATION, Path("/r"), Path("/r/run.yaml"), [], ranks_per_node=17)
+
+
+def test_gpus_decide_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with_gpus = slurm.Allocation(7, ("n1", "n2"), "10.0.0.1", 16, 8, 1, False)
+    job = slurm.plan_slurm_job(with_gpus, Path("/r"), Path("/r/run.yaml"), [])
+    assert job.num_ranks == 16
+    assert "DS_ACCELERATOR" not in job.environment
+    with pytest.raises(ConfigError, match=r"8 GPU"):
+        slurm.plan_slurm_job(with_gpus, Path("/r"), Path("/r/run.yaml"), [], ranks_per_node=9)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"SLURM_JOB_ID": "1;x"}, "SLURM_JOB_ID"),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4"}, "once a job"),
+    ],
+)
+def test_an_environment_that_is_none_of_slurm(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        slurm.read_allocation(environment)
+
+
+@pytest.mark.parametrize(("text", "count"), [("8", 8), ("8(x2)", 8), ("8(x2),4", 4)])
+def test_the_poorest_node_counts(text: str, count: int) -> None:
+    assert slurm._fewest({"X": text}, "X") == count
+    with pytest.raises(ConfigError):
+        slurm._fewest({"X": f"{text};"}, "X")
+
+
+def test_a_local_run_is_known_by_more_than_its_number(tmp_path: Path) -> None:
+    runs.record_start(tmp_path, {})
+    record = runs.read_record(tmp_path)
+    assert record is not None
+    assert runs.is_alive(record)
+    reused = runs.JobRecord(None, record.pid, 1, record.host, None)
+    assert not runs.is_alive(reused), "another process has the number now"
+    with pytest.raises(ConfigError, match="elsewhere"):
+        runs.is_alive(runs.JobRecord(None, 1, 1, "elsewhere", None))
+    assert {field.name for field in fields(record)} == json.loads((tmp_path / "job.json").read_text()).keys()
+
+
+def test_a_local_run_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        runs.write_record(
+            tmp_path, runs.JobRecord(None, process.pid, runs._start_ticks(process.pid), os.uname().nodename, None)
+        )
+        assert cli.main(["status", str(tmp_path)]) == 0
+        assert "running" in capsys.readouterr().out
+        assert cli.main(["stop", str(tmp_path)]) == 0
+        assert process.wait(timeout=10) == -15
+    finally:
+        process.kill()
+        process.wait()
+    assert cli.main(["stop", str(tmp_path)]) == MissingInputError.exit_code
+
+
+def test_what_is_complete_is_exactly_that_run_file(tmp_path: Path) -> None:
+    path = make_run_file(tmp_path)
+    run = load_run(path, [])
+    assert not runs.is_complete(run)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    runs.record_complete(run)
+    assert runs.is_complete(run)
+    assert not runs.is_complete(load_run(path, ["duration.steps=11"])), "a longer run is another"
+    shutil.rmtree(checkpoint)
+    assert not runs.is_complete(run), "its checkpoint is gone"
+
+
+def test_nothing_writes_through_a_planted_link(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / f".job.json.{os.getpid()}").symlink_to(tmp_path / "target")
+    runs.record_start(tmp_path, {})
+    assert (tmp_path / "target").read_text() == "precious"
+    assert (tmp_path / "job.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_nodes_that_differ_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one = check_nodes.look(tmp_path)
+    two = json.loads(json.dumps(one)) | {"node": "other"}
+    assert check_nodes.compare([json.dumps(one), json.dumps(two)], 2) == []
+    two["equal"]["torch"] = "1.0"
+    (wrong,) = check_nodes.compare([json.dumps(one), json.dumps(two), "a line of a module system"], 2)
+    assert wrong.startswith("torch differs: ")
+    assert check_nodes.compare([json.dumps(one)], 2) == ["1 of 2 nodes answered"]
