@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-deps demo test test-unit test-cluster test-cluster-short lint format clean
+.PHONY: help setup bench-deps demo test test-unit test-faults test-cluster test-cluster-short lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the pinned, tested versions
 
@@ -31,13 +31,16 @@ test: $(STAMP) ## all tests; real DeepSpeed on 2 CPU ranks where ranks matter
 	@$(BIN)/python -m pytest
 
 test-unit: $(STAMP) ## the tests that start no ranks (a few minutes)
-	@$(BIN)/python -m pytest -m "not ranks and not cluster"
+	@$(BIN)/python -m pytest -m "not ranks and not cluster and not faults"
 
 test-cluster: $(STAMP) ## the tests on a real Slurm of two nodes, started here (needs root; installs slurm-wlm)
 	@FULLTUNE_CLUSTER=required $(BIN)/python -m pytest -m cluster
 
 test-cluster-short: $(STAMP) ## the shorter of them, skipped where no cluster can be started
 	@$(BIN)/python -m pytest -rs -m "cluster and not long"
+
+test-faults: $(STAMP) ## kill, stop and starve real ranks in every way there is (about an hour)
+	@$(BIN)/python -m pytest -m faults
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(BIN)/ruff check .

@@ -7,14 +7,12 @@ import fcntl
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,8 +20,9 @@ import torch.distributed as dist
 from engine.checkpoint_files import known_run_id
 from engine.cpu_bf16 import multiply_bf16_in_fp32
 from engine.errors import INTERNAL, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
-
-SHARED_MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - where DeepSpeed's CPU collectives put their segments
+from engine.liveness import remove_shared_memory
+from engine.rank_record import write_json
+from engine.stop import check_not_held
 
 
 class OtherRankFailedError(FulltuneError):
@@ -41,6 +40,15 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    #: A group for small messages between hosts' memories, where the default one is for devices only.
+    cpu_group: Any = None
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; does not wait for a device. All ranks call it."""
+        on_cpu = self.cpu_group is not None or self.device.type == "cpu"
+        tensor = torch.tensor([int(flag)], device="cpu" if on_cpu else self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(tensor.item())
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sums over all ranks in double precision. All ranks call it."""
@@ -85,20 +93,11 @@ def start_ranks() -> Ranks:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
     # Ranks wait for one another while one of them downloads a model or reads it from a slow disk.
-    deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=datetime.timedelta(hours=2))
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT came. They come several times and in any order, so this only sets a flag."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
+    timeout = datetime.timedelta(hours=2)
+    deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timeout)
+    device = torch.device(accelerator.current_device_name())
+    cpu_group = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, cpu_group)
 
 
 class RunFolder:
@@ -121,6 +120,7 @@ class RunFolder:
         """Take ownership (rank 0 does; others have nothing to do). CannotWriteError when it is taken."""
         if self._rank != 0:
             return
+        check_not_held(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "owner.lock").open("a+")
@@ -171,24 +171,6 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
-
-
-def write_json(path: Path, values: object) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def remove_shared_memory() -> None:
-    """Remove this rank's segment of DeepSpeed's CPU collectives, which it never removes itself.
-
-    The name is DeepSpeed's: user, rendezvous address, port and rank.
-    """
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    rank = os.environ.get("RANK", "0")
-    for segment in SHARED_MEMORY_DIR.glob(f"deepspeed_allreduce_buffer*_{address}_{port}_{rank}"):
-        segment.unlink(missing_ok=True)
 
 
 def leave(code: int, last_words: Callable[[], None] | None = None) -> NoReturn:

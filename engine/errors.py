@@ -9,8 +9,12 @@ STOPPED_WITH_CHECKPOINT = 75
 INTERNAL = 70
 #: What a rank says that is fine itself: another one tells the story.
 OTHER_RANK_FAILED = "another rank failed"
-#: Set by a supervisor that reads the ranks' exit records and tells the reason itself, once.
+#: Set by a supervisor that reads the ranks' exit records and tells the reason itself, once: its host/token.
 SUPERVISED = "FULLTUNE_SUPERVISED"
+#: The path of a FIFO that the supervisor holds open for as long as it lives.
+SUPERVISOR_FIFO = "FULLTUNE_SUPERVISOR_FIFO"
+#: A rank that hung, was killed, or was left alone.
+LOST_PEER = 76
 
 
 class FulltuneError(Exception):

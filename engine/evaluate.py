@@ -7,17 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine import heartbeat
 from engine.batches import MicroBatches, RowIndex, Store, split_rows
 from engine.config import TaskName
 from engine.distributed import Ranks
 from engine.errors import NumericalStopError
+from engine.stop import StopSignal
 from engine.tasks import build_batch
 
 
 def evaluate(
-    engine: Any, task: TaskName, store: Store, index: RowIndex, num_labels: int, ranks: Ranks, size: MicroBatches
-) -> dict[str, float]:
+    engine: Any,
+    task: TaskName,
+    store: Store,
+    index: RowIndex,
+    num_labels: int,
+    ranks: Ranks,
+    size: MicroBatches,
+    stop: StopSignal | None = None,
+) -> dict[str, float] | None:
     """Loss over all targets of the store; perplexity, or accuracy and macro F1. All ranks call it.
+
+    None if `stop` was asked for on any rank in the meantime: then nothing has been counted.
 
     With several sources, also the loss of each, as ``loss/<name>``. Every row is used exactly once;
     where rows do not divide by ranks, some ranks run a filler row that counts for nothing, so that all
@@ -34,6 +45,10 @@ def evaluate(
             number = names.index(source.name)
             rows = np.arange(source.first_row, source.first_row + source.num_rows)
             for parts in split_rows(index, rows, ranks.world_size, size):
+                heartbeat.beat("batch")
+                if stop is not None and ranks.any(stop.asked):
+                    engine.train(was_training)
+                    return None
                 batch = build_batch(task, store, index, parts[ranks.rank], filler_row=source.first_row)
                 batch = batch.to(ranks.device)
                 batch_loss, predictions = engine(batch)

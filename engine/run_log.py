@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from engine import heartbeat
 from engine.goodput import CAUSES, Goodput, useful_seconds
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -50,6 +51,7 @@ class Stopwatch:
             moment.record()
         else:
             moment = time.perf_counter()
+        heartbeat.beat(f"after {phase}" if phase else "begin")
         self._marks.append((phase, moment))
 
     def seconds(self) -> dict[str, float]:

@@ -59,6 +59,8 @@ class Saves:
         self._pending: tuple[PendingSave, Best | None, float] | None = None
         self._verifying: tuple[Path, Future[None]] | None = None
         self._failed = 0
+        self._state: dict[str, Any] = {}  # of what is being written
+        self._committed: dict[str, Any] = {}  # of what was published last
         self._stall_seconds = 0.0
 
     def check_space_for_run(self, remaining_saves: int) -> None:
@@ -75,8 +77,13 @@ class Saves:
         self._stall_seconds += time.perf_counter() - started
 
     def save_now(self, state: Mapping[str, Any], best: Best | None = None) -> None:
-        """Write and publish a checkpoint before anything else happens. StorageError when that fails."""
+        """Publish a checkpoint of `state` before anything else happens; StorageError when that fails.
+
+        What is already written, or being written, is not written again.
+        """
         self._finish(must_succeed=False)
+        if dict(state) == self._committed:
+            return
         self._begin(state, best, must_succeed=True)
         self._finish(must_succeed=True)
 
@@ -126,6 +133,7 @@ class Saves:
             self._failed_once_more(error, must_succeed)
             return
         self._pending = pending, best, time.perf_counter()
+        self._state = dict(state)
 
     def _finish(self, must_succeed: bool) -> None:
         if self._pending is None:
@@ -140,6 +148,7 @@ class Saves:
             self._failed_once_more(error, must_succeed)
             return
         self._failed = 0
+        self._committed = self._state
         now = time.perf_counter()
         self.say(
             f"checkpoint {path.name} committed after {now - started:.1f} s, {now - waited:.1f} s of them waited for"

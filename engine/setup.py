@@ -23,10 +23,11 @@ from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
 from engine.checkpoint import Owner
 from engine.checkpoint_reader import CheckpointReader
 from engine.config import RunConfig
-from engine.distributed import Ranks, RunFolder, write_json
+from engine.distributed import Ranks, RunFolder
 from engine.ds_config import offloads_optimizer, resolve_ds_config
 from engine.errors import DataError, MissingInputError, StorageError
 from engine.model import StoreFacts, build_model, decay_groups, model_folder
+from engine.rank_record import write_json
 from engine.restore import restore_newest
 from engine.run_file import RunFile, dump_yaml
 from engine.run_log import RunLog

@@ -4,21 +4,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
+from engine import heartbeat
 from engine.batches import MicroBatches, split_rows, stream_rows
 from engine.config import RunConfig
-from engine.distributed import Ranks, StopSignal
+from engine.distributed import Ranks
 from engine.errors import NumericalStopError, StoppedError
 from engine.evaluate import evaluate
 from engine.run_log import RunLog, Stopwatch, memory_gib
 from engine.saves import Best, Saves
 from engine.schedule import learning_rate
+from engine.stop import StopSignal
 from engine.tasks import build_batch
 
 
@@ -67,16 +69,21 @@ def _remember_gradient(received: set[str], name: str, _parameter: torch.Tensor) 
 def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> None:
     """Train from `progress` to the last step: step, log, evaluate, save. All ranks call it.
 
-    Raises StoppedError after SIGTERM or SIGINT, with a checkpoint committed; NumericalStopError
+    Raises StoppedError after a request to stop, with a checkpoint committed; NumericalStopError
     before an update with a non-finite loss or gradient.
     """
     config = training.config
     evaluation_every = config.evaluation.eval_every_steps or training.total_steps
     save_every = config.checkpoint.save_every_steps or training.total_steps
+    first_step = progress.step
     if progress.step == 0 and training.validation:
-        log.evaluation(0, _evaluate(training))
+        results = _evaluate(training, stop)
+        if results is None:
+            _stop(training, progress, is_saved=True)
+        log.evaluation(0, results)
     if progress.owes_evaluation:
-        _evaluate_and_judge(training, progress, log)
+        if not _evaluate_and_judge(training, progress, log, stop):
+            _stop(training, progress, is_saved=True)
         save(training, progress, at_once=True)
     while not is_finished(training, progress):
         try:
@@ -84,17 +91,21 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
         except NumericalStopError:
             training.saves.close(verify=False)  # no update came: what is being written is sound
             raise
+        if figures is None:
+            _stop(training, progress, is_saved=progress.step == first_step)
         log.train(progress.step, figures)
+        heartbeat.end_step(progress.step, figures["step_seconds"])
         due = progress.step == training.total_steps or progress.step % evaluation_every == 0
         progress.owes_evaluation = due and training.validation is not None
         if progress.owes_evaluation and not stopping:
-            _evaluate_and_judge(training, progress, log)
+            stopping = not _evaluate_and_judge(training, progress, log, stop)
         finished = is_finished(training, progress) and not progress.owes_evaluation
-        best = progress.best_step == progress.step and config.checkpoint.save_best
-        if finished or stopping or best or progress.step % save_every == 0:
-            save(training, progress, at_once=finished or stopping)
         if stopping and not finished:
-            raise StoppedError(f"stopped on request after step {progress.step}, checkpoint committed: start again")
+            _stop(training, progress, is_saved=False)
+        best = progress.best_step == progress.step and config.checkpoint.save_best
+        if finished or best or progress.step % save_every == 0:
+            save(training, progress, at_once=finished)
+    heartbeat.enter("save")
     training.saves.close(verify=True)
     if progress.step < training.total_steps:
         log.say(
@@ -110,13 +121,24 @@ def is_finished(training: Training, progress: Progress) -> bool:
     return impatient or progress.step >= training.total_steps
 
 
-def train_step(training: Training, progress: Progress, stop: StopSignal) -> tuple[dict[str, float], bool]:
+def _stop(training: Training, progress: Progress, is_saved: bool) -> NoReturn:
+    """Commit a checkpoint of `progress` unless there is one, and end. A half-done step leaves no trace in it."""
+    if not is_saved:
+        save(training, progress, at_once=True)
+    if progress.step == 0:
+        raise StoppedError("stopped on request before the first step, nothing to save: start again")
+    raise StoppedError(f"stopped on request after step {progress.step}, checkpoint committed: start again")
+
+
+def train_step(training: Training, progress: Progress, stop: StopSignal) -> tuple[dict[str, float] | None, bool]:
     """One optimizer update on the next `global_rows` rows of the stream. All ranks call it.
 
     The gradient is the sum of all targets' losses divided by their number, which the row index
     knows. DeepSpeed averages over ranks, so each rank multiplies by the world size. Returns the
-    figures and whether any rank was asked to stop.
+    figures and whether any rank was asked to stop; None for the figures if that came before the last
+    micro-batch: then the step was dropped, and masters and moments are as they were.
     """
+    heartbeat.enter("step", progress.step + 1)
     config, ranks, engine = training.config, training.ranks, training.engine
     watch = Stopwatch(ranks.device)
     training.store.check_unchanged()
@@ -131,6 +153,9 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
     size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens)
     micro_batches = split_rows(training.rows, rows, ranks.world_size, size)
     for number, parts in enumerate(micro_batches):
+        if ranks.any(stop.asked):
+            return None, True
+        watch.mark("backward")  # waiting for slower ranks is no waiting for data
         batch = build_batch(
             config.trained_task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0])
         )
@@ -153,8 +178,10 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
     if any_missing:
         _stop_for_missing_gradients(training, progress, missing, rows)
     watch.mark("optimizer")
+    heartbeat.enter("save")
     training.saves.before_update(all_verified=verifying == 0)
     watch.mark("save")
+    heartbeat.enter("step")
     engine.step()
     if not engine.was_step_applied():
         raise NumericalStopError(
@@ -203,25 +230,34 @@ def save(training: Training, progress: Progress, at_once: bool) -> None:
     if progress.best_step == progress.step:
         assert progress.best_value is not None
         best = Best(training.config.best_metric, progress.best_value)
+    heartbeat.enter("save")
     (training.saves.save_now if at_once else training.saves.begin)(state, best)
+    heartbeat.enter("step")
 
 
-def _evaluate(training: Training) -> dict[str, float]:
+def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
     assert training.validation is not None
     store, rows = training.validation
+    heartbeat.enter("evaluation")
     store.check_unchanged()
     batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
     size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
-    return evaluate(
-        training.engine, training.config.trained_task, store, rows, len(store.label_names), training.ranks, size
+    results = evaluate(
+        training.engine, training.config.trained_task, store, rows, len(store.label_names), training.ranks, size, stop
     )
+    heartbeat.enter("step")
+    return results
 
 
-def _evaluate_and_judge(training: Training, progress: Progress, log: RunLog) -> None:
-    results = _evaluate(training)
+def _evaluate_and_judge(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> bool:
+    """False if a stop came first; then the evaluation is still owed."""
+    results = _evaluate(training, stop)
+    if results is None:
+        return False
     log.evaluation(progress.step, results)
     _judge(training, progress, results)
     progress.owes_evaluation = False
+    return True
 
 
 def _judge(training: Training, progress: Progress, results: dict[str, float]) -> None:

@@ -4,26 +4,23 @@ import contextlib
 import fcntl
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from engine.errors import SUPERVISED, CannotWriteError, ConfigError
+from engine.errors import CannotWriteError, ConfigError
+from launcher.conclude import conclude
 from launcher.environment import remove_shared_memory
+from launcher.guard import Guard
+from launcher.hang import LEAST_SECONDS
 from launcher.hosts import Node, is_local
-from launcher.verdict import clear_records, failed_before, judge, read_exits, read_starts
+from launcher.supervise import Stop, Supervision, liveness
+from launcher.verdict import clear_records
 
 DEFAULT_PORT = 29500
-_POLL_SECONDS = 0.2
-# Ranks that outlive the launcher get this long to save and end before they are killed.
-_GRACE_SECONDS = 30.0
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # DeepSpeed hands these to a remote shell unquoted.
 _SHELL_SAFE = re.compile(r"[\w@%+=:,./-]*")
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
@@ -31,7 +28,11 @@ _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 @dataclass(frozen=True)
 class Job:
-    """One start of the engine: what runs where. `command` is the complete `deepspeed` or `srun` argv."""
+    """One start of the engine: what runs where. `command` is the complete argv of `deepspeed`, or of `srun`.
+
+    `memory_rule` says, for people, what host memory the run should need; `hang_seconds` is the least
+    time without a sign of life that counts as a hang in a step, 0 for never.
+    """
 
     run_dir: Path
     run_file: Path
@@ -39,6 +40,8 @@ class Job:
     command: tuple[str, ...]
     environment: dict[str, str]
     master_port: int
+    memory_rule: str = ""
+    hang_seconds: float = LEAST_SECONDS
 
     @property
     def num_ranks(self) -> int:
@@ -120,138 +123,27 @@ def owned_run_dir(run_dir: Path) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Stop:
-    """What the user or the system has asked for so far; filled by signal handlers."""
-
-    requests: list[int] = field(default_factory=list)
-
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        self.requests.append(number)
-
-    @property
-    def at_once(self) -> bool:
-        """A second Ctrl-C. Repeated TERM is no such thing: batch systems send several."""
-        return self.requests.count(signal.SIGINT) > 1
-
-
 def run_job(job: Job) -> tuple[int, str]:
     """Run `job` to its end; (exit code, one line that explains it unless it is 0).
 
     INT, TERM, HUP and USR1 ask the ranks to save a checkpoint and end; a second INT kills them.
-    `deepspeed` itself would pass none of them on. Nothing it started is left when this returns.
+    `deepspeed` itself would pass none of them on. A dead or hanging rank ends the job. Nothing it
+    started is left when this returns; were this process killed, the ranks would notice, and a guard
+    would end what cannot.
     """
     clear_records(job.run_dir)
-    stop = _Stop()
-    died_first: list[int] = []
-    with _handling(stop):
+    stop = Stop()
+    with stop.handling(), liveness() as alive:
         # A session of its own: a terminal's Ctrl-C then reaches us alone, and all of it can be found.
-        environment = os.environ | job.environment | {SUPERVISED: "1"}
+        environment = os.environ | job.environment | alive.environment
         process = subprocess.Popen(job.command, env=environment, start_new_session=True)
+        guard = Guard(process.pid, job.master_port, alive.private_dir, environment)
+        supervision = Supervision(process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds)
         try:
-            died_first = _stay(process, job, stop)
+            supervision.stay()
         finally:
-            _end_session(process.pid, stop)
-            process.wait()
+            supervision.end()
             remove_shared_memory("127.0.0.1", job.master_port)
-    code, message = judge(job.run_dir, job.num_ranks, process.returncode, died_first)
+            guard.dismiss()
+    code, message = conclude(job.run_dir, job.num_ranks, process.returncode, supervision, job.memory_rule)
     return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
-
-
-@contextlib.contextmanager
-def _handling(stop: _Stop) -> Iterator[None]:
-    before = {}
-    for number in _STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-            before[number] = signal.signal(number, stop.handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stay(process: subprocess.Popen[bytes], job: Job, stop: _Stop) -> list[int]:
-    """Wait for the end; pass a request to stop on to every rank of this host, also to late ones.
-
-    Returns the ranks that vanished without a record while no other had failed: the killed ones, of
-    which `deepspeed` often does not tell, because a peer that fails next may come first in its eyes.
-    """
-    told: set[int] = set()
-    announced = False
-    died_first: list[int] = []
-    looked = time.time()
-    while process.poll() is None:
-        if stop.at_once:
-            return died_first
-        if not died_first and not failed_before(job.run_dir, looked):
-            looked = time.time()
-            died_first = _vanished(job)
-        if stop.requests and not announced:
-            announced = True
-            print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
-            if not any(is_local(node.name) for node in job.nodes):
-                process.send_signal(signal.SIGINT)  # no rank here to tell: DeepSpeed ends the remote ones
-        if stop.requests:
-            told |= _tell_ranks(job, told)
-        time.sleep(_POLL_SECONDS)
-    return died_first
-
-
-def _vanished(job: Job) -> list[int]:
-    """Ranks of this host that have started, are gone, and left no exit record."""
-    gone = [start.rank for start in read_starts(job.run_dir) if is_local(start.host) and not _is_running(start.pid)]
-    exits = read_exits(job.run_dir) if gone else {}
-    return [rank for rank in gone if rank not in exits]
-
-
-def _is_running(pid: int) -> bool:
-    fields = _stat_fields(Path(f"/proc/{pid}/stat"))
-    return bool(fields) and fields[0] not in "ZX"
-
-
-def _tell_ranks(job: Job, told: set[int]) -> set[int]:
-    """TERM to ranks of this host that have started and were not told; returns their pids."""
-    newly = set()
-    for start in read_starts(job.run_dir):
-        if start.pid in told or not is_local(start.host):
-            continue
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{start.pid}/cmdline").read_bytes().split(b"\0")
-            if str(job.run_file).encode() in words:  # still ours, not a process that got the number later
-                os.kill(start.pid, signal.SIGTERM)
-        newly.add(start.pid)
-    return newly
-
-
-def _end_session(session: int, stop: _Stop) -> None:
-    """Leave no survivor: TERM, time to save, KILL."""
-    deadline = time.monotonic() + _GRACE_SECONDS
-    asked: set[int] = set()
-    while members := _session_members(session):
-        number = signal.SIGKILL if stop.at_once or time.monotonic() > deadline else signal.SIGTERM
-        for pid in members:
-            if number == signal.SIGKILL or pid not in asked:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-                asked.add(pid)
-        time.sleep(_POLL_SECONDS)
-
-
-def _session_members(session: int) -> list[int]:
-    """Living processes of a session, from /proc."""
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        fields = _stat_fields(stat)
-        if fields and int(fields[3]) == session and fields[0] not in "ZX":
-            members.append(int(stat.parent.name))
-    return members
-
-
-def _stat_fields(path: Path) -> list[str]:
-    """State, parent, group, session, ... of a process; [] if it is gone."""
-    try:
-        # "pid (name) state ppid ...": the name may hold anything, also blanks and parentheses.
-        return path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []

@@ -23,7 +23,7 @@ def describe_plan(run: Run, job: Job) -> str:
     parts = [
         *_batch_lines(run.config, job.num_ranks),
         *_duration_lines(run),
-        *_memory_lines(run.config, job, ds_config),
+        *([rule] if (rule := memory_rule(run.config, job, ds_config)) else []),
         "",
         f"DeepSpeed configuration ({run.config.deepspeed}, resolved):",
         json.dumps(ds_config, indent=2),
@@ -82,21 +82,21 @@ def _duration_lines(run: Run) -> list[str]:
     return [f"duration: {steps_total} steps = {epochs:.3g} epochs of {rows:,} rows of {config.data.row_tokens} tokens"]
 
 
-def _memory_lines(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> list[str]:
-    """Host memory of the fullest node by the measured rule for full CPU offload; nothing where it does not apply."""
+def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
+    """Host memory of the fullest node by the measured rule for full CPU offload; "" where it does not apply."""
     zero = ds_config["zero_optimization"]
     offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
     parameters = count_parameters(config.model.path)
     if offloads != ["cpu", "cpu"] or parameters is None:
-        return []
+        return ""
     accumulates_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     bytes_each = 22 if accumulates_fp32 else 20
     ranks = max(len(node.slots) for node in job.nodes)
     share = parameters * bytes_each * ranks / job.num_ranks / _GIB
-    return [
+    return (
         f"host memory: about {share + ranks * _PROCESS_GIB:.1f} GiB a node ({parameters:,} parameters x {bytes_each} "
         f"bytes x {ranks}/{job.num_ranks} ranks + {_PROCESS_GIB} GiB a process)"
-    ]
+    )
 
 
 def count_parameters(model_path: str | None) -> int | None:

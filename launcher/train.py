@@ -11,10 +11,12 @@ from pathlib import Path
 from engine.ds_config import resolve_ds_config
 from engine.errors import ConfigError, FulltuneError
 from engine.prebuild import extensions_dir, missing_ops
+from engine.stop import check_not_held
 from launcher import runs, slurm
 from launcher.environment import job_environment, remote_environment
 from launcher.hosts import filter_nodes, is_local, local_node, read_hostfile
 from launcher.launch import DEFAULT_PORT, Job, free_port, hostfile_command, local_command, owned_run_dir, run_job
+from launcher.plan import memory_rule
 from launcher.run_config import Run, write_resolved
 
 
@@ -63,9 +65,10 @@ def plan_job(
         port = master_port or (free_port() if all(is_local(node.name) for node in nodes) else DEFAULT_PORT)
         selection = ["--include", include] if include else ["--exclude", exclude] if exclude else []
         command = hostfile_command(hostfile.absolute(), nodes, selection, port, engine_arguments)
-    resolve_ds_config(run.config, sum(len(node.slots) for node in nodes))
+    ds_config = resolve_ds_config(run.config, sum(len(node.slots) for node in nodes))
     environment = job_environment(max(len(node.slots) for node in nodes), uses_gpus)
-    return Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
+    job = Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
+    return dataclasses.replace(job, memory_rule=memory_rule(run.config, job, ds_config))
 
 
 def array_part(environment: Mapping[str, str]) -> tuple[int, int] | None:
@@ -94,6 +97,7 @@ def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
 
 def start(run: Run, job: Job) -> tuple[int, str]:
     """Prepare what is missing, then run `job` to its end; (exit code, one line unless it is 0)."""
+    check_not_held(run.config.run_dir)
     if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):
         print(f"{run.config.run_dir}: already complete, nothing to do", flush=True)
         return 0, ""

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import INTERNAL, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
+from engine.errors import INTERNAL, LOST_PEER, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
 from engine.run_file import load_run_file
 
-LOST_PEER = 76
 # From cause to consequence: a rank that lost its peer or stopped on request explains nothing.
 _CAUSES_FIRST = (77, 78, 66, 65, 73, 74, 79, 70)
 
@@ -44,11 +43,16 @@ class RankExit:
     code: int
     phase: str
     message: str
+    step: int = 0
+    traceback: str = ""
+    time: float = 0.0
 
 
 def clear_records(run_dir: Path) -> None:
-    """Remove the records of earlier starts; call before ranks start and never while they run."""
-    for path in (run_dir / "ranks").glob("*-*.json"):
+    """Remove the records of earlier starts, not their logs; call before ranks start and never while they run."""
+    ranks_dir = run_dir / "ranks"
+    markers = [ranks_dir / name for name in ("dump", "leave", "hang.txt")]
+    for path in [*ranks_dir.glob("*-*.json"), *ranks_dir.glob("beat-*"), *ranks_dir.glob("stacks-*"), *markers]:
         path.unlink(missing_ok=True)
 
 
@@ -72,7 +76,13 @@ def read_exits(run_dir: Path) -> dict[int, RankExit]:
     """The last words written so far, by rank."""
     return {
         int(record["rank"]): RankExit(
-            int(record["rank"]), int(record["code"]), str(record.get("phase", "")), str(record.get("message") or "")
+            int(record["rank"]),
+            int(record["code"]),
+            str(record.get("phase", "")),
+            str(record.get("message") or ""),
+            int(record.get("step") or 0),
+            str(record.get("traceback") or ""),
+            float(record.get("time") or 0.0),
         )
         for record in _read_records(run_dir, "exit")
     }
@@ -102,14 +112,15 @@ def judge(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequenc
     if not silent and len({record.code for record in records}) == 1:
         first = next((record for record in records if record.message != OTHER_RANK_FAILED), records[0])
         return first.code, "" if first.code == 0 else _describe(first)
-    number = _signal_number(launcher_code)
+    number = signal_number(launcher_code)
     killed = [rank for rank in died_first if rank in silent] or (silent if number and read_starts(run_dir) else [])
     if killed:
         hint = "; often the kernel's out-of-memory killer, see dmesg" if number in (None, signal.SIGKILL) else ""
         how = "was killed" if len(killed) == 1 else "were killed, or one was and the others after it"
         which = f" (signal {number})" if number else ""
-        return LOST_PEER, f"{_name(killed)} {how}{which}, no exit record{hint}"
+        return LOST_PEER, f"{named(killed)} {how}{which}, no exit record{hint}"
     tellers = [record for record in records if record.message != OTHER_RANK_FAILED] or records
+    tellers = sorted(tellers, key=lambda record: record.time)
     cause = next((record for code in _CAUSES_FIRST for record in tellers if record.code == code), None)
     if cause is not None:
         return cause.code, _describe(cause)
@@ -118,22 +129,23 @@ def judge(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequenc
         return worst.code, _describe(worst)
     if not read_starts(run_dir):
         return INTERNAL, f"no rank of {num_ranks} started (launcher code {launcher_code}); the reason is printed above"
-    return LOST_PEER, f"{_name(silent)} left no exit record (launcher code {launcher_code}); see the output above"
+    return LOST_PEER, f"{named(silent)} left no exit record (launcher code {launcher_code}); see the output above"
 
 
-def _name(ranks: list[int]) -> str:
+def named(ranks: list[int]) -> str:
+    """`ranks 0, 3, 5`; at most eight of them."""
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"
 
 
-def _signal_number(code: int) -> int | None:
+def signal_number(code: int) -> int | None:
     """The signal in a return code: Popen's -9, a shell's 137, or the 247 that sys.exit(-9) becomes."""
     number = -code if code < 0 else code - 128 if 128 < code < 192 else 256 - code if 192 <= code < 256 else 0
     return number if number in {int(known) for known in signal.Signals} else None
 
 
 def _describe(record: RankExit) -> str:
-    phase = f" while in {record.phase}" if record.phase else ""
+    phase = f" in phase {record.phase}" if record.phase else ""
     return f"rank {record.rank} ended with exit code {record.code}{phase}: {record.message or 'no message'}"
 
 

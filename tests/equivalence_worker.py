@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from engine.attention import register_packed_attention
 from engine.checkpoint import Owner
-from engine.distributed import StopSignal, leave, start_ranks
+from engine.distributed import leave, start_ranks
 from engine.ds_config import resolve_ds_config
 from engine.saves import Saves
 from engine.setup import build_engine, quiet_libraries
+from engine.stop import StopSignal
 from engine.train import Progress, Training, train_step
 from engine.zero_state import owned_slices, state_view
 

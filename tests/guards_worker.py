@@ -18,13 +18,14 @@ from engine.attention import register_packed_attention
 from engine.batches import MicroBatches
 from engine.checkpoint import Owner, save_checkpoint
 from engine.config import ModelSection
-from engine.distributed import StopSignal, leave, start_ranks
+from engine.distributed import leave, start_ranks
 from engine.ds_config import resolve_ds_config, shipped_ds_configs
 from engine.errors import NumericalStopError
 from engine.evaluate import evaluate
 from engine.model import StoreFacts, build_model
 from engine.saves import Saves
 from engine.setup import build_engine, quiet_libraries
+from engine.stop import StopSignal
 from engine.train import Progress, Training, train_step
 from engine.zero_state import owned_slices, state_view
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from engine import distributed
-from engine.distributed import RunFolder, remove_shared_memory, write_json
-from engine.errors import CannotWriteError
+from engine import liveness
+from engine.distributed import RunFolder
+from engine.errors import CannotWriteError, ConfigError
+from engine.liveness import remove_shared_memory
+from engine.rank_record import write_json
 
 
 def test_a_run_folder_has_one_owner(tmp_path: Path) -> None:
@@ -34,6 +36,14 @@ def test_a_dead_owner_does_not_block_and_a_stale_one_cannot_publish(tmp_path: Pa
         second.check_owner()
 
 
+def test_a_run_on_hold_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "HOLD").touch()
+    with pytest.raises(ConfigError, match=r"is on hold: remove .*/HOLD to go on"):
+        RunFolder(tmp_path, rank=0).own()
+    (tmp_path / "HOLD").unlink()
+    RunFolder(tmp_path, rank=0).own()
+
+
 def test_an_unwritable_run_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotWriteError, match="run_dir: cannot write into"):
@@ -41,7 +51,7 @@ def test_an_unwritable_run_folder_is_said(tmp_path: Path) -> None:
 
 
 def test_only_our_own_segment_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "SHARED_MEMORY_DIR", tmp_path)
+    monkeypatch.setattr(liveness, "SHARED_MEMORY_DIR", tmp_path)
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511"), ("RANK", "1")):
         monkeypatch.setenv(name, value)
     ours = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29511_1"

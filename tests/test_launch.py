@@ -273,7 +273,7 @@ def test_killed_rank_is_told_and_leaves_no_survivor(tmp_path: Path) -> None:
     code, message = run_job(job)
     thread.join()
     assert code == 76
-    assert "rank 1 was killed (signal 9)" in message
+    assert "rank 1 was killed (signal 9, SIGKILL)" in message
     assert not any(map(is_running, pids.values()))
 
 

@@ -1,0 +1,71 @@
+"""Processes of this machine as /proc shows them, and the end of a whole session of them."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_POLL_SECONDS = 0.1
+_EXIT_CODE_FIELD = 49  # of those after the name
+
+
+def stat_fields(pid: int) -> list[str]:
+    """State, parent, group, session, ... of a process; [] if it is gone."""
+    try:
+        # "pid (name) state ppid ...": the name may hold anything, also blanks and parentheses.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for what a process does (R, S, D, T, ...); "" if it is gone or a zombie."""
+    fields = stat_fields(pid)
+    return fields[0] if fields and fields[0] not in "ZX" else ""
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is not merely waited for."""
+    return bool(state_of(pid))
+
+
+def death_signal(pid: int) -> int | None:
+    """The signal that ended a process whose parent has not yet asked for its status; None if none did."""
+    fields = stat_fields(pid)
+    is_zombie = len(fields) > _EXIT_CODE_FIELD and fields[0] == "Z"
+    return int(fields[_EXIT_CODE_FIELD]) & 0x7F or None if is_zombie else None
+
+
+def session_members(session: int) -> list[int]:
+    """Living processes of a session."""
+    members = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        fields = stat_fields(int(folder.name))
+        if fields and int(fields[3]) == session and fields[0] not in "ZX":
+            members.append(int(folder.name))
+    return members
+
+
+def signal_processes(pids: list[int], number: int) -> None:
+    """Send a signal to those that still exist."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def end_processes(members: Callable[[], list[int]], grace_seconds: Callable[[], float]) -> None:
+    """TERM, once, to all that `members` names; KILL to what is left after the grace period; returns when none is left.
+
+    Both are asked again and again: processes may still start others, and the grace may be cut short.
+    """
+    began = time.monotonic()
+    asked: set[int] = set()
+    while living := members():
+        if time.monotonic() - began >= grace_seconds():
+            signal_processes(living, signal.SIGKILL)
+        else:
+            signal_processes([pid for pid in living if pid not in asked], signal.SIGTERM)
+            asked |= set(living)
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,230 @@
+"""Stays with a running job: passes requests to stop on, and sees ranks that fail, die or hang."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from engine.errors import SUPERVISED, SUPERVISOR_FIFO
+from launcher.hang import LEAST_SECONDS, Hang, HangWatch, write_stacks
+from launcher.hosts import is_local
+from launcher.memory_kill import MemoryWatch
+from launcher.processes import death_signal, end_processes, is_running, session_members, signal_processes
+from launcher.verdict import RankStart, failed_before, read_exits, read_starts
+
+_POLL_SECONDS = 0.2
+_LOOK_SECONDS = 0.5
+# Ranks that outlive the launcher get this long to save and end before they are killed.
+_GRACE_SECONDS = 30.0
+# Once a rank has failed or is dead, the others can do nothing useful any more.
+_AFTER_FAILURE_SECONDS = 5.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclass
+class Stop:
+    """What the user or the system has asked for so far; filled by signal handlers."""
+
+    requests: list[int] = field(default_factory=list)
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """As a signal handler."""
+        self.requests.append(number)
+
+    @property
+    def at_once(self) -> bool:
+        """A second Ctrl-C. Repeated TERM is no such thing: batch systems send several."""
+        return self.requests.count(signal.SIGINT) > 1
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """INT, TERM, HUP and USR1 are remembered here inside of the body."""
+        before = {}
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                before[number] = signal.signal(number, self.handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Liveness:
+    """What ranks know their supervisor by: a token, and a FIFO that is at its end when the supervisor is gone."""
+
+    token: str
+    private_dir: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the job. The FIFO has a name because `deepspeed` closes what its children could inherit."""
+        return {
+            SUPERVISED: f"{socket.gethostname()}/{self.token}",
+            SUPERVISOR_FIFO: str(self.private_dir / "alive"),
+        }
+
+
+@contextlib.contextmanager
+def liveness() -> Iterator[Liveness]:
+    """Hold a new FIFO open for as long as the body runs or this process lives."""
+    with tempfile.TemporaryDirectory(prefix="fulltune-", ignore_cleanup_errors=True) as folder:
+        fifo = Path(folder) / "alive"
+        os.mkfifo(fifo, 0o600)
+        descriptor = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield Liveness(secrets.token_hex(8), Path(folder))
+        finally:
+            os.close(descriptor)
+
+
+@dataclass
+class Findings:
+    """What the supervisor saw and the ranks' own records do not tell."""
+
+    #: Ranks that vanished without a record while no other had failed: the killed ones, of which `deepspeed`
+    #: often does not tell, because a peer that fails next may come first in its eyes.
+    died_first: list[int] = field(default_factory=list)
+    #: What ended ranks of this machine, as far as it could be seen.
+    signals: dict[int, int] = field(default_factory=dict)
+    hang: Hang | None = None
+    hang_file: Path | None = None
+    #: Who hung, after a look at all stacks.
+    culprit: int = -1
+
+
+class Supervision:
+    """One job under supervision, from its start until `end` has made sure that nothing of it is left."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        run_dir: Path,
+        run_file: Path,
+        stop: Stop,
+        token: str,
+        hang_seconds: float = LEAST_SECONDS,
+    ):
+        self._process = process
+        self._run_dir = run_dir
+        self._run_file = run_file
+        self._stop = stop
+        self._token = token
+        self._is_failed = False
+        #: Whether the job did not end by itself.
+        self.gave_up = False
+        self._announced = False
+        self._told: set[int] = set()
+        self._starts: list[RankStart] = []
+        self.hangs = HangWatch(run_dir, hang_seconds or 1e9)
+        self.memory = MemoryWatch()
+        self.findings = Findings()
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The ranks of this machine that have started."""
+        return {start.rank: start.pid for start in self._starts if is_local(start.host)}
+
+    def stay(self) -> None:
+        """Wait for the end of the process, or for a reason to end it. Does not end it: `end` does."""
+        looked_last = failed_since = 0.0
+        looked = time.time()
+        while self._process.poll() is None and not self._stop.at_once:
+            now = time.monotonic()
+            if now - looked_last >= _LOOK_SECONDS:
+                looked_last = now
+                self._look(looked, now)
+                looked = time.time()
+                failed_since = failed_since or (now if self._is_failed else 0.0)
+            if self.findings.hang or (failed_since and now - failed_since >= _AFTER_FAILURE_SECONDS):
+                return
+            for rank, pid in self.pids.items():
+                if number := death_signal(pid):
+                    self.findings.signals[rank] = number
+            if self._stop.requests:
+                self._pass_on()
+            time.sleep(_POLL_SECONDS)
+        self._look(looked, time.monotonic())
+
+    def end(self, is_hopeless: bool = False) -> None:
+        """Leave no survivor: TERM, time to save, KILL. Without that time where nothing can be saved any more."""
+        hopeless = is_hopeless or self._is_failed or self.findings.hang is not None
+        self.gave_up = self._process.poll() is None
+        far = [start for start in self._starts if not is_local(start.host)]
+        if far and (hopeless or self._stop.at_once):
+            self._mark("leave")
+        if hopeless and far:
+            self._process.terminate()  # DeepSpeed ends the ranks it has started by ssh
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_AFTER_FAILURE_SECONDS)
+
+        def grace_seconds() -> float:
+            return 0.0 if hopeless or self._stop.at_once else _GRACE_SECONDS
+
+        end_processes(self._members, grace_seconds)
+        self._process.wait()
+        self.memory.close()
+
+    def _members(self) -> list[int]:
+        """What is left of the job on this machine; ranks that another daemon started are not of the session."""
+        members = set(session_members(self._process.pid))
+        return sorted(members | {pid for pid in self.pids.values() if is_running(pid) and self._is_ours(pid)})
+
+    def _look(self, looked_before: float, now: float) -> None:
+        """Once over everything: who is there, who is gone, who hangs, how much memory they have."""
+        self._starts = read_starts(self._run_dir)
+        pids = self.pids
+        exits = read_exits(self._run_dir)
+        if not self.findings.died_first and not failed_before(self._run_dir, looked_before):
+            gone = [rank for rank, pid in pids.items() if not is_running(pid)]
+            if gone:
+                exits = read_exits(self._run_dir)  # what they wrote just before
+            self.findings.died_first = [rank for rank in gone if rank not in exits]
+        failed = any(record.code not in (0, 75) for record in exits.values())
+        self._is_failed = self._is_failed or failed or bool(self.findings.died_first)
+        self.memory.look([pid for rank, pid in pids.items() if rank not in exits])
+        if self._is_failed or self._process.poll() is not None:
+            return
+        living = {rank: pid for rank, pid in pids.items() if rank not in exits and is_running(pid)}
+        hang = self.hangs.look(self._starts, living, set(exits), now)
+        if hang is not None and self.findings.hang is None:
+            self._mark("dump")
+            self.findings.hang = hang
+            self.findings.hang_file, self.findings.culprit = write_stacks(
+                self._run_dir,
+                living,
+                hang,
+                {rank: self.hangs.beats[rank] for rank in self.hangs.beats if rank not in exits},
+            )
+
+    def _pass_on(self) -> None:
+        """Tell every rank of this machine to stop, also those that have come up since."""
+        if not self._announced:
+            self._announced = True
+            print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
+            if self._starts and not self.pids:
+                self._process.send_signal(signal.SIGINT)  # no rank here to tell: DeepSpeed ends the remote ones
+        new = [pid for pid in self.pids.values() if pid not in self._told]
+        signal_processes([pid for pid in new if self._is_ours(pid)], signal.SIGTERM)
+        self._told |= set(new)
+
+    def _is_ours(self, pid: int) -> bool:
+        """Still the rank, and not a process that got its number later."""
+        with contextlib.suppress(OSError):
+            return str(self._run_file).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return False
+
+    def _mark(self, what: str) -> None:
+        """For ranks of other machines, which read it in the run folder."""
+        with contextlib.suppress(OSError):
+            (self._run_dir / "ranks" / what).write_text(self._token)
