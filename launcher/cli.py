@@ -91,6 +91,14 @@ def build_parser() -> _Parser:
     train.add_argument("--include", metavar="SPEC", help="with --hostfile: use only host1@host2:0,2")
     train.add_argument("--exclude", metavar="SPEC", help="with --hostfile: leave out host1@host2:0,2")
     train.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet (default: a free one)")
+    train.add_argument(
+        "--restarts", type=_count, default=0, metavar="N",
+        help="after a crash or a hang, go on from the newest checkpoint by itself, at most N times",
+    )  # fmt: skip
+    train.add_argument(
+        "--hang-seconds", type=_seconds, default=15.0, metavar="S",
+        help="least time without a sign of life in a step that counts as a hang (default 15; 0: never)",
+    )  # fmt: skip
     train.add_argument("--fresh", action="store_true", help="start over even if the run folder holds a checkpoint")
 
     submit = _add(commands, "submit", _submit, "write a Slurm batch script for a run and submit it")
@@ -183,6 +191,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    if not text.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"write a number of seconds, not {text}")
+    return float(text)
+
+
 def _part(text: str) -> tuple[int, int]:
     """`2/8`: the second of eight shares."""
     first, _, count = text.partition("/")
@@ -224,13 +238,14 @@ def _train(arguments: argparse.Namespace) -> int:
         exclude=arguments.exclude,
         master_port=arguments.master_port,
         engine_flags=[f"--{flag}" for flag in ("fresh", "debug") if getattr(arguments, flag)],
+        hang_seconds=arguments.hang_seconds,
     )
     if arguments.dry_run:
         from launcher.plan import describe_plan
 
         print(describe_plan(run, job))
         return 0
-    code, message = start(run, job)
+    code, message = start(run, job, arguments.restarts)
     if message:
         print(f"fulltune: {message}", file=sys.stderr)
     return code

@@ -44,7 +44,7 @@ def _hang_text(run_dir: Path, hang: Hang, rank: int, path: Path | None) -> str:
     host = next((start.host for start in read_starts(run_dir) if start.rank == rank), "?")
     print(_excerpt(path, rank), file=sys.stderr, flush=True)
     how = "is stopped (state T)" if hang.is_stopped else "hangs"
-    where = f"in phase {hang.beat.phase}" + (f" of step {hang.beat.step}" if hang.beat.phase == "step" else "")
+    where = f"in step {hang.beat.step}" if hang.beat.phase == "step" else f"in {hang.beat.phase}"
     after = f", {hang.beat.activity}" if hang.beat.activity else ""
     return (
         f"rank {rank} on {host} {how} {where}{after}: no sign of life for {hang.silent_seconds:.0f} s "

@@ -67,7 +67,7 @@ class HangWatch:
         """The last sign of life of every rank."""
         return self._beats
 
-    def look(self, starts: Sequence[RankStart], pids: Mapping[int, int], ended: set[int], now: float) -> Hang | None:
+    def look(self, starts: Sequence[RankStart], pids: Mapping[int, int], now: float) -> None:
         """Read the pages of the ranks that have started; `pids` are those of this machine. `now` is monotonic."""
         passed = 0.0 if self._looked is None else min(now - self._looked, _LONGEST_LOOK_SECONDS)
         self._looked = now
@@ -77,7 +77,6 @@ class HangWatch:
                 self.take(start.rank, beat, passed)
         for rank, pid in pids.items():
             self._stopped[rank] = self._stopped.get(rank, 0.0) + passed if state_of(pid) == "T" else 0.0
-        return self.judge(ended)
 
     def take(self, rank: int, beat: Beat, passed_seconds: float) -> None:
         """A rank's page as it is now, so many seconds after the last look."""

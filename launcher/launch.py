@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import CannotWriteError, ConfigError
+from engine.errors import SUPERVISED, CannotWriteError, ConfigError
 from launcher.conclude import conclude
 from launcher.environment import remove_shared_memory
 from launcher.guard import Guard
 from launcher.hang import LEAST_SECONDS
 from launcher.hosts import Node, is_local
-from launcher.supervise import Stop, Supervision, liveness
+from launcher.supervise import Liveness, Stop, Supervision, liveness
 from launcher.verdict import clear_records
 
 DEFAULT_PORT = 29500
@@ -123,17 +123,29 @@ def owned_run_dir(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def run_job(job: Job) -> tuple[int, str]:
+def _tell_remote_ranks(job: Job, alive: Liveness) -> None:
+    """Have DeepSpeed export to other hosts that there is a supervisor, by the file it was given for that."""
+    path = job.environment.get("DS_ENV_FILE")
+    value = alive.environment[SUPERVISED]
+    if path and _SHELL_SAFE.fullmatch(value):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(f"{SUPERVISED}={value}\n")
+
+
+def run_job(job: Job, stop: Stop | None = None) -> tuple[int, str]:
     """Run `job` to its end; (exit code, one line that explains it unless it is 0).
 
     INT, TERM, HUP and USR1 ask the ranks to save a checkpoint and end; a second INT kills them.
     `deepspeed` itself would pass none of them on. A dead or hanging rank ends the job. Nothing it
     started is left when this returns; were this process killed, the ranks would notice, and a guard
-    would end what cannot.
+    would end what cannot. A caller that handles signals itself gives its `stop`.
     """
+    if stop is None:
+        with (stop := Stop()).handling():
+            return run_job(job, stop)
     clear_records(job.run_dir)
-    stop = Stop()
-    with stop.handling(), liveness() as alive:
+    with liveness() as alive:
+        _tell_remote_ranks(job, alive)
         # A session of its own: a terminal's Ctrl-C then reaches us alone, and all of it can be found.
         environment = os.environ | job.environment | alive.environment
         process = subprocess.Popen(job.command, env=environment, start_new_session=True)

@@ -193,10 +193,11 @@ class Supervision:
         failed = any(record.code not in (0, 75) for record in exits.values())
         self._is_failed = self._is_failed or failed or bool(self.findings.died_first)
         self.memory.look([pid for rank, pid in pids.items() if rank not in exits])
+        living = {rank: pid for rank, pid in pids.items() if rank not in exits and is_running(pid)}
+        self.hangs.look(self._starts, living, now)
         if self._is_failed or self._process.poll() is not None:
             return
-        living = {rank: pid for rank, pid in pids.items() if rank not in exits and is_running(pid)}
-        hang = self.hangs.look(self._starts, living, set(exits), now)
+        hang = self.hangs.judge(set(exits))
         if hang is not None and self.findings.hang is None:
             self._mark("dump")
             self.findings.hang = hang

@@ -14,9 +14,11 @@ from engine.prebuild import extensions_dir, missing_ops
 from engine.stop import check_not_held
 from launcher import runs, slurm
 from launcher.environment import job_environment, remote_environment
+from launcher.hang import LEAST_SECONDS
 from launcher.hosts import filter_nodes, is_local, local_node, read_hostfile
-from launcher.launch import DEFAULT_PORT, Job, free_port, hostfile_command, local_command, owned_run_dir, run_job
+from launcher.launch import DEFAULT_PORT, Job, free_port, hostfile_command, local_command, owned_run_dir
 from launcher.plan import memory_rule
+from launcher.restart import run_with_restarts
 from launcher.run_config import Run, write_resolved
 
 
@@ -30,6 +32,7 @@ def plan_job(
     exclude: str | None = None,
     master_port: int | None = None,
     engine_flags: list[str] | None = None,
+    hang_seconds: float = LEAST_SECONDS,
 ) -> Job:
     """Decide what runs where. Starts and writes nothing; ConfigError for what cannot work.
 
@@ -68,7 +71,8 @@ def plan_job(
     ds_config = resolve_ds_config(run.config, sum(len(node.slots) for node in nodes))
     environment = job_environment(max(len(node.slots) for node in nodes), uses_gpus)
     job = Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
-    return dataclasses.replace(job, memory_rule=memory_rule(run.config, job, ds_config))
+    rule = memory_rule(run.config, job, ds_config)
+    return dataclasses.replace(job, memory_rule=rule, hang_seconds=hang_seconds)
 
 
 def array_part(environment: Mapping[str, str]) -> tuple[int, int] | None:
@@ -95,8 +99,8 @@ def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
     prepare(run.data, run.values["data"], run.config.task, part=part)
 
 
-def start(run: Run, job: Job) -> tuple[int, str]:
-    """Prepare what is missing, then run `job` to its end; (exit code, one line unless it is 0)."""
+def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
+    """Prepare what is missing, then run `job` to its end, again after crashes; (exit code, one line unless it is 0)."""
     check_not_held(run.config.run_dir)
     if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):
         print(f"{run.config.run_dir}: already complete, nothing to do", flush=True)
@@ -115,7 +119,7 @@ def start(run: Run, job: Job) -> tuple[int, str]:
         if not all(is_local(node.name) for node in job.nodes):
             ours = job.environment | remote_environment(job.run_dir, job.environment)
             job = dataclasses.replace(job, environment=ours)
-        return run_job(job)
+        return run_with_restarts(job, restarts)
 
 
 def _prebuild(environment: dict[str, str]) -> None:

@@ -110,6 +110,7 @@ def judge(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequenc
     records = [exits[rank] for rank in range(num_ranks) if rank in exits]
     silent = [rank for rank in range(num_ranks) if rank not in exits]
     if not silent and len({record.code for record in records}) == 1:
+        records.sort(key=lambda record: record.time)
         first = next((record for record in records if record.message != OTHER_RANK_FAILED), records[0])
         return first.code, "" if first.code == 0 else _describe(first)
     number = signal_number(launcher_code)
