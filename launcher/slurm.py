@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from engine.errors import SUPERVISED, ConfigError
+from engine.errors import STOPPED_WITH_CHECKPOINT, SUPERVISED, ConfigError
 from launcher.environment import job_environment, remove_shared_memory
 from launcher.hosts import Node, is_host_name
 from launcher.launch import Job, free_port
-from launcher.verdict import clear_records, judge, read_exits
+from launcher.verdict import clear_records, judge, read_exits, read_starts
 
 _ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -136,17 +136,24 @@ def killed_path(run_dir: Path, rank: int) -> Path:
 def _judge(job: Job, srun_code: int) -> tuple[int, str]:
     """The verdict: what ranks wrote, and of those that could not, what their parents saw.
 
-    `srun` kills the other ranks when one fails, so its own code often is theirs and says nothing.
+    `srun` kills the other ranks when one fails, so its own code often is theirs and says nothing. Ranks that
+    were asked to stop before they could listen have lost nothing: that is a stop like any other.
     """
-    notes = []
+    asked: list[tuple[float, int, int]] = []
+    crashed: list[tuple[float, int, int]] = []
     for path in (job.run_dir / "ranks").glob("killed-*.json"):
         with contextlib.suppress(OSError, ValueError):
             note = json.loads(path.read_text(encoding="utf-8"))
-            notes.append((float(note["time"]), int(note["rank"]), int(note["signal"])))
-    if notes:
-        first = min(notes)
-        return judge(job.run_dir, job.num_ranks, 128 + first[2], died_first=[first[1]])
-    return judge(job.run_dir, job.num_ranks, 1 if read_exits(job.run_dir) else srun_code)
+            found = (float(note["time"]), int(note["rank"]), int(note["signal"]))
+            (asked if note["asked"] else crashed).append(found)
+    if crashed:
+        _, rank, number = min(crashed)
+        return judge(job.run_dir, job.num_ranks, 128 + number, died_first=[rank])
+    exits = read_exits(job.run_dir)
+    failed = any(record.code not in (0, STOPPED_WITH_CHECKPOINT) for record in exits.values())
+    if (asked and not failed) or (srun_code == 128 + signal.SIGTERM and not read_starts(job.run_dir)):
+        return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting: start again"
+    return judge(job.run_dir, job.num_ranks, 1 if exits else srun_code)
 
 
 def _stay(process: "subprocess.Popen[bytes]", requests: list[int]) -> None:
@@ -173,7 +180,8 @@ def _handling(requests: list[int]) -> Iterator[None]:
     def remember(number: int, _frame: FrameType | None) -> None:
         requests.append(number)
 
-    before = {number: signal.signal(number, remember) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup stays nohup
+    before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run this task's rank to its end; the task's exit code."""
+    task = _Task()  # first of all: until here a signal kills
     arguments, engine_flags = _arguments(argv)
     rank = int(os.environ.get("SLURM_PROCID", "0"))
     try:
@@ -37,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(arguments.run_dir, rank, error)
         return error.exit_code
     command = [sys.executable, "-m", "engine", arguments.run_file, *engine_flags]
-    code = _run(command, os.environ | placed)
+    code = task.run(command, os.environ | placed)
     if code < 0:
-        note = {"rank": rank, "signal": -code, "host": socket.gethostname(), "time": time.time()}
+        asked = -code in task.handed_on
+        note = {"rank": rank, "signal": -code, "asked": asked, "host": socket.gethostname(), "time": time.time()}
         _write(killed_path(arguments.run_dir, rank), note)
         return 128 - code
     return 0 if code in (COMPLETE, STOPPED_WITH_CHECKPOINT) else code
@@ -86,27 +88,30 @@ def _num_visible(environment: Mapping[str, str]) -> int:
     return len(local_gpus())
 
 
-def _run(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run the rank and hand it every signal; its code as Popen gives it.
+class _Task:
+    """The rank's parent: hands every signal on, also those that come before the rank is there.
 
     Some clusters signal every process of a task, others the first alone: a rank may be told twice.
     """
-    early: list[int] = []
-    children: list[subprocess.Popen[bytes]] = []
 
-    def hand_on(number: int, _frame: FrameType | None) -> None:
-        if children:
-            children[0].send_signal(number)
-        else:
-            early.append(number)
+    def __init__(self) -> None:
+        self.handed_on: list[int] = []
+        self._child: subprocess.Popen[bytes] | None = None
+        for number in _HANDED_ON:
+            signal.signal(number, self._hand_on)
 
-    for number in _HANDED_ON:
-        signal.signal(number, hand_on)
-    child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-    children.append(child)
-    for missed in early:
-        child.send_signal(missed)
-    return child.wait()
+    def run(self, command: list[str], environment: Mapping[str, str]) -> int:
+        """Run the rank to its end; its code as Popen gives it."""
+        child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        self._child = child
+        for number in list(self.handed_on):
+            child.send_signal(number)
+        return child.wait()
+
+    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
+        self.handed_on.append(number)
+        if self._child is not None:
+            self._child.send_signal(number)
 
 
 def _tell(run_dir: Path, rank: int, error: ConfigError) -> None:

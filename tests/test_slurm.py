@@ -5,6 +5,7 @@ The ranks are real ones, one a node, as in test_resume; both nodes are this mach
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def test_a_submitted_run_trains_on_both_nodes(undisturbed: Path, cluster: SlurmC
     assert f"ZeRO-3 on 2 ranks, {STEPS} steps" in log
     manifest = json.loads((undisturbed / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text())
     assert manifest["written_by"]["world_size"] == 2
-    assert not list(Path("/dev/shm").glob("deepspeed_*"))
+    (port,) = set(re.findall(r"--master-port=(\d+)", log))
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
     for name in ("job.json", "submitted.yaml", "train.sbatch", "prepare.sbatch", "complete.json"):
         assert (undisturbed / name).stat().st_mode & 0o777 == 0o600, name
     assert undisturbed.stat().st_mode & 0o777 == 0o700
@@ -274,5 +276,67 @@ def test_one_deepspeed_a_node_by_hand(undisturbed: Path, cluster: SlurmCluster, 
     wait_for_step(run_dir, 2)
     preempt(cluster, job)
     assert last_step(run_dir) == max(metrics(run_dir)), "the preemption cost steps"
+    wait_until(cluster, job, run_dir, "COMPLETED")
+    assert_same(run_dir, undisturbed)
+
+
+def test_nodes_are_looked_at_and_a_checkpoint_becomes_a_folder_by_hand(
+    undisturbed: Path, cluster: SlurmCluster, folder: Path
+) -> None:
+    words = ("--gpus-per-node=0", "--mem=0", "-t", "10")
+    looked = cluster.submit(
+        *words, f"--output={folder}/nodes.log", ROOT / "slurm" / "check_nodes.sbatch", folder, env=PYTHON
+    )
+    cluster.wait_for(looked, "COMPLETED", "FAILED", timeout=120)
+    told = (folder / "nodes.log").read_text()
+    assert "2 nodes are alike" in told, told
+    assert {line.partition(":")[0] for line in told.splitlines()} > {"n1", "n2"}
+    exported = cluster.submit(
+        "--mem=0", "--cpus-per-task=1", f"--output={folder}/export.log", ROOT / "slurm" / "export.sbatch", undisturbed,
+        folder / "exported", env=PYTHON,
+    )  # fmt: skip
+    cluster.wait_for(exported, "COMPLETED", timeout=120)
+    assert (folder / "exported" / "model.safetensors").is_file()
+
+
+def test_only_the_world_that_was_asked_for_starts(cluster: SlurmCluster, folder: Path) -> None:
+    task = [sys.executable, "-m", "launcher.slurm_rank", "--ranks=2", "--ranks-per-node=1", "--master-addr=127.0.0.1"]
+    task += ["--master-port=1", f"--run-dir={folder}/worlds", "run.yaml"]
+    environment = cluster.environment | PYTHON | {"DS_ACCELERATOR": "cpu"}
+    for words in (["-N1", "-n1"], ["-N1", "-n2"], ["-N2", "-n3", "--overcommit"]):
+        done = subprocess.run(["srun", *words, *task], env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 78, (words, done.stderr)
+        record = json.loads((folder / "worlds" / "ranks" / "exit-00000.json").read_text())
+        assert "2 ranks, 1 a node, were asked for, and Slurm started" in record["message"]
+    train = [sys.executable, "-m", "launcher.cli", "train", str(make_run(folder, "twice"))]
+    done = subprocess.run(["srun", "-N2", *train], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 78
+    assert "start it once a job, without srun" in done.stderr
+
+
+@pytest.mark.long
+def test_two_ranks_of_one_node(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
+    """On one node the ranks share memory for their sums; the curve is the same to rounding."""
+    path, run_dir = make_run(folder, "one-node"), folder / "one-node"
+    fulltune(cluster, "submit", path, "--ranks-per-node", "2", "--cpus-per-rank", "1")
+    job = int(json.loads((run_dir / "job.json").read_text())["job_id"])
+    wait_until(cluster, job, run_dir, "COMPLETED")
+    assert metrics(run_dir)[STEPS]["loss"] == pytest.approx(metrics(undisturbed)[STEPS]["loss"], rel=1e-3)
+
+
+@pytest.mark.long
+def test_stopped_before_it_could_listen_it_comes_back(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
+    """TERM to the tasks at any moment of their start, as at the beginning of a grace period."""
+    path, run_dir = make_run(folder, "early"), folder / "early"
+    job = submit(cluster, path)
+    for moment in (0.2, 1.0, 3.0):
+        wait_until(cluster, job, run_dir, "RUNNING")
+        seen = log_of(run_dir).count("starting: srun")
+        deadline = time.monotonic() + 60
+        while log_of(run_dir).count("starting: srun") == seen and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(moment)
+        cluster.run("scancel", "--signal=TERM", str(job))
+        cluster.wait_for(job, "PENDING", timeout=120)
     wait_until(cluster, job, run_dir, "COMPLETED")
     assert_same(run_dir, undisturbed)

@@ -319,6 +319,66 @@ def test_one_task_a_rank() -> None:
         slurm.plan_slurm_job(ALLOCATION, Path("/r"), Path("/r/run.yaml"), [], ranks_per_node=17)
 
 
+def ended(tmp_path: Path, rank: int, code: int | None, killed_by: int = 0, asked: bool = False) -> None:
+    """Leave what a rank and its parent leave: a record, or a note of the signal that ended it."""
+    (tmp_path / "ranks").mkdir(exist_ok=True)
+    start = {"rank": rank, "pid": 1, "host": "n"}
+    (tmp_path / "ranks" / f"rank-{rank:05d}.json").write_text(json.dumps(start))
+    if code is not None:
+        record = {"rank": rank, "code": code, "phase": "training", "message": "its words"}
+        (tmp_path / "ranks" / f"exit-{rank:05d}.json").write_text(json.dumps(record))
+    if killed_by:
+        note = {"rank": rank, "signal": killed_by, "asked": asked, "host": "n", "time": float(rank)}
+        slurm.killed_path(tmp_path, rank).write_text(json.dumps(note))
+
+
+def test_the_verdict_is_the_ranks_own(tmp_path: Path) -> None:
+    """`srun` ends with 137 when it killed the other ranks, whatever the first one said."""
+    job = slurm.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=1)
+    assert slurm._judge(job, 1)[0] == 70, "no rank started"
+    assert slurm._judge(job, 143)[0] == 75, "the tasks were asked to stop before there was a rank"
+    ended(tmp_path, 0, 79)
+    ended(tmp_path, 1, None)
+    code, message = slurm._judge(job, 137)
+    assert (code, "its words" in message) == (79, True)
+    ended(tmp_path, 0, 70)
+    ended(tmp_path, 1, None, killed_by=9)
+    code, message = slurm._judge(job, 137)
+    assert code == 76
+    assert message.startswith("rank 1 was killed (signal 9)")
+    for rank in range(2):
+        ended(tmp_path, rank, 0)
+    slurm.killed_path(tmp_path, 1).unlink()
+    assert slurm._judge(job, 0) == (0, "")
+
+
+def test_ranks_that_were_stopped_while_they_started_have_lost_nothing(tmp_path: Path) -> None:
+    job = slurm.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=1)
+    ended(tmp_path, 0, None, killed_by=15, asked=True)
+    ended(tmp_path, 1, 75)
+    assert slurm._judge(job, 143)[0] == 75
+    ended(tmp_path, 1, 65)
+    assert slurm._judge(job, 143)[0] == 65, "another rank failed by itself"
+    ended(tmp_path, 1, None, killed_by=11)
+    (tmp_path / "ranks" / "exit-00001.json").unlink()
+    assert slurm._judge(job, 143)[0] == 76, "and one crashed"
+
+
+def test_signals_before_the_rank_is_there_reach_it(tmp_path: Path) -> None:
+    """The parent hears TERM while it starts, the rank gets it, and the parent ends well when the rank has saved."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from launcher import slurm_rank\n"
+        "task = slurm_rank._Task()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "child = 'import time; time.sleep(60)'\n"
+        "print(task.run([sys.executable, '-c', child], os.environ), task.handed_on)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=50)
+    assert done.stdout.split("\n")[0] == "-15 [15]", done.stderr
+
+
 def test_gpus_decide_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     with_gpus = slurm.Allocation(7, ("n1", "n2"), "10.0.0.1", 16, 8, 1, False)
