@@ -206,8 +206,11 @@ def _state(folder: Path) -> tuple[str, str]:
     if record is None:
         return "unknown", "-"
     if record.job_id is not None:
-        facts = _slurm_facts(record.job_id)
         where = f"Slurm job {record.job_id}"
+        try:
+            facts = _slurm_facts(record.job_id)
+        except FulltuneError as error:
+            return "unknown", f"{where}: {error}"
         if facts.is_alive:
             more = [facts.nodes] if facts.nodes not in ("", "(null)") else []
             more += [facts.reason] if facts.state == "PENDING" else []

@@ -111,9 +111,26 @@ def check_request(arguments: argparse.Namespace, run_dir: Path) -> Request:
         prepare_cpus=_count(arguments.prepare_cpus, "--prepare-cpus"),
         prepare_time=_optional(_TIME, arguments.prepare_time, "--prepare-time", "a time such as 04:00:00"),
     )
+    limit = None if request.time is None else seconds_of(request.time)
+    if limit is not None and limit <= request.stop_seconds:
+        raise ConfigError(
+            f"--time {request.time}: the ranks are asked to stop {request.stop_seconds} s before it (--stop-seconds), "
+            "which is as soon as they start: the job would come back for ever"
+        )
     if request.site is not None and not request.site.is_file():
         raise ConfigError(f"--site {request.site}: no such file")
     return request
+
+
+def seconds_of(time: str) -> int:
+    """Seconds of a time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def checked_path(path: Path, what: str) -> str:

@@ -268,6 +268,7 @@ def test_what_a_rank_refuses_is_told_once(cluster: SlurmCluster, folder: Path) -
 def test_one_deepspeed_a_node_by_hand(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
     """slurm/train_deepspeed.sbatch as it is: preempted once, and the same bits."""
     path, run_dir = make_run(folder, "by-hand"), folder / "by-hand"
+    run_dir.mkdir()
     script = ROOT / "slurm" / "train_deepspeed.sbatch"
     job = cluster.submit(
         "-N2", "--gpus-per-node=0", "--cpus-per-task=1", "-t", "30", f"--output={folder}/by-hand/slurm-1.log", script,

@@ -95,6 +95,7 @@ def test_whole_nodes_unless_cores_are_counted() -> None:
         ({"stop_seconds": 0}, "--stop-seconds"),
         ({"site": Path("/nowhere/site.sh")}, "--site"),
         ({"time": "tomorrow"}, "--time"),
+        ({"time": "3"}, "--time 3: the ranks are asked to stop 180 s before it"),
         ({"partition": "gpu\n#SBATCH --wrap=x"}, "--partition"),
         ({"account": "lab\n"}, "--account"),
         ({"name": "-name"}, "--name"),
@@ -103,6 +104,14 @@ def test_whole_nodes_unless_cores_are_counted() -> None:
 def test_what_cannot_be_asked_for_is_named(given: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(named)):
         scripts(**given)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:07", 307), ("2:05:07", 7507), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784)],
+)
+def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert submit.seconds_of(time) == seconds
 
 
 def hostile_words(count: int, canary: Path) -> list[str]:
@@ -413,11 +422,20 @@ def test_a_local_run_is_known_by_more_than_its_number(tmp_path: Path) -> None:
     record = runs.read_record(tmp_path)
     assert record is not None
     assert runs.is_alive(record)
+    assert runs._state(tmp_path)[0] == "running"
     reused = runs.JobRecord(None, record.pid, 1, record.host, None)
     assert not runs.is_alive(reused), "another process has the number now"
     with pytest.raises(ConfigError, match="elsewhere"):
         runs.is_alive(runs.JobRecord(None, 1, 1, "elsewhere", None))
     assert {field.name for field in fields(record)} == json.loads((tmp_path / "job.json").read_text()).keys()
+
+
+def test_status_without_slurm_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.write_record(tmp_path, runs.JobRecord(7, None, None, "n", None))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    state, where = runs._state(tmp_path)
+    assert state == "unknown"
+    assert "there is no `scontrol` here" in where
 
 
 def test_a_local_run_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
