@@ -108,9 +108,11 @@ def build_parser() -> _Parser:
     status = _add(commands, "status", _status, "where runs stand, local ones and Slurm jobs")
     status.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders (default: those found here)")
 
-    logs = _add(commands, "logs", _logs, "what a run that was submitted has printed")
+    logs = _add(commands, "logs", _logs, "what a run has printed")
     logs.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+
+    logs.add_argument("--rank", type=int, metavar="N", help="of one rank (default: of the job, or of rank 0)")
 
     stop = _add(commands, "stop", _stop, "have a run save a checkpoint and end, for good")
     stop.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
@@ -267,7 +269,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _logs(arguments: argparse.Namespace) -> int:
     from launcher.runs import show_logs
 
-    return show_logs(arguments.run_dir, arguments.follow)
+    return show_logs(arguments.run_dir, arguments.follow, arguments.rank)
 
 
 def _stop(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.errors import INTERNAL, LOST_PEER, StorageError
 from launcher.launch import Job, run_job
+from launcher.slurm import run_slurm_job
 from launcher.supervise import Stop
 
 #: What another start can mend. The same configuration, data, numbers or security refusal would only come again.
@@ -13,15 +14,16 @@ RESTARTED = (INTERNAL, StorageError.exit_code, LOST_PEER)
 
 
 def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
-    """`run_job` up to 1 + `restarts` times; the last start's exit code and the line that explains it.
+    """Run a job up to 1 + `restarts` times; the last start's exit code and the line that explains it.
 
     Ends early when a stop was asked for, and when a restart got no further: no newer checkpoint
     since the restart before.
     """
+    run = run_slurm_job if job.starts_through_srun else run_job
     stop = Stop()
     reached: int | None = None
     with stop.handling():
-        code, message = run_job(job, stop)
+        code, message = run(job, stop)
         for number in range(1, restarts + 1):
             if code not in RESTARTED or stop.requests:
                 break
@@ -37,7 +39,7 @@ def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
             print(f"fulltune: restart {number} of {restarts}, {where}", file=sys.stderr, flush=True)
             # What was there before this run is out of the way since its first start.
             job = dataclasses.replace(job, command=tuple(word for word in job.command if word != "--fresh"))
-            code, message = run_job(job, stop)
+            code, message = run(job, stop)
     return code, message
 
 

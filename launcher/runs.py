@@ -250,19 +250,22 @@ def _last_step(folder: Path) -> tuple[str, str]:
     return "-", "-"
 
 
-def show_logs(run_dir: Path, follow: bool) -> int:
-    """``fulltune logs``: what the run has printed; with `follow`, until it has ended. Returns the exit code."""
+def show_logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:
+    """``fulltune logs``: what the job has printed, or one of its ranks; with `follow`, until it has ended.
+
+    A local run prints where it was started: of that, rank 0's log is shown. Returns the exit code.
+    """
     record = read_record(find_runs([run_dir])[0])
     if record is None:
         raise MissingInputError(f"{run_dir}: nobody has run it yet")
-    if record.job_id is None or record.log is None:
-        raise MissingInputError(f"{run_dir}: it was started by hand, and printed where it was started")
-    path = Path(record.log)
+    path = run_dir / "ranks" / f"rank-{rank or 0:05d}.log"
+    if rank is None and record.log is not None:
+        path = Path(record.log)
     for text in _lines(path, record, follow):
         sys.stdout.write(text)
         sys.stdout.flush()
     if not path.exists():
-        print(f"fulltune: {path}: not there yet: job {record.job_id} has not started", file=sys.stderr)
+        print(f"fulltune: {path}: not there (yet)", file=sys.stderr)
     return 0
 
 

@@ -11,24 +11,21 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from engine.errors import STOPPED_WITH_CHECKPOINT, SUPERVISED, ConfigError
+from engine.errors import STOPPED_WITH_CHECKPOINT, ConfigError
+from launcher.conclude import conclude
 from launcher.environment import job_environment, remove_shared_memory
 from launcher.hosts import Node, is_host_name
 from launcher.launch import Job, free_port
-from launcher.verdict import clear_records, judge, read_exits, read_starts
+from launcher.supervise import Stop, Supervision, liveness
+from launcher.verdict import clear_records, read_exits, read_starts
 
 _ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # A rank that ended well waits this long for the others before `srun` ends the step.
 _WAIT_SECONDS = 300
-_KILLED_SECONDS = 40.0
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -106,26 +103,29 @@ def plan_slurm_job(
     return Job(run_dir, run_file, nodes, command, environment, port)
 
 
-def run_slurm_job(job: Job) -> tuple[int, str]:
+def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
     """Run `job` under `srun` to its end; (exit code, one line that explains it unless it is 0).
 
-    INT, TERM, HUP and USR1 ask the ranks to save a checkpoint and end; a second INT kills them.
+    What `stop` remembers is handed to `srun`, which hands it to every task; a second INT kills the ranks.
+    A dead or hanging rank ends the job.
     """
     clear_records(job.run_dir)
-    requests: list[int] = []
-    with _handling(requests):
+    with liveness() as alive:
         # A session of its own: a terminal's Ctrl-C reaches us alone, and `srun` cannot take it for a second one.
         process = subprocess.Popen(
-            job.command, env=os.environ | job.environment | {SUPERVISED: "1"}, start_new_session=True,
+            job.command, env=os.environ | job.environment | alive.environment, start_new_session=True,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        _stay(process, requests)
-        process.wait()
-    remove_shared_memory("*", job.master_port)
-    code, message = _judge(job, process.returncode)
-    if requests.count(signal.SIGINT) > 1 and code:
-        return 130, "interrupted twice: killed, no checkpoint saved"
-    return code, message
+        supervision = Supervision(
+            process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds, hands_on_stop=True
+        )
+        try:
+            supervision.stay()
+        finally:
+            supervision.end()
+            remove_shared_memory("*", job.master_port)
+    code, message = _conclude(job, process.returncode, supervision)
+    return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
 
 
 def killed_path(run_dir: Path, rank: int) -> Path:
@@ -133,11 +133,11 @@ def killed_path(run_dir: Path, rank: int) -> Path:
     return run_dir / "ranks" / f"killed-{rank:05d}.json"
 
 
-def _judge(job: Job, srun_code: int) -> tuple[int, str]:
+def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, str]:
     """The verdict: what ranks wrote, and of those that could not, what their parents saw.
 
-    `srun` kills the other ranks when one fails, so its own code often is theirs and says nothing. Ranks that
-    were asked to stop before they could listen have lost nothing: that is a stop like any other.
+    `srun` kills the other ranks when one fails, so that its own code often is theirs and says nothing, nor does who
+    is gone. Ranks that were asked to stop before they could listen have lost nothing: a stop like any other.
     """
     asked: list[tuple[float, int, int]] = []
     crashed: list[tuple[float, int, int]] = []
@@ -146,47 +146,15 @@ def _judge(job: Job, srun_code: int) -> tuple[int, str]:
             note = json.loads(path.read_text(encoding="utf-8"))
             found = (float(note["time"]), int(note["rank"]), int(note["signal"]))
             (asked if note["asked"] else crashed).append(found)
-    if crashed:
-        _, rank, number = min(crashed)
-        return judge(job.run_dir, job.num_ranks, 128 + number, died_first=[rank])
-    exits = read_exits(job.run_dir)
-    failed = any(record.code not in (0, STOPPED_WITH_CHECKPOINT) for record in exits.values())
-    if (asked and not failed) or (srun_code == 128 + signal.SIGTERM and not read_starts(job.run_dir)):
+    findings, exits = supervision.findings, read_exits(job.run_dir)
+    failed = [record.time for record in exits.values() if record.code not in (0, STOPPED_WITH_CHECKPOINT)]
+    too_early = (asked and not failed) or (srun_code == 128 + signal.SIGTERM and not read_starts(job.run_dir))
+    if too_early and not crashed and findings.hang is None:
         return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting: start again"
-    return judge(job.run_dir, job.num_ranks, 1 if exits else srun_code)
-
-
-def _stay(process: "subprocess.Popen[bytes]", requests: list[int]) -> None:
-    handed_on = 0
-    killed_at: float | None = None
-    while process.poll() is None:
-        if requests and handed_on == 0:
-            print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
-        if len(requests) > handed_on:
-            handed_on = len(requests)
-            process.send_signal(signal.SIGTERM)  # `srun` hands it to every task
-        if requests.count(signal.SIGINT) > 1 and killed_at is None:
-            killed_at = time.monotonic()
-            for _ in range(2):  # `srun` ends the step when INT comes twice within a second
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.3)
-        if killed_at is not None and time.monotonic() - killed_at > _KILLED_SECONDS:
-            process.kill()
-        time.sleep(_POLL_SECONDS)
-
-
-@contextlib.contextmanager
-def _handling(requests: list[int]) -> Iterator[None]:
-    def remember(number: int, _frame: FrameType | None) -> None:
-        requests.append(number)
-
-    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup stays nohup
-    before = {number: signal.signal(number, remember) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    # Whoever died after another rank had failed was ended because of it.
+    findings.died_first = [rank for moment, rank, _ in sorted(crashed)[:1] if not failed or moment <= min(failed)]
+    findings.signals = {rank: number for _, rank, number in crashed}
+    return conclude(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
 
 
 def _ask(*words: str) -> str:

@@ -55,6 +55,7 @@ class Request:
     prepare_partition: str | None
     prepare_cpus: int
     prepare_time: str | None
+    restarts: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{option}", metavar="NAME", help="as in sbatch")
     add("--name", metavar="NAME", help="of the job (default: the run folder's)")
     add("--site", type=Path, metavar="FILE", help="shell file read first on the nodes: modules, network variables")
+    add("--restarts", type=int, default=0, metavar="N", help="after a crash or a hang, go on within the job, N times")
     add("--prepare", action="store_true", help="make the token store in a CPU job first; training waits for it")
     add("--prepare-partition", metavar="NAME", help="where (default: as --partition)")
     add("--prepare-cpus", type=int, default=_CPUS_OF_PREPARATION, metavar="C",
@@ -110,6 +112,7 @@ def check_request(arguments: argparse.Namespace, run_dir: Path) -> Request:
         ),
         prepare_cpus=_count(arguments.prepare_cpus, "--prepare-cpus"),
         prepare_time=_optional(_TIME, arguments.prepare_time, "--prepare-time", "a time such as 04:00:00"),
+        restarts=_count(arguments.restarts, "--restarts", 0),
     )
     limit = None if request.time is None else seconds_of(request.time)
     if limit is not None and limit <= request.stop_seconds:
@@ -177,6 +180,7 @@ def training_script(request: Request, run_dir: Path) -> str:
         "signal": f"TERM@{request.stop_seconds}",
     }
     words = [f"{folder}/submitted.yaml", "--ranks-per-node", str(request.ranks_per_node)]
+    words += ["--restarts", str(request.restarts)] if request.restarts else []
     return _fill("train.sbatch", header, request, words)
 
 

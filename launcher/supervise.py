@@ -114,8 +114,11 @@ class Supervision:
         stop: Stop,
         token: str,
         hang_seconds: float = LEAST_SECONDS,
+        hands_on_stop: bool = False,
     ):
+        """`hands_on_stop`: a TERM to the process reaches every rank, as one to `srun` does."""
         self._process = process
+        self._hands_on_stop = hands_on_stop
         self._run_dir = run_dir
         self._run_file = run_file
         self._stop = stop
@@ -213,8 +216,12 @@ class Supervision:
         if not self._announced:
             self._announced = True
             print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
-            if self._starts and not self.pids:
+            if self._hands_on_stop:
+                self._process.terminate()
+            elif self._starts and not self.pids:
                 self._process.send_signal(signal.SIGINT)  # no rank here to tell: DeepSpeed ends the remote ones
+        if self._hands_on_stop:
+            return
         new = [pid for pid in self.pids.values() if pid not in self._told]
         signal_processes([pid for pid in new if self._is_ours(pid)], signal.SIGTERM)
         self._told |= set(new)

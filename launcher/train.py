@@ -47,8 +47,8 @@ def plan_job(
         job = slurm.plan_slurm_job(
             allocation, run.config.run_dir, run.resolved_path, flags, ranks_per_node, master_port
         )
-        resolve_ds_config(run.config, job.num_ranks)
-        return job
+        rule = memory_rule(run.config, job, resolve_ds_config(run.config, job.num_ranks))
+        return dataclasses.replace(job, memory_rule=rule, hang_seconds=hang_seconds)
     if ranks_per_node is not None:
         raise ConfigError("--ranks-per-node is for Slurm jobs: on one machine --ranks says how many")
     engine_arguments = [str(run.resolved_path), *(engine_flags or [])]
@@ -111,7 +111,7 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
         write_resolved(run)
         if job.starts_through_srun:
             print(f"starting: {shlex.join(job.command)}", flush=True)
-            code, message = slurm.run_slurm_job(job)
+            code, message = run_with_restarts(job, restarts)
             if code == 0:
                 runs.record_complete(run)
             return code, message

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def preempt_often(cluster: SlurmCluster, path: Path, partition: str, cycles: int
 
 
 # `normal` has GraceTime 0, `patient` 20 seconds.
-@pytest.mark.parametrize("partition", ["normal", "patient"])
+@pytest.mark.parametrize("partition", ["normal", pytest.param("patient", marks=pytest.mark.long)])
 def test_a_preempted_run_comes_back(partition: str, undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
     run_dir = preempt_often(cluster, make_run(folder, f"preempted-{partition}"), partition, cycles=2)
     assert_same(run_dir, undisturbed)
@@ -253,8 +254,19 @@ def test_a_killed_rank_is_named_and_ends_the_job(cluster: SlurmCluster, folder: 
     facts = cluster.wait_for(job, "FAILED", timeout=60)
     assert time.monotonic() - began < 15
     assert facts["ExitCode"] == "76:0"
-    assert "rank 1 was killed (signal 9)" in log_of(run_dir)
+    assert "rank 1 was killed (signal 9, SIGKILL)" in log_of(run_dir)
     assert "rank 0 was" not in log_of(run_dir)
+
+
+def test_a_hanging_rank_is_named_and_ends_the_job(cluster: SlurmCluster, folder: Path) -> None:
+    path, run_dir = make_run(folder, "hanging"), folder / "hanging"
+    job = submit(cluster, path)
+    wait_for_step(run_dir, 3)
+    pid = json.loads((run_dir / "ranks" / "rank-00001.json").read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    facts = cluster.wait_for(job, "FAILED", timeout=90)
+    assert facts["ExitCode"] == "76:0"
+    assert re.search(r"rank 1 on \S+ is stopped \(state T\) in step", log_of(run_dir)), log_of(run_dir)[-2000:]
 
 
 def test_what_a_rank_refuses_is_told_once(cluster: SlurmCluster, folder: Path) -> None:

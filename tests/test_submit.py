@@ -17,7 +17,9 @@ from test_cli import RUN_FILE
 
 from engine.errors import ConfigError, MissingInputError
 from launcher import check_nodes, cli, runs, slurm, slurm_rank, submit
+from launcher.launch import Job
 from launcher.run_config import load_run
+from launcher.supervise import Stop, Supervision
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {
@@ -79,6 +81,11 @@ def test_the_script_asks_for_what_was_asked_for() -> None:
     assert "EDIT" not in re.sub(r"^# `fulltune submit.*$", "", training + preparation, flags=re.MULTILINE)
 
 
+def test_restarts_are_handed_to_the_supervisor() -> None:
+    assert arguments_of(scripts(restarts=3)[0])[-2:] == ["--restarts", "3"]
+    assert arguments_of(scripts(restarts=3)[1]) == ["/runs/one/submitted.yaml"]
+
+
 def test_whole_nodes_unless_cores_are_counted() -> None:
     assert "exclusive" in header(scripts()[0])
     assert "exclusive" not in header(scripts(cpus_per_rank=4)[0])
@@ -93,6 +100,7 @@ def test_whole_nodes_unless_cores_are_counted() -> None:
         ({"nodes": 0}, "--nodes"),
         ({"nodes": -1}, "--nodes"),
         ({"stop_seconds": 0}, "--stop-seconds"),
+        ({"restarts": -1}, "--restarts"),
         ({"site": Path("/nowhere/site.sh")}, "--site"),
         ({"time": "tomorrow"}, "--time"),
         ({"time": "3"}, "--time 3: the ranks are asked to stop 180 s before it"),
@@ -328,13 +336,20 @@ def test_one_task_a_rank() -> None:
         slurm.plan_slurm_job(ALLOCATION, Path("/r"), Path("/r/run.yaml"), [], ranks_per_node=17)
 
 
+def conclude(job: Job, srun_code: int) -> tuple[int, str]:
+    """The verdict on what `ended` left behind, after an `srun` that is over."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return slurm._conclude(job, srun_code, Supervision(process, job.run_dir, job.run_file, Stop(), "token"))
+
+
 def ended(tmp_path: Path, rank: int, code: int | None, killed_by: int = 0, asked: bool = False) -> None:
     """Leave what a rank and its parent leave: a record, or a note of the signal that ended it."""
     (tmp_path / "ranks").mkdir(exist_ok=True)
     start = {"rank": rank, "pid": 1, "host": "n"}
     (tmp_path / "ranks" / f"rank-{rank:05d}.json").write_text(json.dumps(start))
     if code is not None:
-        record = {"rank": rank, "code": code, "phase": "training", "message": "its words"}
+        record = {"rank": rank, "code": code, "phase": "training", "message": "its words", "time": 50.0}
         (tmp_path / "ranks" / f"exit-{rank:05d}.json").write_text(json.dumps(record))
     if killed_by:
         note = {"rank": rank, "signal": killed_by, "asked": asked, "host": "n", "time": float(rank)}
@@ -344,33 +359,37 @@ def ended(tmp_path: Path, rank: int, code: int | None, killed_by: int = 0, asked
 def test_the_verdict_is_the_ranks_own(tmp_path: Path) -> None:
     """`srun` ends with 137 when it killed the other ranks, whatever the first one said."""
     job = slurm.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=1)
-    assert slurm._judge(job, 1)[0] == 70, "no rank started"
-    assert slurm._judge(job, 143)[0] == 75, "the tasks were asked to stop before there was a rank"
+    assert conclude(job, 1)[0] == 70, "no rank started"
+    assert conclude(job, 143)[0] == 75, "the tasks were asked to stop before there was a rank"
     ended(tmp_path, 0, 79)
     ended(tmp_path, 1, None)
-    code, message = slurm._judge(job, 137)
+    code, message = conclude(job, 137)
     assert (code, "its words" in message) == (79, True)
     ended(tmp_path, 0, 70)
     ended(tmp_path, 1, None, killed_by=9)
-    code, message = slurm._judge(job, 137)
+    code, message = conclude(job, 137)
     assert code == 76
-    assert message.startswith("rank 1 was killed (signal 9)")
+    assert "rank 1 was killed (signal 9, SIGKILL)" in message
+    ended(tmp_path, 0, 79)
+    note = {"rank": 1, "signal": 9, "asked": False, "host": "n", "time": 51.0}
+    slurm.killed_path(tmp_path, 1).write_text(json.dumps(note))
+    assert conclude(job, 137)[0] == 79, "rank 1 was ended because rank 0 had failed"
     for rank in range(2):
         ended(tmp_path, rank, 0)
     slurm.killed_path(tmp_path, 1).unlink()
-    assert slurm._judge(job, 0) == (0, "")
+    assert conclude(job, 0) == (0, "")
 
 
 def test_ranks_that_were_stopped_while_they_started_have_lost_nothing(tmp_path: Path) -> None:
     job = slurm.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=1)
     ended(tmp_path, 0, None, killed_by=15, asked=True)
     ended(tmp_path, 1, 75)
-    assert slurm._judge(job, 143)[0] == 75
+    assert conclude(job, 143)[0] == 75
     ended(tmp_path, 1, 65)
-    assert slurm._judge(job, 143)[0] == 65, "another rank failed by itself"
+    assert conclude(job, 143)[0] == 65, "another rank failed by itself"
     ended(tmp_path, 1, None, killed_by=11)
     (tmp_path / "ranks" / "exit-00001.json").unlink()
-    assert slurm._judge(job, 143)[0] == 76, "and one crashed"
+    assert conclude(job, 143)[0] == 76, "and one crashed"
 
 
 def test_signals_before_the_rank_is_there_reach_it(tmp_path: Path) -> None:
@@ -452,6 +471,24 @@ def test_a_local_run_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[st
         process.kill()
         process.wait()
     assert cli.main(["stop", str(tmp_path)]) == MissingInputError.exit_code
+
+
+def test_logs_follow_a_local_run_to_its_end(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "4"])
+    log = tmp_path / "ranks" / "rank-00000.log"
+    log.parent.mkdir()
+    log.write_text("first\n")
+    ticks, host = runs._start_ticks(process.pid), os.uname().nodename
+    runs.write_record(tmp_path, runs.JobRecord(None, process.pid, ticks, host, None))
+    command = [sys.executable, "-m", "launcher.cli", "logs", "-f", str(tmp_path)]
+    following = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert following.stdout is not None
+    assert following.stdout.readline() == "first\n"
+    with log.open("a") as file:
+        file.write("second\n")
+    assert following.stdout.readline() == "second\n"
+    process.wait()
+    assert following.wait(timeout=20) == 0
 
 
 def test_what_is_complete_is_exactly_that_run_file(tmp_path: Path) -> None:
