@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import STOPPED_WITH_CHECKPOINT, ConfigError
+from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError
 from launcher.conclude import conclude
 from launcher.environment import job_environment, remove_shared_memory
 from launcher.hosts import Node, is_host_name
 from launcher.launch import Job, free_port
+from launcher.slurm_nodes import lost_nodes, wait_for_slurm
 from launcher.supervise import Stop, Supervision, liveness
 from launcher.verdict import clear_records, read_exits, read_starts
 
@@ -125,6 +126,9 @@ def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
             supervision.end()
             remove_shared_memory("*", job.master_port)
     code, message = _conclude(job, process.returncode, supervision)
+    if code in (INTERNAL, LOST_PEER) and not stop.requests and (lost := lost_nodes(_silent_nodes(job))):
+        wait_for_slurm(lost, lambda: bool(stop.requests))
+        return LOST_PEER, f"lost {'node' if len(lost) == 1 else 'nodes'} {', '.join(lost)}: {message}"
     return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
 
 
@@ -155,6 +159,18 @@ def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, 
     findings.died_first = [rank for moment, rank, _ in sorted(crashed)[:1] if not failed or moment <= min(failed)]
     findings.signals = {rank: number for _, rank, number in crashed}
     return conclude(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
+
+
+def _silent_nodes(job: Job) -> list[str]:
+    """Nodes of which a rank has said nothing, nor its parent for it: `srun` killed both, or the node is gone."""
+    exits = read_exits(job.run_dir)
+    first, silent = 0, []
+    for node in job.nodes:
+        ranks = range(first, first + len(node.slots))
+        first += len(node.slots)
+        if any(rank not in exits and not killed_path(job.run_dir, rank).exists() for rank in ranks):
+            silent.append(node.name)
+    return silent
 
 
 def _ask(*words: str) -> str:

@@ -239,6 +239,7 @@ def test_a_dead_node_costs_what_came_after_the_last_checkpoint(
     cluster.tell("kill n2")
     facts = cluster.wait_for(job, "PENDING", "FAILED", "NODE_FAIL", timeout=150)
     assert facts["JobState"] == "PENDING", f"{facts}\n{log_of(run_dir)[-3000:]}"
+    assert "no answer from n2: waiting" in log_of(run_dir)
     cluster.tell("start")
     wait_until(cluster, job, run_dir, "COMPLETED")
     assert_same(run_dir, undisturbed)
