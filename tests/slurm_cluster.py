@@ -127,7 +127,8 @@ class SlurmCluster:
         return facts
 
     def release(self, number: int) -> None:
-        """Let a requeued job start now: Slurm waits for the age of its credentials otherwise."""
+        """Let a requeued job start: Slurm waits two minutes, to be sure that its old credentials are worth nothing."""
+        time.sleep(2 * _CREDENTIAL_SECONDS)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
 
     def tail(self) -> str:
