@@ -125,8 +125,9 @@ def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
         finally:
             supervision.end()
             remove_shared_memory("*", job.master_port)
+    silent_nodes = _silent_nodes(job)
     code, message = _conclude(job, process.returncode, supervision)
-    if code in (INTERNAL, LOST_PEER) and not stop.requests and (lost := lost_nodes(_silent_nodes(job))):
+    if code in (INTERNAL, LOST_PEER) and not stop.requests and (lost := lost_nodes(silent_nodes)):
         wait_for_slurm(lost, lambda: bool(stop.requests))
         return LOST_PEER, f"lost {'node' if len(lost) == 1 else 'nodes'} {', '.join(lost)}: {message}"
     return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)

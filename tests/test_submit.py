@@ -380,6 +380,16 @@ def test_the_verdict_is_the_ranks_own(tmp_path: Path) -> None:
     assert conclude(job, 0) == (0, "")
 
 
+def test_a_node_that_says_nothing_is_asked_for(tmp_path: Path) -> None:
+    job = slurm.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=2)
+    assert slurm._silent_nodes(job) == ["n1", "n2"]
+    for rank in range(3):
+        ended(tmp_path, rank, 70)
+    assert slurm._silent_nodes(job) == ["n2"]
+    ended(tmp_path, 3, None, killed_by=9)
+    assert slurm._silent_nodes(job) == [], "its parent has spoken for rank 3, so the node lives"
+
+
 def test_ranks_that_were_stopped_while_they_started_have_lost_nothing(tmp_path: Path) -> None:
     job = slurm.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=1)
     ended(tmp_path, 0, None, killed_by=15, asked=True)
