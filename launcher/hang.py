@@ -22,7 +22,11 @@ PHASE_SECONDS = {"run file": 600.0, "import": 900.0, "end": 600.0, "save": 1800.
 SET_UP_SECONDS = 7200.0
 #: Of the first steps nothing is known yet: kernels are compiled, memory is taken for the first time.
 FIRST_STEPS_SECONDS = 600.0
-_FIRST_STEPS, _FEW_STEPS = 2, 20
+_FIRST_STEPS = 2
+#: While few steps are known: at least this long, and 100 times the shortest, for steps that vary tenfold both ways.
+_FEW_STEPS, _FEW_STEPS_SECONDS, _FEW_STEPS_MULTIPLE = 20, 60.0, 100.0
+_SOME_STEPS, _SOME_STEPS_MULTIPLE = 100, 5.0
+_MULTIPLE = 3.0
 #: A look counts for no more than this: nobody hangs because the supervisor itself, or the whole machine, stood still.
 _LONGEST_LOOK_SECONDS = 1.0
 _STACKS_SECONDS = 3.0
@@ -36,7 +40,9 @@ def limit_seconds(phase: str, step_seconds: Sequence[float], least_seconds: floa
         return max(least_seconds, FIRST_STEPS_SECONDS)
     ordered = sorted(step_seconds)
     usual = ordered[int(0.99 * (len(ordered) - 1) + 0.999)]
-    return max(least_seconds, usual * (3 if len(ordered) >= _FEW_STEPS else 10))
+    if len(ordered) < _FEW_STEPS:
+        return max(least_seconds, _FEW_STEPS_SECONDS, ordered[0] * _FEW_STEPS_MULTIPLE)
+    return max(least_seconds, usual * (_SOME_STEPS_MULTIPLE if len(ordered) < _SOME_STEPS else _MULTIPLE))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A real rank, `python -m engine`, that does what FAULT says at a place of the program; also `fulltune` with such ranks.
 
 FAULT is words ``what:rank:step``: ``slow`` micro-batches (0.25 s), ``slow_save`` (2 s a file); and at the
-data of one rank's step: ``raise``, ``segv``, ``gil`` (busy with the GIL held), ``pipe`` (reads what nobody
+data of one rank's step: ``raise``, ``raise_once`` (not at the next start), ``segv``, ``gil`` (busy with the GIL held), ``pipe`` (reads what nobody
 writes), ``lock`` (waits for itself), ``alone`` (a collective that the others are not in), ``eat`` (all memory).
 
     python tests/faults_worker.py fulltune train run.yaml    # the command line, with these ranks
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -19,6 +20,11 @@ def misbehave(what: str) -> None:
     """Do it, on this rank."""
     if what == "raise":
         raise RuntimeError("the data loader broke on purpose")
+    if what == "raise_once":
+        raised = Path(sys.argv[-1]).parent / "raised"
+        if not raised.exists():
+            raised.touch()
+            raise RuntimeError("the data loader broke once")
     if what == "segv":
         ctypes.string_at(0)
     if what == "gil":
