@@ -23,7 +23,8 @@ from engine.stop import StopSignal
 def main() -> None:
     """Run this rank to its end; leaves the process with the designed exit code."""
     stop = StopSignal()  # first of all: until here a signal kills
-    end_with_parent(stop)
+    if "RANK" in os.environ:  # a launcher is the parent, not the shell of somebody who logs out
+        end_with_parent(stop)
     heartbeat.enter("run file")
     arguments = _arguments()
     rank = int(os.environ.get("RANK", "0"))

@@ -92,7 +92,9 @@ def _killed_text(
 def _print_log_end(run_dir: Path, rank: int) -> None:
     with contextlib.suppress(OSError):
         lines = (run_dir / "ranks" / f"rank-{rank:05d}.log").read_text(errors="replace").splitlines()
-        print(f"the last lines of rank {rank}:", *lines[-_LAST_LINES:], sep="\n", file=sys.stderr, flush=True)
+        crashes = [number for number, line in enumerate(lines) if line.startswith("Fatal Python error")]
+        shown = lines[crashes[-1] :][: 2 * _LAST_LINES] if crashes else lines[-_LAST_LINES:]
+        print(f"the last lines of rank {rank}:", *shown, sep="\n", file=sys.stderr, flush=True)
 
 
 def _write_records(run_dir: Path, supervision: Supervision, signals: dict[int, int | None], message: str) -> None:

@@ -149,13 +149,15 @@ def run_job(job: Job, stop: Stop | None = None) -> tuple[int, str]:
         # A session of its own: a terminal's Ctrl-C then reaches us alone, and all of it can be found.
         environment = os.environ | job.environment | alive.environment
         process = subprocess.Popen(job.command, env=environment, start_new_session=True)
-        guard = Guard(process.pid, job.master_port, alive.private_dir, environment)
         supervision = Supervision(process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds)
+        guard: Guard | None = None
         try:
+            guard = Guard(process.pid, job.master_port, alive.private_dir, environment)
             supervision.stay()
         finally:
             supervision.end()
             remove_shared_memory("127.0.0.1", job.master_port)
-            guard.dismiss()
+            if guard is not None:
+                guard.dismiss()
     code, message = conclude(job.run_dir, job.num_ranks, process.returncode, supervision, job.memory_rule)
     return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
