@@ -69,7 +69,7 @@ def test_restarted_by_itself_as_long_as_it_gets_further(folder: Path) -> None:
         code, output = run.wait()
         assert code == 0, output
         assert "the data loader broke once" in output
-        assert "fulltune: restart 1 of 3, after step 2" in output
+        assert "fulltune: restart 1 of 3, after step 1" in output, "the checkpoint of step 2 was still being written"
         assert "restart 2" not in output
         assert steps_logged(run.run_dir) == [1, 2, 3, 4, 5]
         assert (run.run_dir / "ranks" / "rank-00001.log").read_text().count("--- started") == 2
@@ -78,7 +78,7 @@ def test_restarted_by_itself_as_long_as_it_gets_further(folder: Path) -> None:
         assert code == 70
         last = output.rstrip().splitlines()[-1]
         assert "rank 1 ended with exit code 70 in phase step: RuntimeError: the data loader broke on purpose" in last
-        assert last.endswith("not restarted again: still no newer checkpoint than that of step 2")
+        assert last.endswith("not restarted again: no newer checkpoint than step 1 since the last one")
         trace = output[output.rindex("Traceback (most recent call last)") :]
         assert "in misbehave" in trace, "the traceback of the rank that failed first is the last one"
         assert "gloo" not in trace
