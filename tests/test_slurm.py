@@ -179,14 +179,20 @@ def test_a_run_that_is_preempted_ten_times(cluster: SlurmCluster, folder: Path) 
 def test_the_time_limit_is_no_end(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
     """Slurm says TERM before the limit, the ranks save, the script requeues."""
     path, run_dir = make_run(folder, "limited"), folder / "limited"
-    # Slurm's shortest limit is a minute, and it looks at limits every half minute at most: TERM comes at once.
+    # Slurm's shortest limit is a minute; a busy machine does not get to the first step before TERM comes.
     job = submit(cluster, path, "--time", "1", "--stop-seconds", "40")
-    wait_for_step(run_dir, 1)
-    cluster.wait_for(job, "PENDING", timeout=120)
+    for minutes in (2, 3, 4):
+        cluster.wait_for(job, "RUNNING")
+        cluster.wait_for(job, "PENDING", timeout=60 * minutes)
+        if (run_dir / "metrics.jsonl").exists() and metrics(run_dir):
+            break
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+        cluster.release(job)
+    assert last_step(run_dir) == max(metrics(run_dir)), "the time limit cost steps"
     assert "stopped with a checkpoint: requeueing" in log_of(run_dir)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     facts = wait_until(cluster, job, run_dir, "COMPLETED")
-    assert facts["Restarts"] == "1"
+    assert int(facts["Restarts"]) >= 1
     assert_same(run_dir, undisturbed)
 
 
