@@ -19,7 +19,7 @@ from data_prep.prepare import prepare
 from engine.heartbeat import Beat, page_path, read_page
 from engine.run_file import dump_yaml
 
-FAULTS_WORKER = str(ROOT / "tests" / "faults_worker.py")
+FAULTS_WORKER = str(ROOT / "tests" / "misbehaving_rank.py")
 
 
 def make_run(folder: Path, name: str, steps: int = 6, **sections: Any) -> Path:

@@ -4,7 +4,7 @@ FAULT is words ``what:rank:step``: ``slow`` micro-batches (0.25 s), ``slow_save`
 data of one rank's step: ``raise``, ``raise_once`` (not at the next start), ``segv``, ``gil`` (busy with the GIL held), ``pipe`` (reads what nobody
 writes), ``lock`` (waits for itself), ``alone`` (a collective that the others are not in), ``eat`` (all memory).
 
-    python tests/faults_worker.py fulltune train run.yaml    # the command line, with these ranks
+    python tests/misbehaving_rank.py fulltune train run.yaml    # the command line, with these ranks
 """
 
 import ctypes
@@ -96,7 +96,7 @@ def as_command_line() -> NoReturn:
     from launcher.launch import local_command
 
     def with_our_ranks(*arguments: Any) -> tuple[str, ...]:
-        return tuple("faults_worker" if word == "engine" else word for word in local_command(*arguments))
+        return tuple("misbehaving_rank" if word == "engine" else word for word in local_command(*arguments))
 
     launcher.train.local_command = with_our_ranks
     sys.exit(main(sys.argv[2:]))
