@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError, StorageError
+from engine.errors import (
+    CannotWriteError,
+    ConfigError,
+    DataError,
+    MissingInputError,
+    RefusedForSecurityError,
+    StorageError,
+)
 from engine.safetensors_file import TensorSource, fsync_folder, write_file, write_safetensors
 
 _LOG = logging.getLogger(__name__)
@@ -72,7 +79,8 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
 def read_config(model_dir: Path) -> tuple[dict[str, Any], Any]:
     """The values in `model_dir`'s config.json, and transformers' configuration made from them.
 
-    Raises MissingInputError if it is not there, DataError if transformers cannot read it.
+    Raises MissingInputError if it is not there, DataError if transformers cannot read it,
+    RefusedForSecurityError if it wants code of its own.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -84,6 +92,8 @@ def read_config(model_dir: Path) -> tuple[dict[str, Any], Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise MissingInputError(f"{path}: no such file; the model's configuration is needed") from None
     except (ValueError, OSError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise RefusedForSecurityError(f"{path}: the model brings its own code, which is never run") from None
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from error
     return values, config
 

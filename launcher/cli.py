@@ -95,8 +95,16 @@ def build_parser() -> _Parser:
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
-    export.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    export.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
+    _add_output_options(export)
+
+    take = _add(commands, "import", _import, "turn a checkpoint that DeepSpeed itself saved into a Hugging Face folder")
+    take.add_argument("checkpoint_dir", type=Path, metavar="CHECKPOINT", help="folder with the file `latest`")
+    take.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; must not exist")
+    take.add_argument(
+        "--model", type=Path, required=True, metavar="MODEL", help="folder with the model's config.json and tokenizer"
+    )
+    take.add_argument("--tag", metavar="NAME", help="such as global_step12 (default: the one that `latest` names)")
+    _add_output_options(take)
 
     verify = _add(commands, "verify", _verify, "read a run's checkpoints and say whether they are what was written")
     verify.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
@@ -146,6 +154,11 @@ def _add(
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     parser.set_defaults(command=run)
     return parser
+
+
+def _add_output_options(parser: _Parser) -> None:
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
 
 
 def _add_run_file(parser: _Parser) -> None:
@@ -219,6 +232,18 @@ def _export(arguments: argparse.Namespace) -> int:
     export_run(
         arguments.run_dir, arguments.out_dir, arguments.step, arguments.best, arguments.dtype, arguments.max_shard_size
     )
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from engine.deepspeed_import import import_checkpoint  # brings torch along
+
+    found = import_checkpoint(
+        arguments.checkpoint_dir, arguments.out_dir, arguments.model, arguments.tag, arguments.dtype,
+        arguments.max_shard_size,
+    )  # fmt: skip
+    facts = f"step {found.step}, ZeRO-{found.stage}, {found.world_size} ranks, DeepSpeed {found.version}"
+    print(f"{found.path} ({facts}) imported to {arguments.out_dir} ({arguments.dtype})")
     return 0
 
 

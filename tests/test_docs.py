@@ -75,7 +75,15 @@ def test_every_key_of_the_data_section_is_explained() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/data.md", "docs/inspect.md", "docs/tokenizers.md", "docs/formats.md", "docs/checkpoints.md"],
+    [
+        "README.md",
+        "docs/data.md",
+        "docs/inspect.md",
+        "docs/tokenizers.md",
+        "docs/formats.md",
+        "docs/checkpoints.md",
+        "docs/import.md",
+    ],
 )
 def test_every_command_is_one(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
