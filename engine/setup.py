@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
-from engine.checkpoint import Owner
+from engine.agreement import from_rank_0
+from engine.checkpoint import Owner, finish_replacing
+from engine.checkpoint_files import list_checkpoints
 from engine.checkpoint_reader import CheckpointReader
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder, write_json
@@ -31,9 +32,9 @@ from engine.restore import restore_newest
 from engine.run_file import RunFile, dump_yaml
 from engine.run_log import RunLog
 from engine.saves import Saves
+from engine.starting_weights import StartingWeights
 from engine.tasks import TaskModel
 from engine.train import Progress, Training
-from engine.zero_state import clear_padding, live_state, refresh_weights
 
 
 @dataclass(frozen=True)
@@ -80,58 +81,39 @@ def total_steps(config: RunConfig, epoch_rows: int) -> int:
 
 
 def build_engine(
-    config: RunConfig, ds_config: dict[str, Any], model: Any
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    model: Any,
+    weights: StartingWeights | None = None,
+    say: Callable[[str], None] = print,
 ) -> tuple[Any, dict[str, torch.nn.Parameter], Callable[[], None]]:
     """Hand `model` to DeepSpeed: (engine, parameters by Hugging Face name, fill). All ranks call it.
 
-    ``fill()`` sets the fp32 masters from the model's original weights, so that fp32 files lose
-    nothing to the bf16 copy DeepSpeed made them from, and lets go of those weights.
+    The engine has no weights until ``fill()``, which all ranks call, has put `weights` into it, or a
+    checkpoint was installed. Without `weights` they are those that `model` has. `say` gets what
+    reading them took.
     """
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    if not ds_config["bf16"]["enabled"]:
-        model.float()
+    from engine.sliced_weights import fill_engine, partition, place_parameters
+
+    source = [StartingWeights.of(model) if weights is None else weights]
+    place_parameters(model, ds_config)
     parameters = dict(model.named_parameters())
-    # Weights stored in bf16 are their own masters; only finer ones must survive the cast.
-    finer = any(parameter.dtype != torch.bfloat16 for parameter in parameters.values())
-    originals: dict[str, Tensor] = {name: value.detach() for name, value in parameters.items()} if finer else {}
     section = config.optimizer
     numbers: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
     groups = decay_groups(model, section.weight_decay)
     task_model = TaskModel(model, config.trained_task)
     if ds_config["zero_optimization"]["stage"] == 3:
-        _partition(task_model, ds_config)
+        partition(task_model, ds_config)
     optimizer: Any
     if offloads_optimizer(ds_config):
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **numbers)
     else:
         optimizer = torch.optim.AdamW(groups, **numbers)
     engine, *_ = deepspeed.initialize(model=task_model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-
-    def fill() -> None:
-        if originals:
-            clear_padding(engine)
-            for piece in live_state(engine, parameters, "master"):
-                piece.values.copy_(originals[piece.name].reshape(-1)[piece.start : piece.stop])
-            refresh_weights(engine)
-        originals.clear()
-
-    return engine, parameters, fill
-
-
-def _partition(task_model: TaskModel, ds_config: dict[str, Any]) -> None:
-    """Cut every parameter over the ranks, one after the other: no device ever holds the whole model."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    if ds_config["bf16"]["enabled"]:
-        for parameter in task_model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    for module in task_model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(get_accelerator().current_device_name())
-    deepspeed.zero.Init(module=task_model, config_dict_or_path=ds_config)
+    return engine, parameters, lambda: fill_engine(engine, parameters, source.pop(), say)
 
 
 def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> tuple[Training, Progress, RunLog]:
@@ -148,9 +130,11 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     with ranks.together():
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             model_folder(config.model)  # one download a node, before everybody looks
+    resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        model = build_model(config.model, config.trained_task, stores.facts, config.seed)
-    engine, parameters, fill = build_engine(config, ds_config, model)
+        model, weights = build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
+    engine, parameters, fill = build_engine(config, ds_config, model, weights, partial(print, flush=True))
+    del weights
     store, rows = stores.training
     owner = Owner(folder.run_id, folder.generation, folder.check_owner)
     training = Training(
@@ -189,6 +173,12 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         log.say(f"changed since the checkpoint: {change}")
     training.saves.check_space_for_run(remaining_saves(config, progress.step, training.total_steps))
     return training, progress, log
+
+
+def _has_checkpoints(run_dir: Path) -> bool:
+    """Whether one will be installed: then the weights the run started from are not looked at."""
+    finish_replacing(run_dir / "checkpoints")
+    return bool(list_checkpoints(run_dir))
 
 
 def model_digest(model: Any) -> str:
