@@ -12,7 +12,7 @@ from transformers import initialization
 
 from engine.config import TaskName
 from engine.errors import DataError
-from engine.model_files import FLOATING_TYPES, StoredTensor
+from engine.model_files import FLOATING_TYPES, FileTensor
 from engine.starting_weights import Made, StartingWeights, exchange_parameters, read_whole
 from engine.tasks import auto_class
 from engine.vocabulary import NewRows
@@ -37,7 +37,7 @@ def empty_model(config: Any, task: TaskName, folder: Path | None, options: dict[
     return model
 
 
-def main_type(config: Any, stored: dict[str, StoredTensor]) -> torch.dtype:
+def main_type(config: Any, stored: dict[str, FileTensor]) -> torch.dtype:
     """The type a model says its weights are in, or that of the first stored one; fp32 when nothing tells."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
@@ -46,7 +46,7 @@ def main_type(config: Any, stored: dict[str, StoredTensor]) -> torch.dtype:
 
 def pretrained_weights(
     model: Any,
-    stored: dict[str, StoredTensor],
+    stored: dict[str, FileTensor],
     shapes: dict[str, tuple[int, ...]],
     rows: NewRows | None,
     task: TaskName,
@@ -100,7 +100,7 @@ def initialise(model: Any, missing: Sequence[str], seed: int) -> dict[str, Tenso
     return {name: parameters[name].detach() for name in missing if name in parameters}
 
 
-def _check_missing(model: Any, names: NameMap, task: TaskName, stored: dict[str, StoredTensor]) -> None:
+def _check_missing(model: Any, names: NameMap, task: TaskName, stored: dict[str, FileTensor]) -> None:
     """A fresh head for classification is expected; a hole in the body never is."""
     prefix = f"{model.base_model_prefix}."
     patterns = model._keys_to_ignore_on_load_missing or ()
@@ -121,7 +121,7 @@ def _convert(model: Any, conversion: Conversion) -> tuple[dict[str, Tensor], int
     return {conversion.targets[name]: value for name, value in made.items()}, num_bytes
 
 
-def _extend(rows: NewRows, name: str, stored: StoredTensor) -> tuple[dict[str, Tensor], int]:
+def _extend(rows: NewRows, name: str, stored: FileTensor) -> tuple[dict[str, Tensor], int]:
     return {name: rows.extend(read_whole(stored))}, stored.num_bytes
 
 

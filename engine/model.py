@@ -13,7 +13,7 @@ from engine.config import ModelSection, TaskName
 from engine.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from engine.isolation import check_isolation
-from engine.model_files import stored_tensors
+from engine.model_files import read_model_files
 from engine.starting_weights import StartingWeights
 from engine.tasks import auto_class
 from engine.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
@@ -76,7 +76,7 @@ def build_model(
         register_packed_attention()
     options = {"attn_implementation": PACKED_ATTENTION} if task == "causal_lm" else {}
     pretrained = section.init == "pretrained"
-    stored = stored_tensors(folder, config) if folder is not None and pretrained and needs_weights else {}
+    stored = read_model_files(folder, config) if folder is not None and pretrained and needs_weights else {}
     try:
         if pretrained or not needs_weights:
             dtype = main_type(config, stored) if pretrained else torch.float32

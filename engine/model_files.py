@@ -19,14 +19,14 @@ FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a model folder: `shape` elements of `dtype`, row-major, from byte `begin` of the file `path`."""
+class FileTensor:
+    """A tensor of a model folder: `shape` elements of `dtype`, row-major, from a byte of the file `path`."""
 
     name: str
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
+    offset_bytes: int
 
     @property
     def num_bytes(self) -> int:
@@ -37,7 +37,7 @@ class StoredTensor:
         return f"{self.path}: {self.name}"
 
 
-def stored_tensors(folder: Path, config: Any) -> dict[str, StoredTensor]:
+def read_model_files(folder: Path, config: Any) -> dict[str, FileTensor]:
     """Every tensor of the model folder by its stored name; reads headers only.
 
     `config` is the folder's Hugging Face configuration. As in transformers, ``model.safetensors``
@@ -65,7 +65,7 @@ def stored_tensors(folder: Path, config: Any) -> dict[str, StoredTensor]:
     return tensors
 
 
-def check_types(tensors: Mapping[str, StoredTensor]) -> None:
+def check_types(tensors: Mapping[str, FileTensor]) -> None:
     """DataError for a parameter that is not stored in a floating type of at least 16 bits."""
     for tensor in tensors.values():
         if tensor.dtype not in FLOATING_TYPES:
@@ -84,7 +84,7 @@ def _default_entry(folder: Path) -> str:
     raise RefusedForSecurityError(f"model.path: {folder} has no *.safetensors; other weight files can run code")
 
 
-def _read_sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
+def _read_sharded(folder: Path, index_path: Path) -> dict[str, FileTensor]:
     """The tensors of all shards, which are exactly those that the index names, each in its shard."""
     try:
         weight_map = json.loads(read_file(index_path, _MAX_INDEX_BYTES))["weight_map"]
@@ -92,9 +92,9 @@ def _read_sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
             raise ValueError("weight_map must give the file of each tensor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{index_path}: not an index of weights: {error}") from None
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        path = _inside(folder, file, index_path)
+    tensors: dict[str, FileTensor] = {}
+    paths = {file: _inside(folder, file, index_path) for file in sorted(set(weight_map.values()))}
+    for file, path in paths.items():
         for name, entry in read_header(path).items():
             if name in tensors:
                 raise DataError(f"{path}: {name} is in {tensors[name].path.name}, too")
@@ -120,8 +120,8 @@ def _inside(folder: Path, name: Any, source: Any) -> Path:
         raise DataError(f"{path}: named by {source}, but not there: download the model again") from None
 
 
-def _stored(name: str, path: Path, entry: TensorEntry) -> StoredTensor:
-    return StoredTensor(name, path, entry.dtype, entry.shape, entry.begin)
+def _stored(name: str, path: Path, entry: TensorEntry) -> FileTensor:
+    return FileTensor(name, path, entry.dtype, entry.shape, entry.begin)
 
 
 def _type_name(dtype: torch.dtype) -> str:

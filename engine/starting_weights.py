@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import DataError
-from engine.model_files import StoredTensor
+from engine.model_files import FileTensor
 from engine.range_reader import Wanted, read_ranges
 from engine.zero_state import LiveSlice
 
@@ -31,10 +31,10 @@ class StartingWeights:
     must be equal to a tied weight.
     """
 
-    stored: dict[str, StoredTensor] = field(default_factory=dict)
+    stored: dict[str, FileTensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     made: list[Made] = field(default_factory=list)
-    copies: dict[str, list[StoredTensor]] = field(default_factory=dict)
+    copies: dict[str, list[FileTensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> "StartingWeights":
@@ -86,8 +86,8 @@ class StartingWeights:
         return num_bytes
 
 
-def _wanted(tensor: StoredTensor, start: int, values: Tensor) -> Wanted:
-    return Wanted(tensor.path, tensor.begin + start * tensor.dtype.itemsize, tensor.dtype, values)
+def _wanted(tensor: FileTensor, start: int, values: Tensor) -> Wanted:
+    return Wanted(tensor.path, tensor.offset_bytes + start * tensor.dtype.itemsize, tensor.dtype, values)
 
 
 def _make_into(entry: Made, pieces: list[LiveSlice]) -> int:
@@ -97,7 +97,7 @@ def _make_into(entry: Made, pieces: list[LiveSlice]) -> int:
     return num_bytes
 
 
-def read_whole(tensor: StoredTensor, dtype: torch.dtype | None = None) -> Tensor:
+def read_whole(tensor: FileTensor, dtype: torch.dtype | None = None) -> Tensor:
     """All of a stored tensor on the CPU, in its own type or `dtype`."""
     values = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
     read_ranges([_wanted(tensor, 0, values.view(-1))])

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from engine.errors import DataError
-from engine.model_files import StoredTensor, check_types
+from engine.model_files import FileTensor, check_types
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Conversion:
 
     first_target: str
     converter: Any
-    sources: list[tuple[str, StoredTensor]] = field(default_factory=list)  # (pattern of the converter, tensor)
+    sources: list[tuple[str, FileTensor]] = field(default_factory=list)  # (pattern of the converter, tensor)
     targets: dict[str, str] = field(default_factory=dict)  # name it is made under, to the weight's own
 
-    def convert(self, model: Any, load: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+    def convert(self, model: Any, load: Callable[[FileTensor], Tensor]) -> dict[str, Tensor]:
         """The targets, whole, from what `load` gives for each source; DataError when they do not fit together."""
         converter = deepcopy(self.converter)
         for pattern, source in self.sources:
@@ -60,15 +60,15 @@ class NameMap:
     tensors of a tied weight. `left_out` tensors belong to a head that this model has not.
     """
 
-    direct: dict[str, StoredTensor]
+    direct: dict[str, FileTensor]
     conversions: list[Conversion]
-    copies: dict[str, list[StoredTensor]]
+    copies: dict[str, list[FileTensor]]
     missing: list[str]
-    left_out: list[StoredTensor]
+    left_out: list[FileTensor]
 
 
 def map_names(
-    model: Any, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], other_heads: bool
+    model: Any, stored: Mapping[str, FileTensor], shapes: Mapping[str, tuple[int, ...]], other_heads: bool
 ) -> NameMap:
     """Match the tensors of a folder with the weights of `model`, which may be on the meta device; ties are made.
 
@@ -79,8 +79,8 @@ def map_names(
     matched, conversions, unexpected = _match(model, stored, set(shapes))
     left_out = _check_unexpected(model, unexpected, other_heads)
     canonical = _tied_names(model)
-    direct: dict[str, StoredTensor] = {}
-    copies: dict[str, list[StoredTensor]] = defaultdict(list)
+    direct: dict[str, FileTensor] = {}
+    copies: dict[str, list[FileTensor]] = defaultdict(list)
     # Of a tied weight, what is stored under its own name comes first.
     for name, tensor in sorted(matched.items(), key=lambda item: item[0] != canonical[item[0]]):
         _check_shape(tensor, tensor.shape, shapes[name])
@@ -105,8 +105,8 @@ def map_names(
 
 
 def _match(
-    model: Any, stored: Mapping[str, StoredTensor], names: set[str]
-) -> tuple[dict[str, StoredTensor], list[Conversion], dict[str, StoredTensor]]:
+    model: Any, stored: Mapping[str, FileTensor], names: set[str]
+) -> tuple[dict[str, FileTensor], list[Conversion], dict[str, FileTensor]]:
     """(tensors that only need a name, conversions, tensors that fit nowhere by the name they would get).
 
     The same steps in the same order as transformers' `convert_and_load_state_dict_in_model`.
@@ -117,9 +117,9 @@ def _match(
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known: dict[str, Any] = dict.fromkeys(names, True)  # only asked whether a name is there
     prefix = model.base_model_prefix
-    matched: dict[str, StoredTensor] = {}
+    matched: dict[str, FileTensor] = {}
     conversions: dict[str, Conversion] = {}
-    unexpected: dict[str, StoredTensor] = {}
+    unexpected: dict[str, FileTensor] = {}
     for stored_name in sorted(stored, key=dot_natural_key):
         tensor = stored[stored_name]
         name, pattern = rename_source_key(stored_name, renamings, converters, prefix, known)
@@ -140,7 +140,7 @@ def _match(
     return matched, list(conversions.values()), unexpected
 
 
-def _check_unexpected(model: Any, unexpected: Mapping[str, StoredTensor], other_heads: bool) -> list[StoredTensor]:
+def _check_unexpected(model: Any, unexpected: Mapping[str, FileTensor], other_heads: bool) -> list[FileTensor]:
     """The tensors that belong to the head of another task. DataError for one that has no place at all."""
     ignored = _ignored_patterns(model)
     own = {name for name, _ in model.named_children()} | {name for name, _ in model.named_parameters(recurse=False)}
@@ -179,6 +179,6 @@ def _tied_names(model: Any) -> dict[str, str]:
     return names
 
 
-def _check_shape(source: StoredTensor, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+def _check_shape(source: FileTensor, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if shape != wanted:
         raise DataError(f"{source} has the shape {list(shape)}, the model needs {list(wanted)}: not its weights?")
