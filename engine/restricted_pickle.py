@@ -21,9 +21,10 @@ import resource
 import sys
 from typing import Any
 
-MAX_PICKLE_BYTES = 32 << 20
-CPU_LIMIT_SECONDS = 10
-MEMORY_LIMIT_BYTES = 1 << 30
+#: A pickle takes about 200 bytes a tensor, and a flat group is one tensor.
+MAX_PICKLE_BYTES = 16 << 20
+CPU_LIMIT_SECONDS = 5
+MEMORY_LIMIT_BYTES = 512 << 20
 ANSWER_LIMIT_BYTES = 32 << 20
 #: How the process ends when something is audited while it unpickles.
 BROKE_OUT = 3
@@ -127,7 +128,7 @@ class _RebuildTensor(_Inert):
 
 
 class _RebuildParameter(_Inert):
-    """For torch._utils._rebuild_parameter: the tensor in it."""
+    """For torch._utils._rebuild_parameter and _rebuild_parameter_with_state: the tensor in it."""
 
     __slots__ = ()
 
@@ -162,6 +163,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch.nn.parameter", "Parameter"): _Inert,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor,
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _RebuildParameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _RebuildFromType,
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _Stage,
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"): _Inert,
@@ -259,7 +261,7 @@ def _main() -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 0),  # what is open stays open
     ):
-        resource.setrlimit(kind, (limit, limit))
+        resource.setrlimit(kind, (limit, limit + 1 if kind == resource.RLIMIT_CPU else limit))  # SIGXCPU, then SIGKILL
     data = sys.stdin.buffer.read(MAX_PICKLE_BYTES + 1)
     text = json.dumps(_answer(data, sys.argv[1:]))
     sys.stdout.write(text)
