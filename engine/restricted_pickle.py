@@ -23,7 +23,7 @@ from typing import Any
 
 #: A pickle takes about 200 bytes a tensor, and a flat group is one tensor.
 MAX_PICKLE_BYTES = 16 << 20
-CPU_LIMIT_SECONDS = 5
+CPU_LIMIT_SECONDS = 3
 MEMORY_LIMIT_BYTES = 512 << 20
 ANSWER_LIMIT_BYTES = 32 << 20
 #: How the process ends when something is audited while it unpickles.
