@@ -53,10 +53,13 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, record: "_RankReco
     record.phase = "import"
     import torch
 
+    from engine.ds_config import needs_async_io
     from engine.prebuild import load_ops_once
 
-    load_ops_once(os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available())
+    uses_gpus = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    load_ops_once(uses_gpus, needs_async_io(config))
     from engine.distributed import StopSignal, start_ranks
+    from engine.nvme_state import remove_swap_files
     from engine.setup import quiet_libraries, set_up
     from engine.train import train
 
@@ -71,6 +74,7 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, record: "_RankReco
         train(training, progress, log, stop)
     finally:
         log.close()
+        remove_swap_files(training.engine.optimizer)
     record.phase = "end"
     import torch.distributed as dist
 

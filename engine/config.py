@@ -161,6 +161,10 @@ class RunConfig(Section):
     deepspeed: str = Field(
         "zero3_offload", description="a shipped configuration by name (see ds_configs/), or a DeepSpeed JSON's path"
     )
+    nvme_path: FilePath | None = Field(
+        None,
+        description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
+    )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()

@@ -25,9 +25,10 @@ from engine.checkpoint_files import list_checkpoints
 from engine.checkpoint_reader import CheckpointReader
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder, write_json
-from engine.ds_config import offloads_optimizer, resolve_ds_config
+from engine.ds_config import nvme_path, offloads_optimizer, resolve_ds_config, with_nvme_path
 from engine.errors import DataError, MissingInputError, StorageError
 from engine.model import StoreFacts, build_model, decay_groups, model_folder
+from engine.nvme_state import BYTES_PER_PARAMETER, prepare_swap_folder, swap_folder
 from engine.restore import restore_newest
 from engine.run_file import RunFile, dump_yaml
 from engine.run_log import RunLog
@@ -35,6 +36,7 @@ from engine.saves import Saves
 from engine.starting_weights import StartingWeights
 from engine.tasks import TaskModel
 from engine.train import Progress, Training
+from engine.zero_state import begin_swapping
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def build_engine(
     else:
         optimizer = torch.optim.AdamW(groups, **numbers)
     engine, *_ = deepspeed.initialize(model=task_model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    begin_swapping(engine)
     return engine, parameters, lambda: fill_engine(engine, parameters, source.pop(), say)
 
 
@@ -133,7 +136,8 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
         model, weights = build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
-    engine, parameters, fill = build_engine(config, ds_config, model, weights, partial(print, flush=True))
+    placed = _with_swap_folder(config, ds_config, folder, ranks, model)
+    engine, parameters, fill = build_engine(config, placed, model, weights, partial(print, flush=True))
     del weights
     store, rows = stores.training
     owner = Owner(folder.run_id, folder.generation, folder.check_owner)
@@ -179,6 +183,22 @@ def _has_checkpoints(run_dir: Path) -> bool:
     """Whether one will be installed: then the weights the run started from are not looked at."""
     finish_replacing(run_dir / "checkpoints")
     return bool(list_checkpoints(run_dir))
+
+
+def _with_swap_folder(
+    config: RunConfig, ds_config: dict[str, Any], folder: RunFolder, ranks: Ranks, model: Any
+) -> dict[str, Any]:
+    """The configuration with a folder of this start's own for optimizer states on NVMe, made on each node."""
+    path = nvme_path(ds_config)
+    if path is None:
+        return ds_config
+    own = swap_folder(path, config.run_dir, from_rank_0(lambda: folder.generation))
+    with ranks.together():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            prepare_swap_folder(own, config.run_dir, BYTES_PER_PARAMETER * trained * here // ranks.world_size)
+    return with_nvme_path(ds_config, own)
 
 
 def model_digest(model: Any) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.ds_config import resolve_ds_config
+from engine.ds_config import needs_async_io, resolve_ds_config
 from engine.errors import ConfigError, FulltuneError
 from engine.prebuild import extensions_dir, missing_ops
 from launcher.environment import job_environment, remote_environment
@@ -79,19 +79,21 @@ def start(run: Run, job: Job) -> tuple[int, str]:
     with owned_run_dir(run.config.run_dir):
         prepare_store(run)
         write_resolved(run)
-        _prebuild(job.environment)
+        _prebuild(job.environment, needs_async_io(run.config))
         if not all(is_local(node.name) for node in job.nodes):
             ours = job.environment | remote_environment(job.run_dir, job.environment)
             job = dataclasses.replace(job, environment=ours)
         return run_job(job)
 
 
-def _prebuild(environment: dict[str, str]) -> None:
+def _prebuild(environment: dict[str, str], uses_nvme: bool) -> None:
     """Compile DeepSpeed's ops in a process of its own if one is missing on this machine."""
     uses_gpus = environment.get("DS_ACCELERATOR") != "cpu"
     folder = Path(environment.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
-    if not missing_ops(folder, uses_gpus):
+    if not missing_ops(folder, uses_gpus, uses_nvme):
         return
-    result = subprocess.run([sys.executable, "-m", "engine.prebuild"], env=os.environ | environment, check=False)
+    command = [sys.executable, "-m", "engine.prebuild", *(["--nvme"] if uses_nvme else [])]
+    result = subprocess.run(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
-        raise FulltuneError("DeepSpeed's ops could not be compiled; the reason is printed above")
+        kind = ConfigError if result.returncode == ConfigError.exit_code else FulltuneError
+        raise kind(result.stderr.strip().rpartition("fulltune: error: ")[2] or "DeepSpeed's ops could not be compiled")

@@ -21,7 +21,7 @@ SCRIPTS = [ROOT / "slurm" / "train.sbatch", ROOT / "launcher" / "install.sh", RO
 
 def test_nothing_is_missing_where_the_tests_run() -> None:
     assert check_system.missing_packages() == []
-    assert check_system.main() == 0
+    assert check_system.main([]) == 0
 
 
 def test_missing_packages_are_one_line(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_missing_packages_are_one_line(tmp_path: Path) -> None:
     code = (
         "import sys, sysconfig; sys.path.insert(0, sys.argv[1]); import check_system\n"
         "sysconfig.get_path = lambda name: '/nowhere'\n"
-        "sys.exit(check_system.main())"
+        "sys.exit(check_system.main([]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "launcher")],
