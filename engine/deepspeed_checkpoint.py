@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.deepspeed_files import ModelFile, OptimizerFile, read_model_file, read_optimizer_file
 from engine.errors import DataError, MissingInputError, RefusedForSecurityError
 from engine.safetensors_file import TensorSource, read_file
-from engine.stored_tensors import Flat, joined_source, whole_source
+from engine.stored_tensors import Flat, StoredTensor, joined_source, verify_storages, whole_source
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
@@ -38,6 +38,16 @@ class DeepSpeedCheckpoint:
     parameters: dict[str, TensorSource]
     buffers: dict[str, TensorSource]
     aliases: dict[str, str]
+    stored: tuple[StoredTensor, ...]
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage would be seen: torch records checksums unless it is told not to."""
+        return all(tensor.storage.crc32 is not None for tensor in self.stored if tensor.count)
+
+    def verify(self) -> None:
+        """Read all that the weights lie in, once. DataError names what is not as it was written."""
+        verify_storages(self.stored)
 
 
 def open_deepspeed(folder: Path, tag: str | None = None) -> DeepSpeedCheckpoint:
@@ -67,7 +77,11 @@ def open_deepspeed(folder: Path, tag: str | None = None) -> DeepSpeedCheckpoint:
         raise DataError(f"{model.path}: {lost[0][:200]!a} should be a buffer, but it is not there")
     buffers = {name: whole_source(name, model.module[name]) for name in model.buffer_names}
     aliases = {name: kept for name, kept in model.shared.items() if kept in parameters}
-    return DeepSpeedCheckpoint(path, stage, world_size, model.step, model.version, parameters, buffers, aliases)
+    stored = [tensor for file in optimizers for tensor in file.groups]
+    stored += [tensor for file in models for tensor in (*file.module.values(), *file.frozen.values())]
+    return DeepSpeedCheckpoint(
+        path, stage, world_size, model.step, model.version, parameters, buffers, aliases, tuple(stored)
+    )
 
 
 def _latest(folder: Path) -> str:

@@ -52,6 +52,9 @@ def import_checkpoint(
     model = empty_model(config, str(architectures[0]), path)
     checkpoint = open_deepspeed(checkpoint_dir, tag)
     weights = _fit(checkpoint, model)
+    if not checkpoint.has_checksums:
+        _LOG.warning("%s was saved without checksums: damage to its weights would not be seen", checkpoint.path)
+    checkpoint.verify()
     with new_folder(out_dir) as folder:
         write_weights(model, weights, folder, target, max_shard_bytes)
         write_config(values, folder, architectures[0], dtype)

@@ -1,8 +1,10 @@
-"""Tensors where they lie in files: cut into parts, put together, and read a chunk at a time."""
+"""Tensors where they lie in files: cut into parts, put together, verified, and read a chunk at a time."""
 
 import math
+import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -12,17 +14,35 @@ from torch import Tensor
 
 from engine.errors import DataError
 from engine.range_reader import Wanted, read_ranges
-from engine.safetensors_file import CHUNK_BYTES, TensorSource
+from engine.safetensors_file import CHUNK_BYTES, TensorSource, opened, read_into
+
+_FILES_AT_ONCE = 4
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes `[begin, end)` of a file, and the CRC-32 that was recorded of them; None where none was."""
+
+    path: Path
+    begin: int
+    end: int
+    crc32: int | None
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's elements, in order, from byte `offset_bytes` of the file `path`."""
+    """A tensor's elements, in order, from byte `offset_bytes` of the file that its storage lies in."""
 
-    path: Path
+    storage: Storage
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset_bytes: int
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.storage.path
 
     @property
     def count(self) -> int:
@@ -47,7 +67,7 @@ class Flat:
             end = min(stop, self._ends[index])
             if end > start:
                 offset = piece.offset_bytes + (start - begin) * piece.dtype.itemsize
-                yield StoredTensor(piece.path, piece.dtype, (end - start,), offset)
+                yield StoredTensor(piece.storage, piece.dtype, (end - start,), offset)
             start, index = end, index + 1
 
 
@@ -79,3 +99,22 @@ def _destinations(pieces: Iterator[StoredTensor], values: Tensor) -> Iterator[Wa
     for piece in pieces:
         yield Wanted(piece.path, piece.offset_bytes, piece.dtype, values[start : start + piece.count])
         start += piece.count
+
+
+def verify_storages(tensors: Iterable[StoredTensor]) -> None:
+    """Read what the tensors lie in, once, and compare it with its checksum. DataError names the file and the bytes."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        list(pool.map(_verify, dict.fromkeys(tensor.storage for tensor in tensors)))
+
+
+def _verify(storage: Storage) -> None:
+    if storage.crc32 is None:
+        return
+    found, buffer = 0, memoryview(bytearray(min(_READ_BYTES, storage.end - storage.begin)))
+    with opened(storage.path) as descriptor:
+        for begin in range(storage.begin, storage.end, _READ_BYTES):
+            piece = buffer[: min(_READ_BYTES, storage.end - begin)]
+            read_into(descriptor, piece, begin, storage.path)
+            found = zlib.crc32(piece, found)
+    if found != storage.crc32:
+        raise DataError(f"{storage.path}: damaged: bytes {storage.begin} to {storage.end} are not what was written")

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from engine import restricted_pickle
 from engine.errors import DataError, RefusedForSecurityError
 from engine.safetensors_file import opened, read_into
-from engine.stored_tensors import StoredTensor
+from engine.stored_tensors import Storage, StoredTensor
 
 _CHILD = Path(restricted_pickle.__file__)
 _WALL_LIMIT_SECONDS = 120
@@ -33,12 +34,6 @@ _MEMBER = re.compile(
 
 class Opaque:
     """Something in a pickle that was not looked at."""
-
-
-@dataclass(frozen=True)
-class _Member:
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,8 @@ def read_torch_file(path: Path, keys: tuple[str, ...]) -> TorchFile:
         order = members.get("byteorder")
         if order is not None and _read(descriptor, order.end - order.begin, order.begin, path) != b"little":
             raise DataError(f"{path}: written on a machine of another byte order")
+    if pickled.crc32 is not None and zlib.crc32(data) != pickled.crc32:
+        raise DataError(f"{path}: damaged: its pickle is not what was written")
     if data.startswith(b"PK\x03\x04"):
         raise RefusedForSecurityError(f"{path}: a zip archive stands where its pickle should be")
     answer = _describe(data, keys, path)
@@ -111,7 +108,7 @@ def _describe(data: bytes, keys: tuple[str, ...], path: Path) -> dict[str, Any]:
     return values
 
 
-def _value(value: Any, path: Path, members: dict[str, _Member]) -> Any:
+def _value(value: Any, path: Path, members: dict[str, Storage]) -> Any:
     if isinstance(value, list):
         return [_value(item, path, members) for item in value]
     if not isinstance(value, dict):
@@ -123,7 +120,7 @@ def _value(value: Any, path: Path, members: dict[str, _Member]) -> Any:
     return Opaque()
 
 
-def _tensor(described: list[Any], path: Path, members: dict[str, _Member]) -> StoredTensor:
+def _tensor(described: list[Any], path: Path, members: dict[str, Storage]) -> StoredTensor:
     name, key, storage_count, offset, shape, contiguous = described
     dtype: torch.dtype = getattr(torch, name)
     member = members.get(f"data/{key}")
@@ -134,7 +131,7 @@ def _tensor(described: list[Any], path: Path, members: dict[str, _Member]) -> St
             f"{path}: data/{key} should be {storage_count * dtype.itemsize} bytes long, "
             f"but it is {member.end - member.begin}"
         )
-    tensor = StoredTensor(path, dtype, tuple(shape), member.begin + offset * dtype.itemsize)
+    tensor = StoredTensor(member, dtype, tuple(shape), member.begin + offset * dtype.itemsize)
     if not contiguous:
         raise DataError(f"{path}: a tensor in data/{key} is not contiguous")
     if offset + tensor.count > storage_count:
@@ -142,7 +139,7 @@ def _tensor(described: list[Any], path: Path, members: dict[str, _Member]) -> St
     return tensor
 
 
-def _members(descriptor: int, path: Path) -> tuple[str, dict[str, _Member]]:
+def _members(descriptor: int, path: Path) -> tuple[str, dict[str, Storage]]:
     """The archive's own name, and where its members' bytes lie."""
     size = os.fstat(descriptor).st_size
     begin = _read(descriptor, min(4, size), 0, path)
@@ -155,16 +152,16 @@ def _members(descriptor: int, path: Path) -> tuple[str, dict[str, _Member]]:
     directory_begin, directory_end, count = _directory(descriptor, size, path)
     directory = _read(descriptor, directory_end - directory_begin, directory_begin, path)
     roots: set[str] = set()
-    members: dict[str, _Member] = {}
+    members: dict[str, Storage] = {}
     position = 0
     for _ in range(count):
-        full_name, local, length, position = _entry(directory, position, path)
+        full_name, local, length, crc32, position = _entry(directory, position, path)
         if (match := _MEMBER.fullmatch(full_name)) is None:
             raise RefusedForSecurityError(f"{path}: holds {full_name[:100]!a}, which torch.save does not write")
         if match["name"] in members:
             raise RefusedForSecurityError(f"{path}: holds {full_name!a} twice")
         roots.add(match["root"])
-        members[match["name"]] = _place(descriptor, full_name, local, length, path)
+        members[match["name"]] = _place(descriptor, full_name, local, length, crc32, path)
     if position != len(directory) or len(roots) != 1:
         raise DataError(f"{path}: its list of members is damaged")
     previous = 0
@@ -200,12 +197,27 @@ def _directory(descriptor: int, size: int, path: Path) -> tuple[int, int, int]:
     return begin, end, count
 
 
-def _entry(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int]:
-    """An entry's name, where its member begins, how long that is, and where the next entry begins."""
+def _entry(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
+    """An entry's name, where its member begins, how long that is, its CRC-32, and where the next entry begins."""
     try:
-        (signature, *_, flags, method, _, _, _, packed, length, name_length, extra_length, comment, _, _, _, local) = (
-            struct.unpack_from("<4s6H3L5H2L", directory, position)
-        )
+        (
+            signature,
+            *_,
+            flags,
+            method,
+            _,
+            _,
+            crc32,
+            packed,
+            length,
+            name_length,
+            extra_length,
+            comment,
+            _,
+            _,
+            _,
+            local,
+        ) = struct.unpack_from("<4s6H3L5H2L", directory, position)
         name = directory[position + 46 : position + 46 + name_length].decode("utf-8")
         extra = directory[position + 46 + name_length : position + 46 + name_length + extra_length]
         packed, length, local = _wide(extra, [length, packed, local])
@@ -215,7 +227,7 @@ def _entry(directory: bytes, position: int, path: Path) -> tuple[str, int, int, 
         raise DataError(f"{path}: its list of members is damaged")
     if method != 0 or flags & 1 or packed != length:
         raise DataError(f"{path}: {name[:100]!a} is compressed or encrypted, which torch.save does not do")
-    return name, local, length, position + 46 + name_length + extra_length + comment
+    return name, local, length, crc32, position + 46 + name_length + extra_length + comment
 
 
 def _wide(extra: bytes, values: list[int]) -> tuple[int, int, int]:
@@ -235,7 +247,7 @@ def _wide(extra: bytes, values: list[int]) -> tuple[int, int, int]:
     return packed, length, local
 
 
-def _place(descriptor: int, name: str, local: int, length: int, path: Path) -> _Member:
+def _place(descriptor: int, name: str, local: int, length: int, crc32: int, path: Path) -> Storage:
     """Where the bytes of a member lie; its own header must name it as the directory does."""
     header = _read(descriptor, 30, local, path)
     signature, _, _, method, *_, name_length, extra_length = struct.unpack("<4s5H3L2H", header)
@@ -244,7 +256,8 @@ def _place(descriptor: int, name: str, local: int, length: int, path: Path) -> _
     if _read(descriptor, name_length, local + 30, path) != name.encode():
         raise RefusedForSecurityError(f"{path}: {name!a} has two names")
     begin = local + 30 + name_length + extra_length
-    return _Member(begin, begin + length)
+    # torch can be told to leave checksums out; it writes 0 then.
+    return Storage(path, begin, begin + length, crc32 or None)
 
 
 def _read(descriptor: int, count: int, offset: int, path: Path) -> bytes:

@@ -200,6 +200,26 @@ def test_checkpoints_with_missing_or_foreign_files_are_refused(saved: Path, tmp_
     refused(folder, "tensor, pipeline or expert parallelism")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "bert-classification"])
+def test_a_flipped_bit_in_any_weight_is_seen(saved: Path, tmp_path: Path, name: str) -> None:
+    """torch.load takes such files without a word."""
+    folder = Path(shutil.copytree(saved / name, tmp_path / "it"))
+    tensors = {tensor.storage: tensor for tensor in open_deepspeed(folder).stored if tensor.count}
+    assert len(tensors) > 3
+    for storage, tensor in list(tensors.items())[:: 1 + len(tensors) // 6]:
+        data = storage.path.read_bytes()
+        place = tensor.offset_bytes + tensor.count * tensor.dtype.itemsize // 2
+        changed = bytearray(data)
+        changed[place] ^= 16
+        storage.path.write_bytes(changed)
+        torch.load(storage.path, weights_only=False)
+        with pytest.raises(DataError, match=f"{storage.path.name}: damaged: bytes {storage.begin} to {storage.end}"):
+            import_checkpoint(folder, tmp_path / "out", saved / f"{name}-model")
+        assert not (tmp_path / "out").exists()
+        storage.path.write_bytes(data)
+    open_deepspeed(folder).verify()
+
+
 def test_ranks_of_different_steps_and_numbers_are_refused(saved: Path, tmp_path: Path) -> None:
     """llama has two steps and mixtral none, so their files take the place of one in other checkpoints."""
     optimizer = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
