@@ -112,6 +112,20 @@ def test_imported_folder_computes_what_the_gathered_weights_compute(
         assert torch.equal(logits(model), load_file(saved / f"{family}-engine.safetensors")["logits"])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_transformers_trainer_gives_the_weights_that_it_saved_itself(
+    tmp_path: Path, stage: int
+) -> None:
+    pytest.importorskip("accelerate")
+    run_ranks(2, WORKER.with_name("trainer_worker.py"), str(stage), str(tmp_path / "run"))
+    folder = tmp_path / "run" / "checkpoint-2"
+    assert main(["import", str(folder), str(tmp_path / "out"), "--model", str(folder)]) == 0
+    theirs, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert theirs.keys() == ours.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight.bfloat16()), name
+
+
 def test_tag_shards_and_tokenizer(saved: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(saved / "llama", tmp_path / "checkpoint"))
     (checkpoint / "latest").unlink()
