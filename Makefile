@@ -21,7 +21,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@launcher/install.sh $(BIN)/python
 	@touch $@
 
-bench-deps: $(STAMP) ## install what benchmarks/prepare.py compares with (trl, gigatoken)
+bench-deps: $(STAMP) ## install what benchmarks/ compares with (trl, gigatoken, accelerate)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-input --no-build-isolation -e '.[bench]' -c constraints.txt
 
 demo: $(STAMP) ## train a small model from nothing on this machine: corpus to generated text
