@@ -28,8 +28,6 @@ from torch import Tensor
 from engine.checkpoint_files import KINDS, Kind
 from engine.errors import CannotWriteError, ConfigError, MissingInputError, StorageError
 
-#: Master and two moments.
-BYTES_PER_PARAMETER = 12
 _GIB = 2.0**30
 _PREFIX = "fulltune-"
 _DIRECT_BYTES = 1024  # the grain of DeepSpeed's direct reads and writes

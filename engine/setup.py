@@ -25,10 +25,10 @@ from engine.checkpoint_files import list_checkpoints
 from engine.checkpoint_reader import CheckpointReader
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder, write_json
-from engine.ds_config import nvme_path, offloads_optimizer, resolve_ds_config, with_nvme_path
+from engine.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path, offloads_optimizer, resolve_ds_config, with_nvme_path
 from engine.errors import DataError, MissingInputError, StorageError
 from engine.model import StoreFacts, build_model, decay_groups, model_folder
-from engine.nvme_state import BYTES_PER_PARAMETER, prepare_swap_folder, swap_folder
+from engine.nvme_state import prepare_swap_folder, swap_folder
 from engine.restore import restore_newest
 from engine.run_file import RunFile, dump_yaml
 from engine.run_log import RunLog
@@ -197,7 +197,7 @@ def _with_swap_folder(
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            prepare_swap_folder(own, config.run_dir, BYTES_PER_PARAMETER * trained * here // ranks.world_size)
+            prepare_swap_folder(own, config.run_dir, NVME_BYTES_PER_PARAMETER * trained * here // ranks.world_size)
     return with_nvme_path(ds_config, own)
 
 

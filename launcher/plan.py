@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
 from engine.config import RunConfig
-from engine.ds_config import resolve_ds_config
+from engine.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path, resolve_ds_config
 from launcher.launch import Job
 from launcher.run_config import Run
 
@@ -83,15 +83,21 @@ def _duration_lines(run: Run) -> list[str]:
 
 
 def _memory_lines(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> list[str]:
-    """Host memory of the fullest node by the measured rule for full CPU offload; nothing where it does not apply."""
+    """Of the fullest node: host memory by the measured rule for full CPU offload, room on NVMe; where they apply."""
     zero = ds_config["zero_optimization"]
     offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
     parameters = count_parameters(config.model.path)
-    if offloads != ["cpu", "cpu"] or parameters is None:
+    if parameters is None:
+        return []
+    ranks = max(len(node.slots) for node in job.nodes)
+    swap_dir = nvme_path(ds_config)
+    if swap_dir is not None:
+        share = parameters * NVME_BYTES_PER_PARAMETER * ranks / job.num_ranks / _GIB
+        return [f"optimizer states: about {share:.1f} GiB a node in {swap_dir}, removed at the end"]
+    if offloads != ["cpu", "cpu"]:
         return []
     accumulates_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     bytes_each = 22 if accumulates_fp32 else 20
-    ranks = max(len(node.slots) for node in job.nodes)
     share = parameters * bytes_each * ranks / job.num_ranks / _GIB
     return [
         f"host memory: about {share + ranks * _PROCESS_GIB:.1f} GiB a node ({parameters:,} parameters x {bytes_each} "

@@ -22,6 +22,7 @@ from engine import nvme_state
 from engine.errors import ConfigError, MissingInputError, StorageError
 from engine.nvme_state import prepare_swap_folder, swap_folder
 from launcher import check_system
+from launcher.train import _prebuild
 
 pytestmark = pytest.mark.ranks
 WORKER = ROOT / "tests" / "nvme_worker.py"
@@ -194,10 +195,8 @@ def test_a_disk_that_is_not_there_full_or_unfit_is_told_before_the_start(tmp_pat
             prepare_swap_folder(swap_folder(tmp_path, tmp_path, 1), tmp_path, 2**50)
 
 
-def test_a_machine_without_libaio_is_told_in_one_line(tmp_path: Path) -> None:
-    environment = rank_environment(1) | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CC": "false"}
-    command = [sys.executable, "-m", "engine.prebuild", "--nvme"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 78
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("fulltune")]
-    assert line.endswith("needs libaio: apt-get install libaio-dev")
+def test_a_machine_without_libaio_is_told_in_one_line_before_ranks_start(tmp_path: Path) -> None:
+    environment = rank_environment(1) | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CC": "false"}  # it links nothing
+    with pytest.raises(ConfigError) as caught:
+        _prebuild(environment, uses_nvme=True)
+    assert str(caught.value) == "to keep optimizer states on NVMe DeepSpeed needs libaio: apt-get install libaio-dev"

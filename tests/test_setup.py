@@ -39,6 +39,17 @@ def test_missing_packages_are_one_line(tmp_path: Path) -> None:
     assert result.stderr == "fulltune: error: missing here: apt-get install python3-dev g++ make\n"
 
 
+def test_optional_packages_are_named_when_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "libaio.h").touch()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import check_system as c; print(c.missing_optional_packages())"
+    command = [sys.executable, "-c", code, str(ROOT / "launcher")]
+    with_it = subprocess.run(command, env={"CPATH": f"/a:{tmp_path}"}, capture_output=True, text=True)
+    assert with_it.stdout == "[]\n"
+    here = any((Path(folder) / "libaio.h").is_file() for folder in ("/usr/include", "/usr/local/include"))
+    without = subprocess.run(command, env={}, capture_output=True, text=True)
+    assert without.stdout == ("[]\n" if here else "['libaio-dev']\n")
+
+
 def test_make_alone_lists_every_target() -> None:
     listing = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("setup", "demo", "test", "test-unit", "lint", "clean"):
@@ -117,6 +128,8 @@ def make_op(folder: Path, name: str) -> Path:
 def test_ops_that_are_missing(tmp_path: Path) -> None:
     assert prebuild.missing_ops(tmp_path, uses_gpus=False) == ["ShareMemCommBuilder", "CPUAdamBuilder"]
     assert prebuild.missing_ops(tmp_path, uses_gpus=True) == ["CPUAdamBuilder"]
+    nvme = prebuild.missing_ops(tmp_path, uses_gpus=True, uses_nvme=True)
+    assert nvme == ["CPUAdamBuilder", "PinMemoryBuilder", "AsyncIOBuilder"]
     lock = make_op(tmp_path, "cpu_adam")
     assert prebuild.missing_ops(tmp_path, uses_gpus=True) == []
     lock.touch()
