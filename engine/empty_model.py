@@ -64,9 +64,10 @@ def pretrained_weights(
     made = [Made(tuple(c.targets.values()), partial(_convert, model, c)) for c in names.conversions]
     for name in rows.names if rows is not None else ():
         assert rows is not None
-        if name not in direct:
+        pieces = direct.pop(name, [])
+        if len(pieces) != 1:
             raise DataError(f"model type {model.config.model_type} cannot take new tokens: {name} is not stored whole")
-        made.append(Made((name,), partial(_extend, rows, name, direct.pop(name))))
+        made.append(Made((name,), partial(_extend, rows, name, pieces[0])))
     weights = StartingWeights(direct, fresh, made, names.copies)
     return weights, list(_lines(names, rows))
 
@@ -134,8 +135,8 @@ def _lines(names: NameMap, rows: NewRows | None) -> list[str]:
     if names.conversions:
         targets = [target for conversion in names.conversions for target in conversion.targets.values()]
         lines.append(
-            f"{len(targets)} weights are stored in pieces, which every rank reads whole and puts together, for "
-            f"example {targets[0]}"
+            f"{len(targets)} weights are stored in another layout: every rank reads them whole and converts them, "
+            f"which is slower; for example {targets[0]}"
         )
     if rows is not None:
         lines.append(str(rows))

@@ -1,7 +1,8 @@
 """The safetensors files of a Hugging Face folder: which tensors they hold, and where."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,14 @@ class FileTensor:
     offset_bytes: int
 
     @property
+    def count(self) -> int:
+        """Its number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Its size in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.count * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.path}: {self.name}"
@@ -65,9 +71,9 @@ def read_model_files(folder: Path, config: Any) -> dict[str, FileTensor]:
     return tensors
 
 
-def check_types(tensors: Mapping[str, FileTensor]) -> None:
+def check_types(tensors: Iterable[FileTensor]) -> None:
     """DataError for a parameter that is not stored in a floating type of at least 16 bits."""
-    for tensor in tensors.values():
+    for tensor in tensors:
         if tensor.dtype not in FLOATING_TYPES:
             raise DataError(
                 f"{tensor} is stored as {_type_name(tensor.dtype)}: a quantised checkpoint cannot be trained; take the "

@@ -88,12 +88,12 @@ def build_engine(
     model: Any,
     weights: StartingWeights | None = None,
     say: Callable[[str], None] = print,
-) -> tuple[Any, dict[str, torch.nn.Parameter], Callable[[], None]]:
+) -> tuple[Any, dict[str, torch.nn.Parameter], Callable[[], int]]:
     """Hand `model` to DeepSpeed: (engine, parameters by Hugging Face name, fill). All ranks call it.
 
     The engine has no weights until ``fill()``, which all ranks call, has put `weights` into it, or a
-    checkpoint was installed. Without `weights` they are those that `model` has. `say` gets what
-    reading them took.
+    checkpoint was installed; it gives the bytes that this rank read. Without `weights` they are
+    those that `model` has. `say` gets what reading them took.
     """
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 from torch import nn
 
@@ -66,9 +67,9 @@ class _EmptyInit(deepspeed.zero.Init):  # type: ignore[misc]
         self._convert_to_deepspeed_param(param)
         param.ds_numel_aligned = self._aligned_size(param)
         share = param.ds_numel_aligned // self._partition_world_size(param)
-        device = self.local_device if param.ds_persist else self.remote_device
-        values = torch.zeros(share, dtype=param.dtype, device=str(device))
-        if str(device) == "cpu" and self.pin_memory:
+        on_host = self.remote_device == OffloadDeviceEnum.cpu and not param.ds_persist
+        values = torch.zeros(share, dtype=param.dtype, device="cpu" if on_host else self.local_device)
+        if on_host and self.pin_memory:
             values = get_accelerator().pin_memory(values)
         param.ds_tensor = values
         param.ds_tensor.ds_numel = share
@@ -79,8 +80,10 @@ class _EmptyInit(deepspeed.zero.Init):  # type: ignore[misc]
 
 def fill_engine(
     engine: Any, parameters: Mapping[str, nn.Parameter], weights: StartingWeights, say: Callable[[str], None]
-) -> None:
+) -> int:
     """Put the starting weights into the fp32 masters, frozen parameters and buffers of `engine`. All ranks call it.
+
+    Returns the bytes that this rank read of `weights.num_bytes`.
 
     If a rank cannot read what it needs, all raise the same DataError. `say` gets one line on how
     much all ranks read in what time.
@@ -106,3 +109,4 @@ def fill_engine(
             f"weights: read {num_bytes / 1e9:.2f} GB of {weights.num_bytes / 1e9:.2f} GB on this rank, "
             f"{total / 1e9:.2f} GB on all, in {seconds:.1f} s ({total / 1e9 / seconds:.2f} GB/s)"
         )
+    return num_bytes

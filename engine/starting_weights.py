@@ -1,6 +1,6 @@
 """Where the starting values of a model's weights come from: ranges of files, tensors in memory, or made of others."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -26,12 +26,12 @@ class Made:
 class StartingWeights:
     """Where the starting values of every parameter come from, by name, and those of buffers that a file holds.
 
-    `stored`: the bytes of a file. `whole`: tensors in memory, the same on every rank. `made`: made
+    `stored`: tensors of files, one after the other. `whole`: tensors in memory, the same on every rank. `made`: made
     when asked for, one entry's tensors in memory at a time. `copies`: further stored tensors that
     must be equal to a tied weight.
     """
 
-    stored: dict[str, FileTensor] = field(default_factory=dict)
+    stored: dict[str, list[FileTensor]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     made: list[Made] = field(default_factory=list)
     copies: dict[str, list[FileTensor]] = field(default_factory=dict)
@@ -44,17 +44,18 @@ class StartingWeights:
     @property
     def num_bytes(self) -> int:
         """Of the tensors that are read by ranges."""
-        return sum(tensor.num_bytes for tensor in self.stored.values())
+        return sum(tensor.num_bytes for tensors in self.stored.values() for tensor in tensors)
 
     def read_into(self, pieces: Iterable[LiveSlice]) -> int:
         """Fill `pieces`, converting types; returns the bytes read. No communication.
 
         Memory: what the range reader stages, and the tensors of one entry of `made`. Raises DataError.
         """
-        wanted, made = [], []
+        wanted: list[Wanted] = []
+        made = []
         for piece in pieces:
             if piece.name in self.stored:
-                wanted.append(_wanted(self.stored[piece.name], piece.start, piece.values))
+                wanted += _wanted(self.stored[piece.name], piece.start, piece.values)
             elif piece.name in self.whole:
                 piece.values.copy_(self.whole[piece.name].reshape(-1)[piece.start : piece.stop])
             else:
@@ -77,17 +78,24 @@ class StartingWeights:
                 for start in range(0, len(piece.values), step):
                     here = piece.values[start : start + step]
                     there = torch.empty_like(here)
-                    num_bytes += read_ranges([_wanted(copy, piece.start + start, there)])
+                    num_bytes += read_ranges(_wanted([copy], piece.start + start, there))
                     if not torch.equal(here, there):
                         raise DataError(
-                            f"{copy} and {self.stored[piece.name].name} differ, but config.json ties them to one "
+                            f"{copy} and {self.stored[piece.name][0].name} differ, but config.json ties them to one "
                             "weight: set tie_word_embeddings to false there if they are two"
                         )
         return num_bytes
 
 
-def _wanted(tensor: FileTensor, start: int, values: Tensor) -> Wanted:
-    return Wanted(tensor.path, tensor.offset_bytes + start * tensor.dtype.itemsize, tensor.dtype, values)
+def _wanted(tensors: list[FileTensor], start: int, values: Tensor) -> Iterator[Wanted]:
+    """Elements of `tensors`, seen as one long tensor, from `start` on into the 1-D `values`."""
+    position = 0
+    for tensor in tensors:
+        first, last = max(start, position), min(start + len(values), position + tensor.count)
+        if first < last:
+            offset_bytes = tensor.offset_bytes + (first - position) * tensor.dtype.itemsize
+            yield Wanted(tensor.path, offset_bytes, tensor.dtype, values[first - start : last - start])
+        position += tensor.count
 
 
 def _make_into(entry: Made, pieces: list[LiveSlice]) -> int:
@@ -100,7 +108,7 @@ def _make_into(entry: Made, pieces: list[LiveSlice]) -> int:
 def read_whole(tensor: FileTensor, dtype: torch.dtype | None = None) -> Tensor:
     """All of a stored tensor on the CPU, in its own type or `dtype`."""
     values = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
-    read_ranges([_wanted(tensor, 0, values.view(-1))])
+    read_ranges(_wanted([tensor], 0, values.view(-1)))
     return values
 
 

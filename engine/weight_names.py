@@ -1,8 +1,9 @@
 """Which stored tensor becomes which weight of a model, by transformers' own rules for names and layouts.
 
 Most stored tensors only need another name, or none: their bytes are the weight's. Some families
-store in pieces what the model holds as one tensor (the experts of a mixture): transformers'
-converters put those together.
+store in pieces what the model holds as one tensor (the experts of a mixture). Where the pieces lie
+in it one after the other, their bytes are the weight's, too; transformers' own converters make the
+rest.
 """
 
 import re
@@ -15,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from engine.errors import DataError
 from engine.model_files import FileTensor, check_types
@@ -44,6 +52,21 @@ class Conversion:
             raise DataError(f"{self.sources[0][1]}: {self.first_target} cannot be made of it: {reason}") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def pieces(self) -> list[FileTensor] | None:
+        """The sources in the order in which their elements make up the only target; None for any other layout."""
+        lists: dict[str, list[FileTensor]] = {pattern: [] for pattern in self.converter.source_patterns}
+        for pattern, source in self.sources:
+            lists[pattern].append(source)
+        present = [sources for sources in lists.values() if sources]
+        operations = [(type(operation), getattr(operation, "dim", None)) for operation in self.converter.operations]
+        if len(self.targets) != 1:
+            return None
+        if operations == [(MergeModulelist, 0), (Concatenate, 1)]:  # expert by expert, in each pattern by pattern
+            return [source for expert in zip(*present, strict=True) for source in expert]
+        if operations in ([(MergeModulelist, 0)], [(Concatenate, 0)]):
+            return [source for sources in present for source in sources]
+        return None
+
     @property
     def source_type(self) -> torch.dtype:
         """The type that all sources are read in: their own if they agree."""
@@ -55,12 +78,13 @@ class Conversion:
 class NameMap:
     """Where each weight of a model comes from, by its name in `state_dict`.
 
-    `direct` weights are stored as they are, `conversions` make others, `missing` ones are in no file
+    `direct` weights are stored as they are, some in pieces that lie in them one after the other;
+    `conversions` make others, `missing` ones are in no file
     (tied ones count as one weight: none of its names is stored), `copies` are further stored
     tensors of a tied weight. `left_out` tensors belong to a head that this model has not.
     """
 
-    direct: dict[str, FileTensor]
+    direct: dict[str, list[FileTensor]]
     conversions: list[Conversion]
     copies: dict[str, list[FileTensor]]
     missing: list[str]
@@ -79,7 +103,7 @@ def map_names(
     matched, conversions, unexpected = _match(model, stored, set(shapes))
     left_out = _check_unexpected(model, unexpected, other_heads)
     canonical = _tied_names(model)
-    direct: dict[str, FileTensor] = {}
+    direct: dict[str, list[FileTensor]] = {}
     copies: dict[str, list[FileTensor]] = defaultdict(list)
     # Of a tied weight, what is stored under its own name comes first.
     for name, tensor in sorted(matched.items(), key=lambda item: item[0] != canonical[item[0]]):
@@ -87,12 +111,12 @@ def map_names(
         if canonical[name] in direct:
             copies[canonical[name]].append(tensor)
         else:
-            direct[canonical[name]] = tensor
+            direct[canonical[name]] = [tensor]
     parameters = {name for name, _ in model.named_parameters()}
-    check_types({name: tensor for name, tensor in direct.items() if name in parameters})
-    found = set(direct)
+    check_types(tensor for name, (tensor,) in direct.items() if name in parameters)
+    found, slow = set(direct), []
     for conversion in conversions:
-        check_types({source.name: source for _, source in conversion.sources})
+        check_types(source for _, source in conversion.sources)
         made = conversion.convert(model, lambda source: torch.empty(source.shape, dtype=source.dtype, device="meta"))
         for name, value in made.items():
             if name not in shapes or canonical[name] in found:
@@ -100,8 +124,12 @@ def map_names(
             _check_shape(conversion.sources[0][1], tuple(value.shape), shapes[name])
             conversion.targets[name] = canonical[name]
         found.update(conversion.targets.values())
+        if (pieces := conversion.pieces()) is None:
+            slow.append(conversion)
+        else:
+            direct.update(dict.fromkeys(conversion.targets.values(), pieces))
     missing = sorted({canonical[name] for name in shapes} - found)
-    return NameMap(direct, conversions, dict(copies), missing, left_out)
+    return NameMap(direct, slow, dict(copies), missing, left_out)
 
 
 def _match(

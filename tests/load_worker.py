@@ -15,7 +15,6 @@ from equivalence_cases import Case, case_config
 from load_cases import SEED, LoadCase, cases, facts_of, section_of
 from safetensors.torch import save_file
 
-from engine.checkpoint import persistent_buffers
 from engine.distributed import leave, start_ranks
 from engine.ds_config import resolve_ds_config
 from engine.model import build_model
@@ -46,15 +45,14 @@ def run(case: LoadCase, folder: Path, out_dir: Path, ranks: Any) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in case.frozen)
         engine, parameters, fill = build_engine(config, ds_config, model, weights)
+        stored_bytes = weights.num_bytes
         del weights
-        fill()
+        read = torch.zeros(ranks.world_size, dtype=torch.int64)
+        read[ranks.rank] = fill()
+    dist.all_reduce(read)
     padding = sum(float(values.abs().sum()) for values in _padding(engine, parameters))
     state = gathered(engine, parameters)
-    facts = {
-        "printed": printed.getvalue(),
-        "padding": padding,
-        "names": [n for n, _ in persistent_buffers(model).items()],
-    }
+    facts = {"printed": printed.getvalue(), "padding": padding, "bytes": read.tolist(), "stored_bytes": stored_bytes}
     if ranks.rank == 0:
         save_file({name: value.contiguous() for name, value in state.items()}, out_dir / f"{case.name}.safetensors")
         (out_dir / f"{case.name}.json").write_text(json.dumps(facts))

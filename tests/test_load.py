@@ -11,6 +11,7 @@ from ranks import ROOT, run_ranks
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.ranks
+FILE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -69,4 +70,19 @@ def test_what_ranks_hold_is_what_transformers_loads(case: LoadCase, loaded: tupl
     buffers = {name for name in state if name.startswith("buffer/")}
     assert buffers == {name for name in expected if name.startswith("buffer/")}
     assert all(torch.equal(state[name], expected[name]) for name in buffers)
-    assert json.loads((out_dir / f"{case.name}.json").read_text())["padding"] == 0.0
+    facts = json.loads((out_dir / f"{case.name}.json").read_text())
+    assert facts["padding"] == 0.0
+    if not case.extended and case.source != "qwen2-both-copies" and not (case.frozen and case.stage == 2):
+        assert sum(facts["bytes"]) == facts["stored_bytes"], "each byte is read once, by one rank"
+        uneven = world_size * 4 * len(names)  # shares are rounded up, for each weight
+        assert max(facts["bytes"]) * world_size <= facts["stored_bytes"] + world_size * uneven
+        assert "weights: read 0.00 GB of 0.00 GB" in facts["printed"]
+
+
+def test_all_bytes_of_a_file_are_read(loaded: tuple[Path, int], folders: Path) -> None:
+    out_dir, world_size = loaded
+    if world_size != 2:
+        pytest.skip("runs at two ranks")
+    for name, source in (("llama", "llama"), ("llama-fp16", "llama-fp16"), ("mixtral", "mixtral"), ("gpt2", "gpt2")):
+        size = sum(value.numel() * value.element_size() for value in load_file(folders / source / FILE).values())
+        assert json.loads((out_dir / f"{name}.json").read_text())["stored_bytes"] == size

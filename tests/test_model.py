@@ -47,6 +47,7 @@ def test_fresh_weights_follow_from_the_seed_alone() -> None:
 def test_pretrained_weights_are_the_files(saved: Path) -> None:
     model = whole_model(section(path=str(saved)), "causal_lm", FACTS, 1)
     expected = make_model("llama", packed=False).state_dict()
+    assert model.training, "dropout is on, as in a model that was made here"
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 

@@ -6,6 +6,7 @@ parameters offloaded, DeepSpeedCPUAdam, bf16, activation checkpointing, accumula
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -169,6 +170,26 @@ def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, stra
             assert got[step]["loss"] == expected[step]["loss"]
         else:
             assert got[step]["loss"] == pytest.approx(expected[step]["loss"], rel=0.02)
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(folder: Path) -> None:
+    """Its checkpoint has replaced them: they are neither read nor needed."""
+    import transformers
+
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    model = folder / "starting-model"
+    tokens = len(json.loads((byte_level_folder(folder / "tokenizer") / "tokenizer.json").read_text())["model"]["vocab"])
+    config = transformers.GPT2Config(**sizes, vocab_size=tokens + 8, bos_token_id=1, eos_token_id=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(model)
+    changes: dict[str, Any] = {"model": {"path": str(model)}, "evaluation__eval_every_steps": 9}
+    output = run_ranks(2, "-m", "engine", run_file(folder, "pretrained", duration={"steps": 2}, **changes))
+    assert re.findall(r"weights: read ([\d.]+) GB of ([\d.]+) GB on this rank", output)
+    assert "resuming" not in output
+    (model / "model.safetensors").unlink()
+    output = run_ranks(2, "-m", "engine", run_file(folder, "pretrained", duration={"steps": 4}, **changes))
+    assert "resuming after step 2" in output
+    assert "weights: read" not in output
+    assert sorted(metrics(folder / "pretrained")) == [1, 2, 3, 4]
 
 
 def test_a_finished_run_has_nothing_to_do_and_a_changed_seed_is_refused(folder: Path, straight: Path) -> None:

@@ -17,7 +17,7 @@ def whole_model(section: ModelSection, task: TaskName, facts: StoreFacts, seed: 
 
 
 def fill(model: Any, weights: StartingWeights) -> Any:
-    types = {name: tensor.dtype for name, tensor in weights.stored.items()}
+    types = {name: tensors[0].dtype for name, tensors in weights.stored.items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def exchange(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
