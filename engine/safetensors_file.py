@@ -8,10 +8,12 @@ shapes and byte ranges, then the bytes. What we write opens with the ordinary li
 import json
 import math
 import os
+import queue
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,7 @@ from engine.errors import DataError
 
 BLOCK_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 16 * BLOCK_BYTES
+_BLOCKS_TO_PUSH = 16
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 _DTYPES = {
@@ -107,6 +110,8 @@ class HashingFile:
             rest = rest[written:]
             if self._in_block == BLOCK_BYTES:
                 self._end_block()
+                if len(self._blocks) % _BLOCKS_TO_PUSH == 0:
+                    self._push()
 
     def finish(self) -> FileRecord:
         """Flush to the disk and return what was written."""
@@ -114,6 +119,10 @@ class HashingFile:
             self._end_block()
         os.fsync(self._descriptor)
         return FileRecord(self._path.name, self._size_bytes, tuple(self._blocks))
+
+    def _push(self) -> None:
+        """Have the system begin to write what it has and forget what it has written: the last flush is short then."""
+        os.posix_fadvise(self._descriptor, 0, self._size_bytes, os.POSIX_FADV_DONTNEED)
 
     def _end_block(self) -> None:
         self._blocks.append(self._hash.hexdigest())
@@ -154,13 +163,20 @@ def tensor_chunks(tensor: torch.Tensor, chunk_bytes: int = CHUNK_BYTES) -> Itera
         yield flat[start : start + elements].cpu()
 
 
-def write_safetensors(
-    path: Path, tensors: Iterable[TensorSource], metadata: dict[str, str] | None = None, mode: int = 0o600
-) -> FileRecord:
-    """Write `tensors` to the new file `path` holding one chunk at a time, and fsync it.
+@dataclass(frozen=True)
+class FileLayout:
+    """What a file of given tensors looks like: its first bytes, then these tensors in this order."""
 
-    Larger element sizes come first, as in the library, so that every tensor is aligned. Raises
-    OSError when the file cannot be written and ValueError when a source yields other than it said.
+    head: bytes
+    tensors: list[TensorSource]
+    entries: dict[str, TensorEntry]
+    size_bytes: int
+
+
+def file_layout(name: str, tensors: Iterable[TensorSource], metadata: dict[str, str] | None = None) -> FileLayout:
+    """Lay out the file `name`: larger element sizes first, as in the library, so that every tensor is aligned.
+
+    ValueError for two tensors of one name.
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -168,7 +184,7 @@ def write_safetensors(
     for tensor in ordered:
         end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
         if tensor.name in header:
-            raise ValueError(f"{path.name}: two tensors are called {tensor.name}")
+            raise ValueError(f"{name}: two tensors are called {tensor.name}")
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -177,24 +193,87 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with HashingFile(path, mode) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in ordered:
-            _write_tensor(file, tensor)
+    head = struct.pack("<Q", len(text)) + text
+    entries = {}
+    for tensor in ordered:
+        begin, end = header[tensor.name]["data_offsets"]
+        entries[tensor.name] = TensorEntry(tensor.dtype, tuple(tensor.shape), len(head) + begin, len(head) + end)
+    return FileLayout(head, ordered, entries, len(head) + offset)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Iterable[TensorSource],
+    metadata: dict[str, str] | None = None,
+    mode: int = 0o600,
+    read_ahead: bool = False,
+) -> FileRecord:
+    """Write `tensors` to the new file `path` holding one chunk at a time, and fsync it.
+
+    With `read_ahead` a thread makes the next chunks, two at most, while one is hashed and written.
+    Raises OSError when the file cannot be written and ValueError when a source yields other than it said.
+    """
+    layout = file_layout(path.name, tensors, metadata)
+    chunks = _checked_chunks(layout.tensors)
+    with HashingFile(path, mode) as file, _ahead(chunks) if read_ahead else nullcontext(chunks) as stream:
+        file.write(layout.head)
+        for chunk in stream:
+            file.write(as_bytes(chunk))
         return file.finish()
 
 
-def _write_tensor(file: HashingFile, tensor: TensorSource) -> None:
-    missing = math.prod(tensor.shape)
-    for chunk in tensor.chunks():
-        missing -= chunk.numel()
-        if chunk.dtype != tensor.dtype or missing < 0:
-            raise ValueError(f"{tensor.name}: its source yielded more elements than, or other than, it said")
-        if chunk.numel():
-            # bfloat16 has no numpy type; its bytes do.
-            file.write(chunk.contiguous().view(-1).view(torch.uint8).numpy().data)
-    if missing:
-        raise ValueError(f"{tensor.name}: its source yielded {missing} elements too few")
+def as_bytes(chunk: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor's elements in order."""
+    # bfloat16 has no numpy type; its bytes do.
+    return memoryview(chunk.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _checked_chunks(tensors: Iterable[TensorSource]) -> Iterator[torch.Tensor]:
+    for tensor in tensors:
+        missing = math.prod(tensor.shape)
+        for chunk in tensor.chunks():
+            missing -= chunk.numel()
+            if chunk.dtype != tensor.dtype or missing < 0:
+                raise ValueError(f"{tensor.name}: its source yielded more elements than, or other than, it said")
+            if chunk.numel():
+                yield chunk
+        if missing:
+            raise ValueError(f"{tensor.name}: its source yielded {missing} elements too few")
+
+
+@contextmanager
+def _ahead(chunks: Iterator[torch.Tensor]) -> Iterator[Iterator[torch.Tensor]]:
+    """The same chunks, made by a thread that is up to two of them ahead; what it raises is raised here."""
+    waiting: queue.Queue[torch.Tensor | BaseException | None] = queue.Queue(1)
+    unwanted = threading.Event()
+
+    def fill() -> None:
+        last: BaseException | None = None
+        try:
+            for chunk in chunks:
+                waiting.put(chunk)
+                if unwanted.is_set():
+                    break
+        except BaseException as error:
+            last = error
+        waiting.put(last)
+
+    def drain() -> Iterator[torch.Tensor]:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=fill, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield drain()
+    finally:
+        unwanted.set()
+        while thread.is_alive():  # it may be waiting for room
+            with suppress(queue.Empty):
+                waiting.get(timeout=0.05)
+        thread.join()
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
