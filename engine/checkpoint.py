@@ -153,7 +153,7 @@ def _own_sources(
             zero_state.LiveSlice(name, 0, len(values), values) for name, values in copies.items() if len(values)
         ]
     sources = [
-        TensorSource(f"{kind}/{piece.name}", piece.values.dtype, (len(piece.values),), partial(_stream, piece.values))
+        TensorSource(f"{kind}/{piece.name}", piece.values.dtype, (len(piece.values),), partial(stream, piece.values))
         for kind, pieces in (by_kind | others).items()
         for piece in pieces
     ]
@@ -161,7 +161,7 @@ def _own_sources(
     return sources, [(piece.name, piece.start, piece.stop) for piece in covered]
 
 
-def _stream(values: Tensor) -> Iterator[Tensor]:
+def stream(values: Tensor) -> Iterator[Tensor]:
     """The elements in order, on the CPU. A GPU's go through one pinned buffer, on a stream beside the computation."""
     if values.device.type != "cuda":
         yield from tensor_chunks(values)

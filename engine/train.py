@@ -1,7 +1,7 @@
 """The training loop: what happens in which order, and nothing else."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from engine.run_log import RunLog, Stopwatch, memory_gib
 from engine.saves import Best, Saves
 from engine.schedule import learning_rate
 from engine.tasks import build_batch
+from engine.weights_only import export_end, export_step
 
 
 @dataclass
@@ -93,9 +94,13 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
         best = progress.best_step == progress.step and config.checkpoint.save_best
         if finished or stopping or best or progress.step % save_every == 0:
             save(training, progress, at_once=finished or stopping)
+        if config.export.every_steps and progress.step % config.export.every_steps == 0 and not stopping:
+            _export(export_step, training, progress, log)
         if stopping and not finished:
             raise StoppedError(f"stopped on request after step {progress.step}, checkpoint committed: start again")
     training.saves.close(verify=True)
+    if config.export.at_end:
+        _export(export_end, training, progress, log)
     if progress.step < training.total_steps:
         log.say(
             f"no better {config.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
@@ -193,17 +198,27 @@ def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 def save(training: Training, progress: Progress, at_once: bool) -> None:
     """Save a checkpoint, in the shadow of the next step or `at_once`. All ranks call it."""
-    state = {
+    best = None
+    if progress.best_step == progress.step:
+        assert progress.best_value is not None
+        best = Best(training.config.best_metric, progress.best_value)
+    (training.saves.save_now if at_once else training.saves.begin)(_state(training, progress), best)
+
+
+def _state(training: Training, progress: Progress) -> dict[str, Any]:
+    """All that a checkpoint holds besides weights and moments."""
+    return {
         "step": progress.step,
         "progress": asdict(progress),
         **training.identity,
         "circumstances": training.circumstances,
     }
-    best = None
-    if progress.best_step == progress.step:
-        assert progress.best_value is not None
-        best = Best(training.config.best_metric, progress.best_value)
-    (training.saves.save_now if at_once else training.saves.begin)(state, best)
+
+
+def _export(write: Callable[..., None], training: Training, progress: Progress, log: RunLog) -> None:
+    write(
+        training.engine, training.parameters, training.config, training.store, _state(training, progress), log.say
+    )  # fmt: skip
 
 
 def _evaluate(training: Training) -> dict[str, float]:

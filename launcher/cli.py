@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from engine.config import byte_count
 from engine.errors import INTERNAL, ConfigError
 from launcher.inspect_store import add_arguments as add_inspect_arguments
 from launcher.inspect_store import inspect_store
@@ -183,12 +184,10 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _byte_count(text: str) -> int:
-    """`5GB`, `200MB`, `1_000_000`: decimal units, as Hugging Face counts."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
-    if not number.strip().replace("_", "").isdecimal() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"write a size such as 5GB or 200MB, not {text}")
-    return int(number) * unit
+    try:
+        return byte_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_worker import export_tokens
+from checkpoint_worker import LIVE_SHARD_BYTES, export_tokens
 from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -24,6 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each family a run folder written by two ranks, and its masters gathered by DeepSpeed."""
     folder = tmp_path_factory.mktemp("trained")
     run_ranks(2, WORKER, str(folder), "export")
+    run_ranks(3, WORKER, str(folder), "live")
     return folder
 
 
@@ -89,6 +90,41 @@ def test_logits_equal_those_of_the_engine(trained: Path, tmp_path: Path, family:
         assert torch.equal(ours, theirs)
     else:
         torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-8)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_what_all_ranks_write_together_is_what_one_process_exports(trained: Path, tmp_path: Path, family: str) -> None:
+    """Byte for byte, in the same shards: tied and frozen weights, buffers, labels, configuration, card."""
+    run_dir = trained / family
+    checkpoint = resolve_checkpoint(run_dir)
+    for live, dtype in (("live", "bfloat16"), ("live-3-bfloat16", "bfloat16"), ("live-3-float32", "float32")):
+        if not (run_dir / live).exists():
+            assert live != "live"
+            continue
+        export_checkpoint(checkpoint, run_dir / "model", None, tmp_path / live, dtype, LIVE_SHARD_BYTES, "card")
+        ours = folder_bytes(tmp_path / live)
+        assert len([name for name in ours if name.endswith(".safetensors")]) > 2
+        assert folder_bytes(run_dir / live) == ours
+
+
+def test_a_family_of_another_layout_is_left_to_the_checkpoints_export(trained: Path) -> None:
+    assert not (trained / "mixtral" / "live").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_the_disk_did_not_keep_is_not_published(trained: Path, rank: int) -> None:
+    run_dir = trained / "llama"
+    failed, taken = json.loads((run_dir / f"live-{rank}.json").read_text())
+    assert (failed[0], failed[2]) == ("StorageError", 74)
+    assert "model.safetensors: bytes " in failed[1]
+    assert "are not what was written" in failed[1]
+    assert (taken[0], taken[2]) == ("CannotWriteError", 73)
+    assert not (run_dir / "damaged").exists()
+    assert not list(run_dir.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "t5-classification"])
