@@ -11,7 +11,7 @@ import yaml
 from data_prep.config import ChatConfig, DataConfig, Format, ShapeName, SourceConfig
 from data_prep.source_files import FORMATS
 from data_prep.work import Task
-from engine.config import CheckpointSection, RunConfig
+from engine.config import CheckpointSection, ExportSection, RunConfig
 from engine.ds_config import nvme_path, resolve_ds_config
 from launcher.cli import _parse
 
@@ -43,10 +43,14 @@ def test_every_example_is_part_of_a_data_section(block: str) -> None:
     assert set(shown["data"]) <= set(given)
 
 
-@pytest.mark.parametrize("block", blocks((ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"), "yaml"))
-def test_the_checkpoint_section_shown_is_complete(block: str) -> None:
-    section = CheckpointSection.model_validate(yaml.safe_load(block)["checkpoint"])
-    assert section.model_fields_set == set(CheckpointSection.model_fields)
+@pytest.mark.parametrize(
+    ("page", "name", "kind"),
+    [("checkpoints.md", "checkpoint", CheckpointSection), ("export.md", "export", ExportSection)],
+)
+def test_the_section_shown_is_complete(page: str, name: str, kind: type[CheckpointSection | ExportSection]) -> None:
+    (block,) = blocks((ROOT / "docs" / page).read_text(encoding="utf-8"), "yaml")
+    section = kind.model_validate(yaml.safe_load(block)[name])
+    assert section.model_fields_set == set(kind.model_fields)
 
 
 def test_the_ways_to_keep_states_on_nvme_come_to_the_same(tmp_path: Path) -> None:
@@ -97,6 +101,7 @@ def test_every_key_of_the_data_section_is_explained() -> None:
         "docs/tokenizers.md",
         "docs/formats.md",
         "docs/checkpoints.md",
+        "docs/export.md",
         "docs/import.md",
         "docs/nvme.md",
     ],
