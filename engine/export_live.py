@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from engine.hf_folder import (
     check_shard,
     copy_files,
     empty_model,
+    num_bytes,
     plan_shards,
     read_config,
     stored_names,
@@ -48,6 +49,7 @@ from engine.safetensors_file import (
     write_file,
 )
 
+_GIB = 2.0**30
 _LOG = logging.getLogger(__name__)
 #: What one rank wrote in one piece: file, byte offset, length, hash.
 Piece = tuple[str, int, int, str]
@@ -62,13 +64,17 @@ def export_live(
     dtype: str,
     max_shard_bytes: int,
     card: str,
+    check_owner: Callable[[], None] = lambda: None,
+    replace: bool = False,
 ) -> bool:
     """Write the weights as they are now as a folder that `from_pretrained` loads alone, whole or not at all.
 
     `model_dir` holds config.json; the other arguments are those of `export_checkpoint`. Returns
     False, having written nothing, for a family that is stored in another layout than its modules':
-    its checkpoints can be exported. Raises CannotWriteError for an `out_dir` that holds something,
-    StorageError on all ranks when one cannot write, or the disk holds something else than was written.
+    its checkpoints can be exported. With `replace` it takes the place of an older folder. What
+    `check_owner` raises on rank 0 just before it is published, all raise. Raises CannotWriteError for
+    an `out_dir` that holds something, StorageError on all ranks when one cannot write, there is no
+    room, or the disk holds something else than was written.
     """
     target = weight_dtype(dtype)
     values, config = agree(lambda: read_config(model_dir))
@@ -80,7 +86,7 @@ def export_live(
         if this_rank() == 0:
             _LOG.warning("%s is stored in another layout than its modules': export a checkpoint of it", architecture)
         return False
-    temporary = Path(from_rank_0(lambda: str(_begin(out_dir, shards))))
+    temporary = Path(from_rank_0(lambda: str(_begin(out_dir, shards, replace))))
     try:
         places = _places(model, shards)
         pieces = agree(lambda: _write_own(engine, parameters, buffers, temporary, places))
@@ -96,8 +102,8 @@ def export_live(
             copy_files(model_dir, tokenizer_dir, temporary)
             write_file(temporary / "README.md", card.encode(), mode=FOLDER_MODE)
             fsync_folder(temporary)
-            temporary.rename(out_dir)
-            fsync_folder(out_dir.parent)
+            check_owner()
+            _publish(temporary, out_dir)
 
         from_rank_0(publish)
     except FulltuneError:
@@ -114,12 +120,17 @@ def _described(parameters: Mapping[str, Parameter], buffers: Mapping[str, Tensor
     return {name: TensorSource(name, kind, shape, lambda: iter(())) for name, (kind, shape) in whole.items()}
 
 
-def _begin(out_dir: Path, shards: list[Shard]) -> Path:
+def _begin(out_dir: Path, shards: list[Shard], replace: bool) -> Path:
     """Make the files at their full sizes, with their heads, in a temporary folder."""
-    check_free(out_dir)
+    if not replace:
+        check_free(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     for stale in out_dir.parent.glob(f".tmp-{out_dir.name}-*"):
         shutil.rmtree(stale)
+    system = os.statvfs(out_dir.parent)
+    free, needed = system.f_bavail * system.f_frsize, sum(num_bytes(t) for shard in shards for t in shard.tensors)
+    if free < needed:  # before the last free bytes are taken from the next checkpoint
+        raise StorageError(f"{out_dir}: {needed / _GIB:.2f} GiB of weights do not fit: {free / _GIB:.2f} GiB are free")
     temporary = out_dir.with_name(f".tmp-{out_dir.name}-{secrets.token_hex(4)}")
     temporary.mkdir()
     for shard in shards:
@@ -127,6 +138,21 @@ def _begin(out_dir: Path, shards: list[Shard]) -> Path:
         write_file(temporary / shard.file, layout.head, mode=FOLDER_MODE)
         os.truncate(temporary / shard.file, layout.size_bytes)
     return temporary
+
+
+def _publish(temporary: Path, out_dir: Path) -> None:
+    """Give the finished folder its name; an older one of that name goes away once it is replaced."""
+    aside = out_dir.with_name(f".tmp-{out_dir.name}-replaced")
+    if out_dir.is_dir():
+        out_dir.rename(aside)
+    try:
+        temporary.rename(out_dir)
+    except OSError:
+        if aside.is_dir():
+            aside.rename(out_dir)
+        raise
+    fsync_folder(out_dir.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _places(model: Any, shards: list[Shard]) -> dict[str, tuple[str, int, torch.dtype]]:
@@ -170,6 +196,9 @@ def _write_own(
                 offset += len(data)
         for descriptor in descriptors.values():
             os.fsync(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(folder)  # a failed write knows its descriptor only
+        raise
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)

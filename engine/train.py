@@ -217,7 +217,8 @@ def _state(training: Training, progress: Progress) -> dict[str, Any]:
 
 def _export(write: Callable[..., None], training: Training, progress: Progress, log: RunLog) -> None:
     write(
-        training.engine, training.parameters, training.config, training.store, _state(training, progress), log.say
+        training.engine, training.parameters, training.config, training.store, _state(training, progress), log.say,
+        training.saves.check_owner,
     )  # fmt: skip
 
 

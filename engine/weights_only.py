@@ -1,23 +1,22 @@
 """Models to use, made while training: at their own cadence and at the end. All ranks call every function here."""
 
-import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.nn import Parameter
 
 from data_prep.token_store import TokenStore
-from engine.agreement import from_rank_0, this_rank
+from engine.agreement import from_rank_0
+from engine.checkpoint_files import step_of
 from engine.config import RunConfig
 from engine.errors import StorageError
 from engine.export import export_checkpoint, resolve_checkpoint
 from engine.export_live import export_live
 from engine.model_card import model_card
-
-_LOG = logging.getLogger(__name__)
 
 
 def export_step(
@@ -27,6 +26,7 @@ def export_step(
     store: TokenStore,
     state: Mapping[str, Any],
     say: Callable[[str], None],
+    check_owner: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the weights after ``state["step"]`` into ``run_dir/weights/step-...`` and keep the newest `export.keep`.
 
@@ -34,13 +34,12 @@ def export_step(
     """
     out_dir = config.run_dir / "weights" / f"step-{state['step']:08d}"
     try:
-        from_rank_0(lambda: shutil.rmtree(out_dir, ignore_errors=True))  # of a part of the run that was lost
-        _export(engine, parameters, config, store, state, say, out_dir)
+        _export(engine, parameters, config, store, state, say, check_owner, out_dir)
     except StorageError as error:
-        if this_rank() == 0:
-            _LOG.warning("no weights written after step %d: %s; training goes on", state["step"], error)
+        say(f"warning: no weights written after step {state['step']}: {error}; training goes on")
+        return
     if config.export.keep is not None:
-        from_rank_0(lambda: _prune(out_dir.parent, config.export.keep or 1))
+        from_rank_0(partial(_prune, out_dir.parent, int(state["step"]), config.export.keep))
 
 
 def export_end(
@@ -50,18 +49,24 @@ def export_end(
     store: TokenStore,
     state: Mapping[str, Any],
     say: Callable[[str], None],
+    check_owner: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the trained model into ``run_dir/export``, unless it is there. The last checkpoint must be published."""
+    """Write the trained model into ``run_dir/export``, in place of an older one. The last checkpoint must be published.
+
+    StorageError when it cannot be written: the checkpoint is there, and starting again tries again.
+    """
     out_dir = config.run_dir / "export"
-    if from_rank_0(lambda: out_dir.is_dir() and any(out_dir.iterdir())):
-        return
-    if _export(engine, parameters, config, store, state, say, out_dir):
+    if _export(engine, parameters, config, store, state, say, check_owner, out_dir):
         return
 
     def from_checkpoint() -> None:
+        # This family's bytes cannot be written by slices.
+        if out_dir.is_dir():
+            shutil.rmtree(out_dir)
         card = model_card(config.run_dir, config.model_dump(mode="json"), state, store.manifest)
+        checkpoint = resolve_checkpoint(config.run_dir, int(state["step"]))
         export_checkpoint(
-            resolve_checkpoint(config.run_dir), config.run_dir / "model", store.tokenizer_dir, out_dir,
+            checkpoint, config.run_dir / "model", store.tokenizer_dir, out_dir,
             config.export.dtype, config.export.max_shard_size, card,
         )  # fmt: skip
 
@@ -75,20 +80,23 @@ def _export(
     store: TokenStore,
     state: Mapping[str, Any],
     say: Callable[[str], None],
+    check_owner: Callable[[], None],
     out_dir: Path,
 ) -> bool:
     started = time.perf_counter()
     card = model_card(config.run_dir, config.model_dump(mode="json"), state, store.manifest)
     written = export_live(
         engine, parameters, config.run_dir / "model", store.tokenizer_dir, out_dir.absolute(), config.export.dtype,
-        config.export.max_shard_size, card,
+        config.export.max_shard_size, card, check_owner, replace=True,
     )  # fmt: skip
     if written:
         say(f"weights after step {state['step']} written to {out_dir} in {time.perf_counter() - started:.1f} s")
     return written
 
 
-def _prune(folder: Path, keep: int) -> None:
-    present = sorted(folder.glob("step-*"))
-    for path in present[: max(0, len(present) - keep)]:
-        shutil.rmtree(path)
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` up to `step`; later ones are of a lost future and will be replaced."""
+    present = sorted(path for path in folder.glob("step-*") if 0 <= step_of(path.name) <= step)
+    for path in present[:-keep]:
+        renamed = path.rename(path.with_name(f".tmp-{path.name}-pruned"))  # half of it must not look like a whole
+        shutil.rmtree(renamed, ignore_errors=True)
