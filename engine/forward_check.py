@@ -30,14 +30,15 @@ def check_forward(folder: Path, reader: CheckpointReader, model: Any, dtype: tor
         return
     kind = type(model)
     theirs = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    written, parameters = _logits(theirs), dict(theirs.named_parameters())
+    written, opened = _logits(theirs), dict((*theirs.named_parameters(), *theirs.named_buffers()))
     ours = kind._from_config(model.config)  # as from_pretrained makes it, with the same attention
     for name, value in (*ours.named_parameters(), *ours.named_buffers()):
         if name in reader.weights:
-            is_parameter = isinstance(value, torch.nn.Parameter)
             values = reader.read_weight(name, 0, value.numel()).view(value.shape)
-            value.data = values.to(dtype) if is_parameter else values
-            if is_parameter and not torch.equal(parameters[name], value):
+            stored = values.to(dtype) if isinstance(value, torch.nn.Parameter) else values
+            # What is opened in a type of its own (buffers, some modules in fp32) computes in that.
+            value.data = stored.to(opened[name].dtype)
+            if not torch.equal(opened[name], value):
                 raise StorageError(f"{folder}: {name} opens as something else than what the checkpoint holds")
     ours.tie_weights()
     if not torch.allclose(_logits(ours), written, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]):

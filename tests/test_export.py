@@ -1,18 +1,30 @@
 """Export: the folder loads with transformers alone and computes what the gathered weights compute."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_worker import LIVE_SHARD_BYTES, export_tokens
-from ranks import run_ranks
+from ranks import ROOT, run_ranks
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError
+from engine.checkpoint_files import FORMAT, KINDS, MANIFEST, STATE, describe, seal
+from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError, StorageError
 from engine.export import export_checkpoint, resolve_checkpoint
+from engine.safetensors_file import BLOCK_BYTES, TensorSource, tensor_chunks, write_file, write_safetensors
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 FAMILIES = ("llama", "gpt2", "qwen2", "t5-classification", "bert-classification", "mixtral")
@@ -60,7 +72,7 @@ def reference(trained: Path, family: str, dtype: torch.dtype) -> torch.nn.Module
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_exported_model_computes_what_the_gathered_weights_compute(
     trained: Path, tmp_path: Path, family: str, dtype: str
 ) -> None:
@@ -204,6 +216,87 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(trained: Path, tm
         export_checkpoint(checkpoint, model_dir, None, out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def large_checkpoint(run_dir: Path, layers: int) -> Path:
+    """A checkpoint as one rank writes it, of a Llama whose layers hold 25 MB each in fp32; its moments are zero."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=3328, num_hidden_layers=layers, num_attention_heads=8
+    )
+    config.save_pretrained(run_dir / "model")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    folder = run_dir / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    file = "slices-00000-of-00001.safetensors"
+    flat = {name: value.detach().view(-1) for name, value in model.named_parameters()}
+    sources = [
+        TensorSource(f"{kind}/{name}", torch.float32, (len(value),), partial(tensor_chunks, given))
+        for kind in KINDS
+        for name, value in flat.items()
+        for given in [value if kind == "master" else torch.zeros(1).expand(len(value))]
+    ]
+    records = [write_safetensors(folder / file, sources), write_file(folder / STATE, b"{}")]
+    fields = {
+        "format": FORMAT, "step": 1, "optimizer_steps": 1, "run_id": "", "architecture": "LlamaForCausalLM",
+        "block_bytes": BLOCK_BYTES, "frozen": {}, "buffers": {},
+        "trained": {name: describe(torch.float32, tuple(value.shape)) for name, value in model.named_parameters()},
+        "slices": {file: [(name, 0, len(value)) for name, value in flat.items()]},
+        "files": {record.name: [record.size_bytes, record.blocks] for record in records},
+    }  # fmt: skip
+    write_file(folder / MANIFEST, seal(fields).encode())
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, dtype: str) -> None:
+    """Models of 200 and 400 MB in fp32, exported by processes of their own: the same few chunks at a time."""
+    peaks = []
+    for layers in (8, 16):
+        checkpoint = large_checkpoint(tmp_path / str(layers), layers)
+        script, out = Path(__file__).with_name("export_memory.py"), tmp_path / f"{layers}-out"
+        command = [sys.executable, script, checkpoint, tmp_path / str(layers) / "model", out, dtype]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout.split()[-1]))
+        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        assert size > layers * 12_000_000
+    assert max(peaks) < 400
+    assert peaks[1] < peaks[0] + 60
+
+
+def test_an_export_killed_before_it_is_published_is_not_there_and_a_later_one_is(trained: Path, tmp_path: Path) -> None:
+    run_dir, out = trained / "llama", tmp_path / "out"
+    program = (
+        "import os, sys, engine.export as export\n"
+        "from pathlib import Path\n"
+        "checkpoint, model, out = map(Path, sys.argv[1:])\n"
+        "export.copy_files = lambda *_: os.kill(os.getpid(), 9)\n"
+        "export.export_checkpoint(checkpoint, model, None, out)\n"
+    )
+    arguments = (resolve_checkpoint(run_dir), run_dir / "model", out)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp-out-")
+    assert (left / "model.safetensors").is_file()
+    export_checkpoint(*arguments[:2], None, out)
+    load_alone(out, "llama", torch.bfloat16)
+
+
+def test_a_bit_that_the_disk_does_not_keep_is_found_before_anything_is_published(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 16
+        path.write_bytes(data)
+
+    monkeypatch.setattr("engine.hf_folder.drop_cache", spoil)
+    run_dir = trained / "gpt2"
+    with pytest.raises(StorageError, match=r"model\.safetensors: damaged.*nothing was published"):
+        export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resolve_names_what_there_is(trained: Path) -> None:
