@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from engine.checkpoint_reader import CheckpointReader
@@ -29,6 +30,7 @@ def check_forward(folder: Path, reader: CheckpointReader, model: Any, dtype: tor
         _LOG.info("%s: forward pass not compared: %d MB of weights", folder.name, size_bytes // 10**6)
         return
     kind = type(model)
+    transformers.utils.logging.disable_progress_bar()
     theirs = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
     written, opened = _logits(theirs), dict((*theirs.named_parameters(), *theirs.named_buffers()))
     ours = kind._from_config(model.config)  # as from_pretrained makes it, with the same attention
@@ -54,5 +56,7 @@ def _logits(model: Any) -> Tensor:
     if end is not None and 0 <= end < config.vocab_size:
         tokens[-1] = end  # where some classifiers read
     with torch.no_grad():
-        output: Tensor = model.eval()(input_ids=tokens[None]).logits
+        output: Tensor = model.eval()(
+            input_ids=tokens[None], attention_mask=torch.ones(1, _TOKENS, dtype=torch.long)
+        ).logits
     return output
