@@ -72,7 +72,7 @@ def reference(trained: Path, family: str, dtype: torch.dtype) -> torch.nn.Module
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exported_model_computes_what_the_gathered_weights_compute(
     trained: Path, tmp_path: Path, family: str, dtype: str
 ) -> None:
@@ -137,6 +137,18 @@ def test_what_the_disk_did_not_keep_is_not_published(trained: Path, rank: int) -
     assert (taken[0], taken[2]) == ("CannotWriteError", 73)
     assert not (run_dir / "damaged").exists()
     assert not list(run_dir.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5-classification"])
+def test_half_precision_is_the_masters_rounded_once(trained: Path, tmp_path: Path, family: str) -> None:
+    """Of T5, transformers opens some modules in fp32 all the same: the forward check must not mistake that."""
+    run_dir = trained / family
+    export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", None, tmp_path / "out", "float16")
+    stored, masters = load_file(tmp_path / "out" / "model.safetensors"), load_file(trained / f"{family}.safetensors")
+    assert stored
+    for name, value in stored.items():
+        assert value.dtype == torch.float16
+        assert torch.equal(value, masters[name].half()), name
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "t5-classification"])
