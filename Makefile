@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-deps demo test test-unit lint format clean
+.PHONY: help setup bench-deps demo test test-unit test-faults lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ test: $(STAMP) ## all tests; real DeepSpeed on 2 CPU ranks where ranks matter
 	@$(BIN)/python -m pytest
 
 test-unit: $(STAMP) ## the tests that start no ranks (a few minutes)
-	@$(BIN)/python -m pytest -m "not ranks"
+	@$(BIN)/python -m pytest -m "not ranks and not faults"
+
+test-faults: $(STAMP) ## long campaigns of kills, failing storage and damage; FULLTUNE_FAULT_SEED, FULLTUNE_FAULT_ROUNDS
+	@FULLTUNE_ALL_TESTS=1 $(BIN)/python -m pytest -m faults -s tests/test_faults.py
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(BIN)/ruff check .

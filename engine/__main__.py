@@ -107,8 +107,12 @@ class _RankRecord:
 
     def end(self, code: int, message: str) -> None:
         """Say how it ended."""
-        if self._folder is not None:
+        if self._folder is None:
+            return
+        try:
             self._write({"rank": self._rank, "code": code, "phase": self.phase, "message": message})
+        except OSError as error:  # a full disk must not change the exit code
+            print(f"rank {self._rank}: cannot record how it ended: {error}", file=sys.stderr, flush=True)
 
     @property
     def is_read(self) -> bool:

@@ -119,6 +119,7 @@ def finish_save(pending: PendingSave) -> tuple[Path, list[FileRecord]]:
     except FulltuneError:
         if this_rank() == 0:
             shutil.rmtree(pending.temporary, ignore_errors=True)
+        from_rank_0(pending.owner.check)  # a newer start has removed our files: then that is what to tell
         raise
     return pending.path, records
 

@@ -160,6 +160,7 @@ class Saves:
         if self._verifying is None:
             return
         (path, verdict), self._verifying = self._verifying, None
+        from_rank_0(self._owner.check)  # what a newer start has made of the folder is not ours to remove
         try:
             agree(verdict.result)
         except DataError as error:

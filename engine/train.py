@@ -1,13 +1,14 @@
 """The training loop: what happens in which order, and nothing else."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
@@ -132,7 +133,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     training.received.clear()
-    losses, padding, tokens = [], 0, 0
+    losses, padding, tokens, used = [], 0, 0, 0
     size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens)
     micro_batches = split_rows(training.rows, rows, ranks.world_size, size)
     for number, parts in enumerate(micro_batches):
@@ -140,6 +141,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
             config.trained_task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0])
         )
         padding, tokens = padding + batch.num_padding, tokens + batch.num_tokens
+        used += rows_hash(batch.rows)
         batch = batch.to(ranks.device)
         watch.mark("data")
         torch.manual_seed(micro_batch_seed(config.seed, progress.step, number, ranks.rank))
@@ -150,8 +152,9 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         watch.mark("backward")
     sums = torch.stack(losses).tolist()
     missing = _parameters_without_gradient(training)
-    total_loss, total_tokens, total_padding, stops, any_missing, verifying = ranks.sum(
-        [sum(sums), tokens, padding, float(stop.asked), float(len(missing)), float(training.saves.is_verifying)]
+    verifies = training.saves.is_verifying
+    total_loss, total_tokens, total_padding, total_used, stops, any_missing, verifying = ranks.sum(
+        [sum(sums), tokens, padding, used, float(stop.asked), float(len(missing)), float(verifies)]
     )
     if not math.isfinite(total_loss):
         _stop_for_loss(training, progress, sums, micro_batches)
@@ -186,9 +189,15 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         "padding_fraction": total_padding / (total_tokens + total_padding),
         "epoch": progress.row_position / training.rows.epoch_rows,
         "tokens": float(progress.tokens),
+        "rows_hash": total_used,
         **memory_gib(),
     }
     return figures, stops > 0
+
+
+def rows_hash(rows: Iterable[int]) -> int:
+    """A sum that identifies a set of rows however ranks and micro-batches share it; exact in fp64 up to 2^21 rows."""
+    return sum(xxhash.xxh3_64_intdigest(row.to_bytes(8, "little")) & 0xFFFFFFFF for row in rows)
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
