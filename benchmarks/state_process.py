@@ -26,7 +26,7 @@ def phase_model(arguments: Arguments) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from engine.safetensors_file import TensorSource, write_safetensors
+    from engine.safetensors_writer import TensorSource, write_safetensors
 
     folder = Path(arguments["model"])
     folder.mkdir(parents=True)

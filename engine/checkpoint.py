@@ -25,12 +25,10 @@ from engine import zero_state
 from engine.agreement import agree, all_gather_json, from_rank_0, num_ranks, this_rank
 from engine.checkpoint_files import FORMAT, KINDS, MANIFEST, STATE, describe, parse_manifest, seal
 from engine.errors import FulltuneError
-from engine.safetensors_file import (
-    BLOCK_BYTES,
+from engine.safetensors_file import BLOCK_BYTES, FileRecord, check_size
+from engine.safetensors_writer import (
     CHUNK_BYTES,
-    FileRecord,
     TensorSource,
-    check_size,
     fsync_folder,
     tensor_chunks,
     write_file,

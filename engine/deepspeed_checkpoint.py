@@ -14,7 +14,8 @@ from pathlib import Path
 
 from engine.deepspeed_files import ModelFile, OptimizerFile, read_model_file, read_optimizer_file
 from engine.errors import DataError, MissingInputError, RefusedForSecurityError
-from engine.safetensors_file import TensorSource, read_file
+from engine.safetensors_file import read_file
+from engine.safetensors_writer import TensorSource
 from engine.stored_tensors import Flat, StoredTensor, joined_source, verify_storages, whole_source
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")

@@ -20,7 +20,7 @@ from engine.hf_folder import (
     write_config,
     write_weights,
 )
-from engine.safetensors_file import TensorSource
+from engine.safetensors_writer import TensorSource
 
 _LOG = logging.getLogger(__name__)
 _NAMES_TOLD = 4

@@ -29,7 +29,7 @@ from engine.hf_folder import (
     write_config,
     write_weights,
 )
-from engine.safetensors_file import TensorSource, write_file
+from engine.safetensors_writer import TensorSource, write_file
 
 _CHUNK_ELEMENTS = 8 * 2**20
 

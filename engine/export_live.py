@@ -38,16 +38,8 @@ from engine.hf_folder import (
     write_config,
     write_index,
 )
-from engine.safetensors_file import (
-    TensorSource,
-    as_bytes,
-    drop_cache,
-    file_layout,
-    fsync_folder,
-    opened,
-    read_into,
-    write_file,
-)
+from engine.safetensors_file import drop_cache, opened, read_into
+from engine.safetensors_writer import TensorSource, as_bytes, file_layout, fsync_folder, write_file
 
 _GIB = 2.0**30
 _LOG = logging.getLogger(__name__)

@@ -31,16 +31,8 @@ from engine.errors import (
     RefusedForSecurityError,
     StorageError,
 )
-from engine.safetensors_file import (
-    FileRecord,
-    TensorSource,
-    drop_cache,
-    fsync_folder,
-    read_header,
-    verify_blocks,
-    write_file,
-    write_safetensors,
-)
+from engine.safetensors_file import FileRecord, drop_cache, read_header, verify_blocks
+from engine.safetensors_writer import TensorSource, fsync_folder, write_file, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

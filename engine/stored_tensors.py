@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine.errors import DataError
 from engine.range_reader import Wanted, read_ranges
-from engine.safetensors_file import CHUNK_BYTES, TensorSource, opened, read_into
+from engine.safetensors_file import opened, read_into
+from engine.safetensors_writer import CHUNK_BYTES, TensorSource
 
 _FILES_AT_ONCE = 4
 _READ_BYTES = 16 << 20

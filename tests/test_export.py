@@ -24,7 +24,8 @@ from transformers import (
 from engine.checkpoint_files import FORMAT, KINDS, MANIFEST, STATE, describe, seal
 from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError, StorageError
 from engine.export import export_checkpoint, resolve_checkpoint
-from engine.safetensors_file import BLOCK_BYTES, TensorSource, tensor_chunks, write_file, write_safetensors
+from engine.safetensors_file import BLOCK_BYTES
+from engine.safetensors_writer import TensorSource, tensor_chunks, write_file, write_safetensors
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 FAMILIES = ("llama", "gpt2", "qwen2", "t5-classification", "bert-classification", "mixtral")

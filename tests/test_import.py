@@ -21,7 +21,7 @@ from engine.deepspeed_checkpoint import DeepSpeedCheckpoint, open_deepspeed
 from engine.deepspeed_files import _MODEL_KEYS, _OPTIMIZER_KEYS
 from engine.deepspeed_import import import_checkpoint
 from engine.errors import CannotWriteError, DataError, MissingInputError, RefusedForSecurityError
-from engine.safetensors_file import TensorSource
+from engine.safetensors_writer import TensorSource
 from engine.torch_archive import Opaque, TorchFile, read_torch_file
 from launcher.cli import main
 
