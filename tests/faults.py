@@ -106,7 +106,8 @@ class Job:
     def __init__(
         self, run_file: Path, world_size: int, rules: str = "", launcher: bool = False, program: tuple[str, ...] = ()
     ):
-        self.run_dir = run_file.with_suffix("")
+        self._run_file = run_file
+        self._children: set[int] = set()
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=run_file.parent))
         self.log, self._output = folder / "faults.log", folder / "output.txt"
         environment = rank_environment(world_size) | {"OMP_NUM_THREADS": "1"}
@@ -154,13 +155,19 @@ class Job:
         return any(process.poll() is None for process in self.processes)
 
     def pids(self) -> list[int]:
-        """All its living processes, a launcher's children included; started ones first."""
-        found = [process.pid for process in self.processes if process.poll() is None]
-        for pid in found:
+        """Its living processes, a launcher's children included, also when it has left them; started ones first."""
+        for parent in [process.pid for process in self.processes]:
             with contextlib.suppress(OSError):
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    found.extend(int(child) for child in (task / "children").read_text().split())
-        return found
+                for task in Path(f"/proc/{parent}/task").iterdir():
+                    self._children |= {int(child) for child in (task / "children").read_text().split()}
+        started = [process.pid for process in self.processes if process.poll() is None]
+        return started + sorted(pid for pid in self._children if self._is_ours(pid))
+
+    def _is_ours(self, pid: int) -> bool:
+        try:  # empty for one that has ended and waits to be collected
+            return str(self._run_file).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
 
     def kill(self, pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
         for pid in pids:
@@ -180,16 +187,12 @@ class Job:
 
     def end(self, grace_seconds: float = 0) -> None:
         """Kill what is left, at once or after some time to leave by itself, as a scheduler does."""
-        everyone = self.pids()
         deadline = time.monotonic() + grace_seconds
-        while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in self.pids()):
+        while time.monotonic() < deadline and self.pids():
             time.sleep(0.05)
-        self.kill(list({*everyone, *self.pids()}))
-        for process in self.processes:
-            process.wait()
-        for pid in everyone:  # children of a launcher that was killed are nobody's to wait for
-            while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
-                time.sleep(0.02)
+        while self.pids():
+            self.kill(self.pids())
+            time.sleep(0.05)
         for segment in Path("/dev/shm").glob(f"deepspeed_*_{self._port}_*"):
             segment.unlink(missing_ok=True)
 
