@@ -39,11 +39,13 @@ class Meter:
         self.before_bytes = self.peak_bytes = self._anonymous_bytes()
         self._read_before = self._rchar()
         self._sampler.start()
+        self._cpu_before = time.process_time()
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.seconds = self.elapsed()
+        self.cpu_seconds = time.process_time() - self._cpu_before
         self._ended.set()
         self._sampler.join()
         self.peak_bytes = max(self.peak_bytes, self._anonymous_bytes())
@@ -58,9 +60,10 @@ class Meter:
         return time.perf_counter() - self._started
 
     def report(self) -> dict[str, float]:
-        """Seconds; bytes read; peak and lasting growth of anonymous memory in MB."""
+        """Seconds; CPU seconds of all threads; bytes read; peak and lasting growth of anonymous memory in MB."""
         return {
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "read_bytes": self.read_bytes,
             "peak_mb": (self.peak_bytes - self.before_bytes) / 1e6,
             "kept_mb": (self.after_bytes - self.before_bytes) / 1e6,
