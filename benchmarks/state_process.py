@@ -9,8 +9,8 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,35 +63,71 @@ def _tiles(pool: Any, count: int) -> Iterator[Any]:
 
 
 def phase_export(arguments: Arguments) -> dict[str, Any]:
-    """A checkpoint as a Hugging Face folder in fp32, as `fulltune export` writes it; then without waiting for the disk.
+    """A checkpoint as a Hugging Face folder in fp32, as `fulltune export` writes it; also without parts of the work.
 
     The first time gives the memory, what is imported on the way included; the others the time.
     """
     from engine.export import export_checkpoint
 
     checkpoint, model_dir, out = Path(arguments["checkpoint"]), Path(arguments["model_dir"]), Path(arguments["out"])
-    meters = []
-    for number in range(2 * arguments["rounds"] + 1):
+
+    def export(without: Callable[[], AbstractContextManager[None]]) -> Meter:
         shutil.rmtree(out, ignore_errors=True)
-        with without_fsync() if number % 2 else nullcontext(), Meter() as meter:
+        with without(), Meter() as meter:
             export_checkpoint(checkpoint, model_dir, None, out, "float32")
-        meters.append(meter)
+        return meter
+
+    first = export(nullcontext)
+    whole, unsynced, unverified = [], [], []
+    for _ in range(arguments["rounds"]):
+        unsynced.append(export(without_fsync).seconds)
+        unverified.append(export(without_verification).seconds)
+        whole.append(export(nullcontext))
     return {
-        "seconds": statistics.median(meter.seconds for meter in meters[2::2]),
-        "unsynced_seconds": statistics.median(meter.seconds for meter in meters[1::2]),
-        "peak_mb": meters[0].report()["peak_mb"],
-        "later_peak_mb": max(meter.report()["peak_mb"] for meter in meters[1:]),
+        "seconds": statistics.median(meter.seconds for meter in whole),
+        "cpu_seconds": statistics.median(meter.cpu_seconds for meter in whole),
+        "unsynced_seconds": statistics.median(unsynced),
+        "unverified_seconds": statistics.median(unverified),
+        "peak_mb": first.report()["peak_mb"],
+        "later_peak_mb": max(meter.report()["peak_mb"] for meter in whole),
         "out_bytes": folder_bytes(out),
     }
 
 
+@contextmanager
+def without_verification() -> Iterator[None]:
+    """Neither the checkpoint's hashes are compared, nor is what was written read back and computed with."""
+    import engine.export
+    import engine.hf_folder
+    from engine.checkpoint_reader import CheckpointReader
+    from engine.range_reader import read_ranges
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (CheckpointReader, "read_into", lambda _self, wanted: read_ranges(wanted)),
+        (CheckpointReader, "verify_rest", lambda *_: None),
+        (engine.hf_folder, "_read_back", lambda *_: None),
+        (engine.export, "check_forward", lambda *_: None),
+    ]
+    real = [getattr(owner, name) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(replaced, real, strict=True):
+            setattr(owner, name, value)
+
+
 def phase_zero_to_fp32(arguments: Arguments) -> dict[str, Any]:
-    """DeepSpeed's own conversion of its own checkpoint of the same state; then until its files are on the disk."""
+    """DeepSpeed's own conversion of its own checkpoint of the same state; then until its files are on the disk.
+
+    As for the exports, the first one gives the memory, later ones the time.
+    """
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     out = Path(arguments["out"])
-    seconds, unsynced, peaks = [], [], []
-    for _ in range(arguments["rounds"]):
+    meters, unsynced = [], []
+    for _ in range(arguments["rounds"] + 1):
         shutil.rmtree(out, ignore_errors=True)
         with Meter() as meter:
             convert_zero_checkpoint_to_fp32_state_dict(arguments["checkpoint"], str(out), safe_serialization=True)
@@ -100,12 +136,14 @@ def phase_zero_to_fp32(arguments: Arguments) -> dict[str, Any]:
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-        seconds.append(meter.seconds)
-        peaks.append(meter.report()["peak_mb"])
+        meters.append(meter)
     return {
-        "seconds": statistics.median(seconds), "unsynced_seconds": statistics.median(unsynced), "peak_mb": peaks[0],
+        "seconds": statistics.median(meter.seconds for meter in meters[1:]),
+        "cpu_seconds": statistics.median(meter.cpu_seconds for meter in meters[1:]),
+        "unsynced_seconds": statistics.median(unsynced[1:]),
+        "peak_mb": meters[0].report()["peak_mb"],
         "out_bytes": folder_bytes(out),
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ they were read for. What a rank holds (partitions, masters, gradients, moments) 
 
 Saving: seconds in which training stands still, at the begin of a save and before the next update, while its files are
 written, flushed to the disk and read back beside forward and backward; DeepSpeed's save_checkpoint of the same state
-does not flush. Exporting: fp32 shards from warm files, verification included; both sides until the files are on the
-disk, and in "unsynced" without waiting for it."""
+does not flush. Exporting: fp32 shards from warm files, both sides until the files are on the disk, ours until they
+have been read back from it and compared, too; models of less than 150 MB are also opened and computed with. The first
+export of a process, with all that it imports, gives the memory, later ones the time."""
 
 GOALS: Goals = {
     "read_fraction": ("bytes read by a rank, as a share of model / ranks", "<= 1.01", 1.01, False),
@@ -41,9 +42,20 @@ GOALS: Goals = {
     "stall_s": ("training stands still for a save, s", "<= 0.3", 0.3, False),
     "stall_vs_deepspeed": ("DeepSpeed's save_checkpoint beside it", ">= 5", 5.0, True),
     "bytes_per_parameter": ("bytes of a checkpoint per trained parameter", "<= 12.1", 12.1, False),
-    "export_extra_mb": ("peak of an export without its largest tensor, MB", "<= 500", 500.0, False),
+    "export_extra_mb": (
+        "peak of an export without its largest tensor, MB, the larger of two models",
+        "<= 500",
+        500.0,
+        False,
+    ),
     "export_vs_zero_to_fp32": ("export to fp32 beside zero_to_fp32", ">= 1", 1.0, True),
-    "export_growth": ("MB more of it for each MB more of output", "about 0", 0.05, False),
+    "export_vs_zero_to_fp32_unsynced": ("the same without waiting for the disk", "", 0.0, True),
+    "export_vs_zero_to_fp32_unverified": (
+        "the same without verification, of which zero_to_fp32 has none",
+        "",
+        0.0,
+        True,
+    ),
     "verification_share": ("a resume with hashes beside one without, minus 1", "<= 0.10", 0.10, False),
     "resume_extra_tensors": ("peak while resuming beyond what is kept, in largest tensors", "<= 1", 1.0, False),
     "seek_1e9_s": ("rows and micro-batches of any step of 10^9 tokens, s", "< 1", 1.0, False),
