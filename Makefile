@@ -21,7 +21,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@launcher/install.sh $(BIN)/python
 	@touch $@
 
-bench-deps: $(STAMP) ## install what benchmarks/prepare.py compares with (trl, gigatoken)
+bench-deps: $(STAMP) ## install what benchmarks/ compares with (trl, gigatoken, accelerate)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-input --no-build-isolation -e '.[bench]' -c constraints.txt
 
 demo: $(STAMP) ## train a small model from nothing on this machine: corpus to generated text
@@ -39,8 +39,8 @@ test-cluster: $(STAMP) ## the tests on a real Slurm of two nodes, started here (
 test-cluster-short: $(STAMP) ## the shorter of them, skipped where no cluster can be started
 	@$(BIN)/python -m pytest -rs -m "cluster and not long"
 
-test-faults: $(STAMP) ## kill, stop and starve real ranks in every way there is (about an hour)
-	@$(BIN)/python -m pytest -m faults
+test-faults: $(STAMP) ## long campaigns: kills, hangs, failing storage, damage; FULLTUNE_FAULT_SEED, FULLTUNE_FAULT_ROUNDS
+	@FULLTUNE_ALL_TESTS=1 $(BIN)/python -m pytest -m faults -s
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(BIN)/ruff check .

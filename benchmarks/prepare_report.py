@@ -18,8 +18,9 @@ CPU seconds are user + system of a process and all it started. Start-up does not
 throughput, for both sides alike: fulltune's is the same command on one record; TRL's its imports, its tokenizer and
 the preparation of one record; of a raw tokenizer only the encoding itself counts. One worker, one thread; medians."""
 
-#: figure: what it is, the goal in words, and whether a value reaches it
-GOALS: dict[str, tuple[str, str, float, bool]] = {
+#: figure: what it is, the goal in words, its bound, and whether the figure has to be at least that (or at most)
+Goals = dict[str, tuple[str, str, float, bool]]
+GOALS: Goals = {
     "text_vs_ceiling": ("plain text beside raw encode_batch_fast", ">= 0.90", 0.90, True),
     "chat_vs_trl": ("chat beside TRL, same tokenizer library", ">= 2.5", 2.5, True),
     "chat_fast_vs_trl": ("chat with gigatoken beside TRL", ">= 15", 15.0, True),
@@ -49,14 +50,15 @@ GOALS: dict[str, tuple[str, str, float, bool]] = {
 }
 
 
-def print_table(figures: dict[str, Any]) -> None:
+def print_table(figures: dict[str, Any], goals: Goals = GOALS) -> None:
     """Figures beside their goals."""
-    for name, what, value, goal, verdict in _lines(figures):
+    for name, what, value, goal, verdict in judged(figures, goals):
         print(f"{name:30s} {value:>10s}  {goal:10s} {verdict:6s} {what}")
 
 
-def _lines(figures: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
-    for name, (what, goal, bound, at_least) in GOALS.items():
+def judged(figures: dict[str, Any], goals: Goals) -> Iterator[tuple[str, str, str, str, str]]:
+    """Each figure's name, what it is, its value, its goal, and whether it reaches that."""
+    for name, (what, goal, bound, at_least) in goals.items():
         if name not in figures:
             continue
         value = figures[name]
@@ -100,15 +102,15 @@ def write_report(
             " between them. GPT-2 vocabulary, a ChatML template with `{% generation %}`.",
             width=118,
         ),
-        _markdown(
+        markdown(
             ("figure", "what", "value", "goal", "met"),
-            [(name, what, value, goal, verdict) for name, what, value, goal, verdict in _lines(figures)],
+            [(name, what, value, goal, verdict) for name, what, value, goal, verdict in judged(figures, GOALS)],
         ),
-        _markdown(
+        markdown(
             ("fulltune, whole process", "CPU s", "s", "peak MB", "documents", "tokens"),
             [_measured(name, usages) for name, usages in runs.items()],
         ),
-        _markdown(
+        markdown(
             ("peer, without start-up", "CPU s", "tokens"),
             [(name, f"{found['seconds']:.2f}", found["tokens"]) for name, found in peers.items()],
         ),
@@ -118,7 +120,8 @@ def write_report(
     print(f"recorded in {path}")
 
 
-def _markdown(heads: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+def markdown(heads: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
+    """A table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
@@ -143,10 +146,10 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores {model}, {gib:.0f} GiB, Python {platform.python_version()}"
 
 
-def versions() -> str:
+def versions(names: Sequence[str] = ("numpy", "tokenizers", "transformers", "datasets", "trl", "gigatoken")) -> str:
     """Versions of what was compared."""
     found = []
-    for name in ("numpy", "tokenizers", "transformers", "datasets", "trl", "gigatoken"):
+    for name in names:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

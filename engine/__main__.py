@@ -72,10 +72,13 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal) 
     heartbeat.enter("import")
     import torch
 
+    from engine.ds_config import needs_async_io
     from engine.prebuild import load_ops_once
 
-    load_ops_once(os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available())
+    uses_gpus = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    load_ops_once(uses_gpus, needs_async_io(config))
     from engine.distributed import start_ranks
+    from engine.nvme_state import remove_swap_files
     from engine.setup import quiet_libraries, set_up
     from engine.train import train
 
@@ -93,6 +96,7 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal) 
         raise
     finally:
         log.close()
+        remove_swap_files(training.engine.optimizer)
     heartbeat.enter("end")
     import torch.distributed as dist
 

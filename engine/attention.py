@@ -25,6 +25,11 @@ PACKED_ATTENTION = "fulltune_packed"
 # What some models pass that changes the scores; computing without it would be silently wrong.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias")
 
+
+class CannotPackError(NotImplementedError):
+    """This model asks packed attention for something that it cannot compute."""
+
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -50,13 +55,13 @@ def packed_attention(
     """query (1, H, N, D), key and value (1, K, N, D); returns ((1, N, H, D), None).
 
     `cu_seq_lens_q` (D + 1,) int32 holds the documents' borders, `max_length_q` the longest one.
-    Raises NotImplementedError for score changes this kernel does not know, ValueError without borders.
+    Raises CannotPackError for score changes this kernel does not know, and without borders.
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"packed attention does not implement `{name}` of {type(module).__name__}")
+            raise CannotPackError(f"packed attention does not implement `{name}` of {type(module).__name__}")
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
-        raise ValueError(f"{type(module).__name__} hides document borders from attention: documents would mix")
+        raise CannotPackError(f"{type(module).__name__} hides document borders from attention: documents would mix")
     causal = bool(getattr(module, "is_causal", True))
     if sliding_window is not None and (not causal or sliding_window >= max_length_q):
         sliding_window = None

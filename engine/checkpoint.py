@@ -25,12 +25,10 @@ from engine import zero_state
 from engine.agreement import agree, all_gather_json, from_rank_0, num_ranks, this_rank
 from engine.checkpoint_files import FORMAT, KINDS, MANIFEST, STATE, describe, parse_manifest, seal
 from engine.errors import FulltuneError
-from engine.safetensors_file import (
-    BLOCK_BYTES,
+from engine.safetensors_file import BLOCK_BYTES, FileRecord, check_size
+from engine.safetensors_writer import (
     CHUNK_BYTES,
-    FileRecord,
     TensorSource,
-    check_size,
     fsync_folder,
     tensor_chunks,
     write_file,
@@ -119,6 +117,7 @@ def finish_save(pending: PendingSave) -> tuple[Path, list[FileRecord]]:
     except FulltuneError:
         if this_rank() == 0:
             shutil.rmtree(pending.temporary, ignore_errors=True)
+        from_rank_0(pending.owner.check)  # a newer start has removed our files: then that is what to tell
         raise
     return pending.path, records
 
@@ -153,7 +152,7 @@ def _own_sources(
             zero_state.LiveSlice(name, 0, len(values), values) for name, values in copies.items() if len(values)
         ]
     sources = [
-        TensorSource(f"{kind}/{piece.name}", piece.values.dtype, (len(piece.values),), partial(_stream, piece.values))
+        TensorSource(f"{kind}/{piece.name}", piece.values.dtype, (len(piece.values),), partial(stream, piece.values))
         for kind, pieces in (by_kind | others).items()
         for piece in pieces
     ]
@@ -161,7 +160,7 @@ def _own_sources(
     return sources, [(piece.name, piece.start, piece.stop) for piece in covered]
 
 
-def _stream(values: Tensor) -> Iterator[Tensor]:
+def stream(values: Tensor) -> Iterator[Tensor]:
     """The elements in order, on the CPU. A GPU's go through one pinned buffer, on a stream beside the computation."""
     if values.device.type != "cuda":
         yield from tensor_chunks(values)

@@ -85,15 +85,6 @@ class CheckpointReader:
         read_ranges(self.wanted(self.manifest.tensors_of(name)[0], start, values))
         return values
 
-    def verify_weights(self) -> None:
-        """DataError unless the blocks that hold masters, frozen parameters and buffers are as written."""
-        for file, header in self._headers.items():
-            blocks: set[int] = set()
-            for tensor, entry in header.items():
-                if not tensor.startswith("exp_avg"):
-                    blocks |= set(range(entry.begin // BLOCK_BYTES, -(-entry.end // BLOCK_BYTES)))
-            verify_blocks(self.path / file, self.manifest.files[file], sorted(blocks))
-
     def verify_rest(self, share: int = 0, shares: int = 1) -> None:
         """Check what nobody reads by range: the state, and this share of the files' headers. DataError."""
         verify_blocks(self.path / STATE, self.manifest.files[STATE])

@@ -30,6 +30,19 @@ def _path_from_text(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
 
 
+def byte_count(text: str) -> int:
+    """`5GB`, `200MB`, `1_000_000` as bytes, in decimal units as Hugging Face counts. Raises ValueError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
+    if not number.strip().replace("_", "").isdecimal() or int(number) < 1:
+        raise ValueError(f"write a size such as 5GB or 200MB, not {text}")
+    return int(number) * unit
+
+
+def _bytes_from_text(value: Any) -> Any:
+    return byte_count(value) if isinstance(value, str) else value
+
+
 FilePath = Annotated[Path, BeforeValidator(_path_from_text)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -142,6 +155,18 @@ class CheckpointSection(Section):
         return self
 
 
+class ExportSection(Section):
+    at_end: bool = Field(False, description="write the trained model as a Hugging Face folder into run_dir/export")
+    every_steps: PositiveInt | None = Field(
+        None, description="also each so many steps into run_dir/weights: a model to look at, not to resume from"
+    )
+    keep: PositiveInt | None = Field(None, description="newest folders of run_dir/weights to keep; null: all")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the weights")
+    max_shard_size: Annotated[int, BeforeValidator(_bytes_from_text)] = Field(
+        5 * 1000**3, gt=0, description="largest file, as 5GB or 200MB"
+    )
+
+
 class LogSection(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
     log_every_steps: PositiveInt = Field(1, description="print a progress line each so many steps")
@@ -161,8 +186,13 @@ class RunConfig(Section):
     deepspeed: str = Field(
         "zero3_offload", description="a shipped configuration by name (see ds_configs/), or a DeepSpeed JSON's path"
     )
+    nvme_path: FilePath | None = Field(
+        None,
+        description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
+    )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection = ExportSection()
     log: LogSection = LogSection()
 
     @property

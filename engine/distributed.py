@@ -142,7 +142,10 @@ class RunFolder:
         self._lock = lock
         self.generation = int(self._owner().get("generation", 0)) + 1
         self.run_id = self.recorded_run_id() or known_run_id(self.path) or secrets.token_hex(8)
-        self._write_owner()
+        try:
+            self._write_owner()
+        except OSError as error:
+            raise CannotWriteError(f"run_dir: cannot write into {self.path}: {error.strerror}") from error
 
     def recorded_run_id(self) -> str:
         """Which run this folder is of, by what it says itself; "" for a new one."""

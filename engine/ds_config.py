@@ -15,12 +15,14 @@ from typing import Any
 from engine.config import RunConfig
 from engine.errors import ConfigError, MissingInputError
 
+#: Optimizer states on NVMe: master and two moments in fp32.
+NVME_BYTES_PER_PARAMETER = 12
 # Top-level keys that pass through, besides the ones the run file owns.
 _PASS_THROUGH = frozenset(
     "bf16 fp16 data_types communication_data_type zero_optimization zero_allow_untested_optimizer "
     "zero_force_ds_cpu_optimizer torch_autocast bf16_master_weights_and_grads prescale_gradients "
     "gradient_predivide_factor comms_logger flops_profiler wall_clock_breakdown memory_breakdown dump_state "
-    "disable_python_gc log_level steps_per_print timers seq_parallel_communication_data_type".split()
+    "disable_python_gc log_level steps_per_print timers seq_parallel_communication_data_type aio".split()
 )
 _REFUSED = {
     "scheduler": "the learning rate is a function of the step: set optimizer.schedule in the run file",
@@ -29,7 +31,6 @@ _REFUSED = {
     "csv_monitor": "the run folder's metrics.jsonl holds these figures",
     "wandb": "not supported; the run folder's metrics.jsonl holds these figures",
     "checkpoint": "checkpoints are fulltune's own: set the run file's checkpoint section",
-    "aio": "offload to NVMe is not supported yet: use device cpu",
     "compile": "DeepCompile does not work with unmanaged accumulation",
     "tensor_parallel": "tensor parallel training is not supported",
     "zenflow": "ZenFlow changes the optimization trajectory",
@@ -41,6 +42,7 @@ _REFUSED = {
         "removed in DeepSpeed 0.19.8",
     ),
 }
+_AIO_KEYS = frozenset("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split())
 # Keys of zero_optimization that 0.19.8 knows (those of the refused features left out).
 _ZERO_KEYS = frozenset(
     "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions "
@@ -107,6 +109,7 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     _check_top_level(given, name)
     _check_shapes(given, name)
     _check_zero(given.get("zero_optimization", {}), name)
+    _check_aio(given.get("aio") or {}, name)
     if given.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{name}: `fp16.enabled`: loss scaling is not supported; use bf16")
     owned: dict[str, Any] = {
@@ -132,7 +135,25 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": given.get("steps_per_print") or 2**31 - 1,
         "wall_clock_breakdown": given.get("wall_clock_breakdown", False),
     }
-    return passed | owned | fixed
+    return _resolve_nvme_path(passed, config, name) | owned | fixed
+
+
+def _resolve_nvme_path(given: dict[str, Any], config: RunConfig, name: str) -> dict[str, Any]:
+    """The same with the NVMe path written out, which the run file or the JSON gives."""
+    zero = given.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device") != "nvme":
+        return given
+    theirs, ours = offload.get("nvme_path", "auto"), config.nvme_path
+    where = f"{name}: `zero_optimization.offload_optimizer.nvme_path`"
+    if theirs == "auto" and ours is None:
+        raise ConfigError(f"{where} is missing: give `nvme_path` in the run file, a folder on a local SSD of each node")
+    if theirs not in ("auto", str(ours)) and ours is not None:
+        raise ConfigError(f"{where} is {theirs} and `nvme_path` in the run file {ours}: remove one of them")
+    path = str(ours) if theirs == "auto" else theirs
+    if not isinstance(path, str) or not Path(path).is_absolute():
+        raise ConfigError(f"{where} must be an absolute path, not {path!r}")
+    return given | {"zero_optimization": zero | {"offload_optimizer": offload | {"nvme_path": path}}}
 
 
 def _check_top_level(given: dict[str, Any], name: str) -> None:
@@ -150,7 +171,7 @@ def _check_top_level(given: dict[str, Any], name: str) -> None:
 
 def _check_shapes(given: dict[str, Any], name: str) -> None:
     """Sections are objects, and "auto" stands only where the run file has a value for it."""
-    for key in ("bf16", "fp16", "zero_optimization", "data_types", "optimizer"):
+    for key in ("bf16", "fp16", "zero_optimization", "data_types", "optimizer", "aio"):
         if key in given and not isinstance(given[key], dict):
             raise ConfigError(f"{name}: `{key}` is a section such as {{...}}, not {given[key]!r}")
     zero = given.get("zero_optimization", {})
@@ -163,7 +184,7 @@ def _check_shapes(given: dict[str, Any], name: str) -> None:
         raise ConfigError(f"{name}: `bf16.check_grad_overflow` false would let a bad gradient into the weights")
     owned = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
     for dotted, value in _leaves({key: value for key, value in given.items() if key not in (*owned, "optimizer")}):
-        if value == "auto":
+        if value == "auto" and dotted != "zero_optimization.offload_optimizer.nvme_path":
             raise ConfigError(f'{name}: `{dotted}` is "auto", which only other trainers fill in: write a number')
 
 
@@ -187,18 +208,52 @@ def _check_zero(zero: dict[str, Any], name: str) -> None:
             raise ConfigError(f"{where}.{key}` is unknown{f'; did you mean `{near[0]}`?' if near else ''}")
     if zero.get("compute_grad_norm") is False:
         raise ConfigError(f"{where}.compute_grad_norm` false would let a bad gradient into the weights: remove it")
-    for key in ("offload_optimizer", "offload_param"):
-        offload = zero.get(key) or {}
-        if offload.get("device", "none") not in ("none", "cpu"):
-            raise ConfigError(f"{where}.{key}.device` must be none or cpu: resuming from {offload['device']} is wrong")
-        if offload.get("super_offload"):
-            raise ConfigError(f"{where}.{key}.super_offload` is not supported")
-    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
+    _check_offload(zero["stage"], zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}, where)
+
+
+def _check_offload(stage: int, optimizer: dict[str, Any], parameters: dict[str, Any], where: str) -> None:
+    if optimizer.get("device", "none") not in ("none", "cpu", "nvme"):
+        raise ConfigError(f"{where}.offload_optimizer.device` must be none, cpu or nvme, not {optimizer['device']!r}")
+    if parameters.get("device", "none") not in ("none", "cpu"):
+        raise ConfigError(
+            f"{where}.offload_param.device` must be none or cpu, not {parameters['device']!r}: only optimizer states "
+            "can be on NVMe"
+        )
+    if optimizer.get("super_offload"):
+        raise ConfigError(f"{where}.offload_optimizer.super_offload` is not supported")
+    if optimizer.get("ratio", 1.0) != 1.0:
         raise ConfigError(
             f"{where}.offload_optimizer.ratio` must be 1: below it DeepSpeed 0.19.8 loses the other half's state"
         )
-    if (zero.get("offload_param") or {}).get("device", "none") != "none" and zero["stage"] != 3:
+    if parameters.get("device", "none") != "none" and stage != 3:
         raise ConfigError(f"{where}.offload_param` needs stage 3")
+    if optimizer.get("device") != "nvme":
+        return
+    if stage != 3:
+        raise ConfigError(f"{where}.offload_optimizer.device` nvme needs stage 3")
+    # Master, gradient and two moments of the sub-group at work, of the one being read, of the one being written.
+    needed = 4 * (1 + bool(optimizer.get("pipeline_read")) + bool(optimizer.get("pipeline_write")))
+    count = optimizer.get("buffer_count", 4)
+    if not isinstance(count, int) or count < needed:
+        raise ConfigError(f"{where}.offload_optimizer.buffer_count` must be at least {needed} here, not {count!r}")
+
+
+def _check_aio(aio: dict[str, Any], name: str) -> None:
+    """DeepSpeed does not notice when the disk refuses a read or write, so nothing it would refuse may be asked."""
+    for key, value in aio.items():
+        where = f"{name}: `aio.{key}`"
+        if key not in _AIO_KEYS:
+            near = difflib.get_close_matches(key, _AIO_KEYS, n=1)
+            raise ConfigError(f"{where} is unknown{f'; did you mean `{near[0]}`?' if near else ''}")
+        if key in ("single_submit", "overlap_events", "use_gds"):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{where} is true or false, not {value!r}")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where} must be a positive integer, not {value!r}")
+    if aio.get("block_size", 4096) % 4096:
+        raise ConfigError(f"{name}: `aio.block_size` must be a multiple of 4096, not {aio['block_size']}")
+    if aio.get("use_gds"):
+        raise ConfigError(f"{name}: `aio.use_gds` is not supported: optimizer states go through host memory")
 
 
 def _check_optimizer(section: Any, config: RunConfig, name: str) -> None:
@@ -219,6 +274,27 @@ def _check_optimizer(section: Any, config: RunConfig, name: str) -> None:
 
 
 def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
-    """Whether optimizer states live in host memory."""
+    """Whether the CPU updates the optimizer states, which live in host memory or on NVMe."""
     offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    return bool(offload.get("device", "none") == "cpu")
+    return offload.get("device", "none") in ("cpu", "nvme")
+
+
+def nvme_path(ds_config: dict[str, Any]) -> Path | None:
+    """Where a resolved configuration keeps optimizer states on NVMe; None when it does not."""
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
+
+
+def with_nvme_path(ds_config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A resolved configuration with another folder for optimizer states on NVMe."""
+    zero = ds_config["zero_optimization"]
+    return ds_config | {
+        "zero_optimization": zero | {"offload_optimizer": zero["offload_optimizer"] | {"nvme_path": str(path)}}
+    }
+
+
+def needs_async_io(config: RunConfig) -> bool:
+    """Whether DeepSpeed needs its op for NVMe. MissingInputError, ConfigError as `read_ds_config`."""
+    zero = read_ds_config(config.deepspeed).get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(offload, dict) and offload.get("device") == "nvme"

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.checkpoint_files import best_checkpoint, list_checkpoints, step_of
 from engine.checkpoint_reader import CheckpointReader
 from engine.errors import DataError, MissingInputError
+from engine.forward_check import check_forward
 from engine.hf_folder import (
     DEFAULT_SHARD_BYTES,
+    FOLDER_MODE,
     check_free,
     copy_files,
     empty_model,
@@ -26,7 +29,9 @@ from engine.hf_folder import (
     write_config,
     write_weights,
 )
-from engine.safetensors_file import CHUNK_BYTES, TensorSource
+from engine.safetensors_writer import TensorSource, write_file
+
+_CHUNK_ELEMENTS = 8 * 2**20
 
 
 def resolve_checkpoint(run_dir: Path, step: int | None = None, best: bool = False) -> Path:
@@ -56,18 +61,20 @@ def export_checkpoint(
     out_dir: Path,
     dtype: str = "bfloat16",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Write the checkpoint as a folder that `from_pretrained` loads alone.
 
     `model_dir` holds config.json and perhaps generation_config.json; the tokenizer's files are
-    copied. `dtype` is bfloat16, float16 or float32. The folder appears when it is complete.
+    copied. `dtype` is bfloat16, float16 or float32, `card` the text of README.md. The folder appears
+    when it is complete and has been read back.
     Raises CannotWriteError for an `out_dir` that holds something, DataError for a damaged
     checkpoint or one that is not of this model, StorageError when writing fails.
     """
     target = weight_dtype(dtype)
     check_free(out_dir)
     reader = CheckpointReader(checkpoint_dir)
-    reader.verify_weights()
+    reader.verify_rest()
     values, config = read_config(model_dir)
     architecture = reader.manifest.architecture
     model = empty_model(config, architecture, reader.path)
@@ -77,6 +84,9 @@ def export_checkpoint(
         write_weights(model, weights, folder, target, max_shard_bytes)
         write_config(values, folder, architecture, dtype)
         copy_files(model_dir, tokenizer_dir, folder)
+        if card is not None:
+            write_file(folder / "README.md", card.encode(), mode=FOLDER_MODE)
+        check_forward(folder, reader, model, target)
 
 
 def _check_names(reader: CheckpointReader, model: Any) -> None:
@@ -91,12 +101,15 @@ def _check_names(reader: CheckpointReader, model: Any) -> None:
 
 
 def _source(reader: CheckpointReader, name: str) -> TensorSource:
-    """The tensor `name` of the checkpoint in the type it was saved in, read a chunk at a time."""
+    """The tensor `name` of the checkpoint in the type it was saved in, read a chunk at a time, hashes compared."""
     entry = reader.weights[name]
+    tensor = reader.manifest.tensors_of(name)[0]
 
     def chunks() -> Iterator[Tensor]:
-        count, step = math.prod(entry.shape), CHUNK_BYTES // 4
-        for start in range(0, count, step):
-            yield reader.read_weight(name, start, min(count, start + step))
+        count = math.prod(entry.shape)
+        for start in range(0, count, _CHUNK_ELEMENTS):
+            values = torch.empty(min(count - start, _CHUNK_ELEMENTS), dtype=entry.dtype)
+            reader.read_into(reader.wanted(tensor, start, values))
+            yield values
 
     return TensorSource(name, entry.dtype, entry.shape, chunks)

@@ -11,20 +11,32 @@ import logging
 import math
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError, StorageError
-from engine.safetensors_file import TensorSource, fsync_folder, write_file, write_safetensors
+from engine.errors import (
+    CannotWriteError,
+    ConfigError,
+    DataError,
+    MissingInputError,
+    RefusedForSecurityError,
+    StorageError,
+)
+from engine.safetensors_file import FileRecord, drop_cache, read_header, verify_blocks
+from engine.safetensors_writer import TensorSource, fsync_folder, write_file, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_MODE = 0o666  # these folders are for others to read; the umask decides
+FOLDER_MODE = 0o666  # these folders are for others to read; the umask decides
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt",
@@ -72,7 +84,8 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
 def read_config(model_dir: Path) -> tuple[dict[str, Any], Any]:
     """The values in `model_dir`'s config.json, and transformers' configuration made from them.
 
-    Raises MissingInputError if it is not there, DataError if transformers cannot read it.
+    Raises MissingInputError if it is not there, DataError if transformers cannot read it,
+    RefusedForSecurityError if it wants code of its own.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -84,6 +97,8 @@ def read_config(model_dir: Path) -> tuple[dict[str, Any], Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise MissingInputError(f"{path}: no such file; the model's configuration is needed") from None
     except (ValueError, OSError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise RefusedForSecurityError(f"{path}: the model brings its own code, which is never run") from None
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from error
     return values, config
 
@@ -113,36 +128,98 @@ def model_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return shapes | {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in persistent}
 
 
-def write_weights(
-    model: Any, weights: Mapping[str, TensorSource], folder: Path, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    """Write model.safetensors, or shards and their index, into `folder`.
+@dataclass(frozen=True)
+class Shard:
+    """A file of weights still to be written: its name, and its tensors under the names that others look for."""
 
-    `weights` has a source for each name of `model_shapes(model)`; parameters are written as `dtype`,
-    buffers in their own type. Raises OSError.
+    file: str
+    tensors: list[TensorSource]
+
+
+def plan_shards(
+    model: Any, weights: Mapping[str, TensorSource], dtype: torch.dtype, max_shard_bytes: int
+) -> list[Shard] | None:
+    """The files of a folder for `model`, an empty one; None for a family that is stored in another layout.
+
+    `weights` has a source for each name of `model_shapes(model)`; parameters become `dtype`, buffers
+    keep their own type.
     """
-    names = _stored_names(model)
-    buffers = {name for name, _ in model.named_buffers()}
+    names = stored_names(model)
     if names is None:
-        _LOG.warning("%s is stored in another layout than its modules': written in memory", type(model).__name__)
-        _save_in_memory(model, weights, folder, dtype, max_shard_bytes)
-        return
+        return None
+    buffers = {name for name, _ in model.named_buffers()}
     sources = [
         _as_stored(weights[name], stored, weights[name].dtype if name in buffers else dtype)
         for stored, name in names.items()
     ]
-    shards = _shards(sources, max_shard_bytes)
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard, mode=_MODE)
-        where |= {source.name: file for source in shard}
+    parts = _shards(sources, max_shard_bytes)
+    if len(parts) == 1:
+        return [Shard("model.safetensors", parts[0])]
+    return [
+        Shard(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part) for number, part in enumerate(parts, start=1)
+    ]
+
+
+def write_weights(
+    model: Any, weights: Mapping[str, TensorSource], folder: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Write model.safetensors, or shards and their index, into `folder`, and read back what the disk then holds.
+
+    See `plan_shards` for the arguments. Each file is read back while the next one is written. Raises
+    OSError, and StorageError when a file does not hold what was written.
+    """
+    shards = plan_shards(model, weights, dtype, max_shard_bytes)
+    if shards is None:
+        _LOG.warning("%s is stored in another layout than its modules': written in memory", type(model).__name__)
+        _save_in_memory(model, weights, folder, dtype, max_shard_bytes)
+        return
+    total = sum(num_bytes(tensor) for shard in shards for tensor in shard.tensors)
+    shown = sys.stderr.isatty()
+    with ThreadPoolExecutor(1) as pool, tqdm(total=total, unit="B", unit_scale=True, disable=not shown) as bar:
+        checks = []
+        for shard in shards:
+            record = write_safetensors(folder / shard.file, shard.tensors, mode=FOLDER_MODE, read_ahead=True)
+            checks.append(pool.submit(_read_back, folder, record, shard))
+            bar.update(sum(map(num_bytes, shard.tensors)))
+        for check in checks:
+            check.result()
+    write_index(folder, shards)
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Write the index of several files; one file needs none."""
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(_num_bytes, sources))}, "weight_map": where}
-        _write_json(folder / "model.safetensors.index.json", index)
+        where = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+        total = sum(num_bytes(tensor) for shard in shards for tensor in shard.tensors)
+        write_json_file(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+        )
 
 
-def _stored_names(model: Any) -> dict[str, str] | None:
+def check_shard(path: Path, shard: Shard) -> None:
+    """StorageError unless the file at `path` has the shard's tensors, with their types and shapes."""
+    try:
+        found = {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
+    except DataError as error:
+        raise StorageError(f"{error}; nothing was published") from error
+    expected = {tensor.name: (tensor.dtype, tuple(tensor.shape)) for tensor in shard.tensors}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise StorageError(f"{path}: holds {name} as {found.get(name)}, not as {expected.get(name)}")
+
+
+def _read_back(folder: Path, record: FileRecord, shard: Shard) -> None:
+    """Compare a written file with its hashes, from the disk and not from memory, and its tensors with the plan."""
+    path = folder / shard.file
+    drop_cache(path)
+    try:
+        verify_blocks(path, record)
+    except DataError as error:
+        raise StorageError(f"{error}; nothing was published") from error
+    check_shard(path, shard)
+
+
+def stored_names(model: Any) -> dict[str, str] | None:
     """The names that `save_pretrained` would write, each with the first name of its parameter or buffer.
 
     Of tied weights it keeps one, and not always the one that PyTorch names first. None when it
@@ -169,7 +246,8 @@ def _as_stored(source: TensorSource, stored: str, dtype: torch.dtype) -> TensorS
     return TensorSource(stored, dtype, source.shape, chunks)
 
 
-def _num_bytes(source: TensorSource) -> int:
+def num_bytes(source: TensorSource) -> int:
+    """Bytes of a tensor in a file."""
     return math.prod(source.shape) * source.dtype.itemsize
 
 
@@ -178,11 +256,11 @@ def _shards(sources: Sequence[TensorSource], max_shard_bytes: int) -> list[list[
     shards: list[list[TensorSource]] = [[]]
     size = 0
     for source in sources:
-        if shards[-1] and size + _num_bytes(source) > max_shard_bytes:
+        if shards[-1] and size + num_bytes(source) > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(source)
-        size += _num_bytes(source)
+        size += num_bytes(source)
     return shards
 
 
@@ -205,11 +283,12 @@ def write_config(values: Mapping[str, Any], folder: Path, architecture: str, dty
     """Write config.json: `values` with this architecture and dtype, without links to code or places."""
     kept = {key: value for key, value in values.items() if key not in ("torch_dtype", "auto_map", "_name_or_path")}
     (folder / "config.json").unlink(missing_ok=True)
-    _write_json(folder / "config.json", kept | {"architectures": [architecture], "dtype": dtype})
+    write_json_file(folder / "config.json", kept | {"architectures": [architecture], "dtype": dtype})
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(), mode=_MODE)
+def write_json_file(path: Path, values: Mapping[str, Any]) -> None:
+    """Write readable JSON for others to read."""
+    write_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(), mode=FOLDER_MODE)
 
 
 def copy_files(model_dir: Path, tokenizer_dir: Path | None, folder: Path) -> None:
@@ -224,4 +303,4 @@ def copy_files(model_dir: Path, tokenizer_dir: Path | None, folder: Path) -> Non
     for path in wanted:
         if path.is_file():
             (folder / path.name).unlink(missing_ok=True)
-            write_file(folder / path.name, path.read_bytes(), mode=_MODE)
+            write_file(folder / path.name, path.read_bytes(), mode=FOLDER_MODE)

@@ -1,4 +1,4 @@
-"""Builds the Hugging Face model a run trains: from safetensors or from a configuration, nothing else."""
+"""Which Hugging Face model a run trains: its configuration, and the model without or with its weights."""
 
 import difflib
 import os
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
-from engine.attention import PACKED_ATTENTION, find_leak, register_packed_attention
-from engine.batches import Batch
+from engine.attention import PACKED_ATTENTION, register_packed_attention
 from engine.config import ModelSection, TaskName
+from engine.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
-from engine.tasks import auto_class, causal_logits
-from engine.vocabulary import MADE_ROWS, Extension, extend_vocabulary, read_extension
+from engine.isolation import check_isolation
+from engine.model_files import read_model_files
+from engine.starting_weights import StartingWeights
+from engine.tasks import auto_class
+from engine.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 
 
 @dataclass(frozen=True)
@@ -57,39 +58,58 @@ def model_folder(section: ModelSection) -> Path | None:
         ) from error
 
 
-def build_model(section: ModelSection, task: TaskName, facts: StoreFacts, seed: int) -> Any:
-    """The model on the CPU with its starting weights, identical on every rank.
+def build_model(
+    section: ModelSection, task: TaskName, facts: StoreFacts, seed: int, needs_weights: bool = True
+) -> tuple[Any, StartingWeights]:
+    """The model, and where its starting weights come from: the same on every rank. No communication.
 
-    Weights keep the precision of their file (fp32 ones become exact fp32 masters); fresh ones are
-    fp32 from `seed`. Raises DataError when model and store do not fit together.
+    The parameters of a pretrained model are on the meta device: of its files only the headers were
+    read and checked, and heads that they lack were made, in fp32 from `seed`. With ``init: random``
+    the model is whole on the CPU, in fp32 from `seed`, and its weights are its own values. Without
+    `needs_weights` (a checkpoint has them) no weight is made and no weight file touched.
+    Raises DataError when model, files and store do not fit together.
     """
     folder = model_folder(section)
     extension = _extension(facts)
-    model_config = _model_config(section, folder, facts, extension)
+    config = _model_config(section, folder, facts, extension)
     if task == "causal_lm":
         register_packed_attention()
     options = {"attn_implementation": PACKED_ATTENTION} if task == "causal_lm" else {}
-    torch.manual_seed(seed)
+    pretrained = section.init == "pretrained"
+    stored = read_model_files(folder, config) if folder is not None and pretrained and needs_weights else {}
     try:
-        if section.init == "random":
-            model = auto_class(task).from_config(model_config, dtype=torch.float32, **options)
+        if pretrained or not needs_weights:
+            dtype = main_type(config, stored) if pretrained else torch.float32
+            model = empty_model(config, task, folder if pretrained else None, options, dtype)
         else:
-            model = _load_pretrained(folder, model_config, task, options)
-    except (ValueError, OSError, SafetensorError) as error:
-        # An attention that cannot be replaced, a model type without this task, a damaged file.
-        raise DataError(f"model: {section.path or model_config.model_type}: {' '.join(str(error).split())}") from error
-    if extension is not None and section.init == "pretrained":
-        extend_vocabulary(model, extension)
+            torch.manual_seed(seed)
+            model = auto_class(task).from_config(config, dtype=torch.float32, **options)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        # An attention that cannot be replaced, a model type without this task, a configuration it does not take.
+        raise DataError(f"model: {section.path or config.model_type}: {' '.join(str(error).split())}") from error
     if task == "causal_lm":
-        _check_isolation(model)
+        check_isolation(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
+    lines: list[str] = []
+    if not needs_weights:
+        initialise(model, [], seed)
+        weights = StartingWeights()
+    elif pretrained:
+        weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed)
+    else:
+        weights = StartingWeights.of(model)
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line, flush=True)
     if section.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
-                f"model.activation_checkpointing: model type {model_config.model_type} does not support it: set false"
+                f"model.activation_checkpointing: model type {config.model_type} does not support it: set false"
             )
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model
+    return model, weights
 
 
 def _extension(facts: StoreFacts) -> Extension | None:
@@ -164,40 +184,6 @@ def _check_config_keys(given: dict[str, Any], config: Any) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean `model.config.{near[0]}`?" if near else ""
             raise ConfigError(f"model.config: unknown key `model.config.{key}` for {config.model_type}{hint}")
-
-
-def _load_pretrained(folder: Path | None, config: Any, task: TaskName, options: dict[str, Any]) -> Any:
-    assert folder is not None
-    if not any(folder.glob("*.safetensors")):
-        raise RefusedForSecurityError(f"model.path: {folder} has no *.safetensors; other weight files can run code")
-    model, info = auto_class(task).from_pretrained(
-        folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
-        local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options,
-    )  # fmt: skip
-    prefix = f"{model.base_model_prefix}."
-    # A fresh head for classification is expected; a hole in the body never is.
-    missing = [n for n in info["missing_keys"] if task == "causal_lm" or (n.startswith(prefix) and "pooler" not in n)]
-    faults = missing or [str(entry) for entry in info["mismatched_keys"]]
-    if faults:
-        raise DataError(f"model.path: {folder} lacks or mis-shapes {len(faults)} weights, for example {faults[0]}")
-    if info["missing_keys"] and os.environ.get("RANK", "0") == "0":
-        print(f"new, untrained weights: {', '.join(sorted(info['missing_keys']))}", flush=True)
-    return model
-
-
-def _check_isolation(model: Any) -> None:
-    def logits(input_ids: Tensor, position_ids: Tensor, borders: Tensor) -> Tensor:
-        every = torch.arange(input_ids.shape[1])
-        batch = Batch(input_ids, every, input_ids[0], (), len(every), position_ids, borders, int(borders.diff().max()))
-        return causal_logits(model, batch)
-
-    name = model.config.model_type
-    try:
-        leak = find_leak(model, logits)
-    except (NotImplementedError, ValueError) as error:
-        raise DataError(f"model type {name} cannot keep packed documents apart: {error}") from error
-    if leak:
-        raise DataError(f"model type {name} cannot be trained on packed rows: {leak}")
 
 
 def decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

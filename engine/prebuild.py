@@ -19,11 +19,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.errors import FulltuneError
+from engine.errors import ConfigError, FulltuneError
 
 # Builder of DeepSpeed -> the folder and library it leaves.
 _CPU_OPS = {"ShareMemCommBuilder": "deepspeed_shm_comm", "CPUAdamBuilder": "cpu_adam"}
 _CUDA_OPS = {"CPUAdamBuilder": "cpu_adam"}
+_NVME_OPS = {"PinMemoryBuilder": "pin_memory", "AsyncIOBuilder": "async_io"}
 _STALE_SECONDS = 60.0
 
 
@@ -50,15 +51,17 @@ def tool_environment() -> dict[str, str]:
     return {"TORCH_EXTENSIONS_DIR": str(extensions_dir()), "PATH": first}
 
 
-def load_ops_once(uses_gpus: bool) -> None:
+def load_ops_once(uses_gpus: bool, uses_nvme: bool = False) -> None:
     """Set this process up for the compiled ops, compiling what is missing; ranks of a node wait for the first."""
     import cpuinfo
 
     os.environ.update(tool_environment())
     # DeepSpeed asks for the CPU's features at every load, and every answer takes more than a second.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    if missing_ops(extensions_dir(), uses_gpus):
-        prebuild(extensions_dir(), uses_gpus)
+    if missing_ops(extensions_dir(), uses_gpus, uses_nvme):
+        prebuild(extensions_dir(), uses_gpus, uses_nvme)
+    if uses_nvme:
+        _check_libaio()
 
 
 def _build_key() -> str:
@@ -79,9 +82,9 @@ def _build_key() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def missing_ops(folder: Path, uses_gpus: bool) -> list[str]:
+def missing_ops(folder: Path, uses_gpus: bool, uses_nvme: bool = False) -> list[str]:
     """Builders whose library is not in `folder`, or whose build was broken off."""
-    ops = _CUDA_OPS if uses_gpus else _CPU_OPS
+    ops = (_CUDA_OPS if uses_gpus else _CPU_OPS) | (_NVME_OPS if uses_nvme else {})
     return [
         builder
         for builder, name in ops.items()
@@ -89,7 +92,7 @@ def missing_ops(folder: Path, uses_gpus: bool) -> list[str]:
     ]
 
 
-def prebuild(folder: Path, uses_gpus: bool) -> None:
+def prebuild(folder: Path, uses_gpus: bool, uses_nvme: bool = False) -> None:
     """Build what `missing_ops` names; one process of a node at a time, others wait.
 
     Prints progress; silent when there is nothing to do.
@@ -101,9 +104,19 @@ def prebuild(folder: Path, uses_gpus: bool) -> None:
         except BlockingIOError:
             with _progress("another process is building the DeepSpeed ops"):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        builders = missing_ops(folder, uses_gpus)
+        builders = missing_ops(folder, uses_gpus, uses_nvme)
+        if "AsyncIOBuilder" in builders:
+            _check_libaio()
         for builder in builders:
-            _build(builder, folder / _CPU_OPS[builder])
+            _build(builder, folder / (_CPU_OPS | _NVME_OPS)[builder])
+
+
+def _check_libaio() -> None:
+    """ConfigError unless programs can be linked with libaio here, which DeepSpeed tries at every start too."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").has_function("io_submit", ("aio",)):
+        raise ConfigError("to keep optimizer states on NVMe DeepSpeed needs libaio: apt-get install libaio-dev")
 
 
 def _build(builder_name: str, op_dir: Path) -> None:
@@ -179,6 +192,7 @@ def main() -> int:
     """Build for the accelerator DeepSpeed would choose; 0, or 70 with one line on stderr.
 
     ``--where`` builds nothing and prints the folder, to be exported as TORCH_EXTENSIONS_DIR.
+    ``--nvme`` builds also what optimizer states on NVMe need.
     """
     if sys.argv[1:] == ["--where"]:
         print(extensions_dir())
@@ -192,7 +206,7 @@ def main() -> int:
     if not uses_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
-        load_ops_once(uses_gpus)
+        load_ops_once(uses_gpus, uses_nvme="--nvme" in sys.argv[1:])
         print("ops ready", flush=True)
     except FulltuneError as error:
         print(f"fulltune: error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Many byte ranges of a few files straight into tensors: in file order, in large reads, hashes checked on the way."""
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ from engine.safetensors_file import BLOCK_BYTES, FileRecord, block_digest, check
 
 _READ_BYTES = 4 * BLOCK_BYTES
 _MAX_PIECES = 512  # of one read; the system takes at most 1024
+_ALIGNMENT = 16  # of a piece in a thread's buffer
 _THREADS = max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+_thread = threading.local()  # of the pool of one `read_ranges`
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,14 @@ def _runs(items: list[Wanted]) -> Iterator[list[Wanted]]:
 
 
 def _read_pieces(descriptor: int, path: Path, run: list[Wanted]) -> int:
-    landing = [item.values if item.is_direct else torch.empty(item.values.numel(), dtype=item.dtype) for item in run]
+    landing, used = [], 0
+    for item in run:
+        if item.is_direct:
+            landing.append(item.values)
+            continue
+        num_bytes = item.end_bytes - item.offset_bytes
+        landing.append(_thread_buffer()[used : used + num_bytes].view(item.dtype))
+        used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     buffers = [values.view(torch.uint8).numpy().data for values in landing]
     count = run[-1].end_bytes - run[0].offset_bytes
     try:
@@ -106,6 +116,14 @@ def _read_pieces(descriptor: int, path: Path, run: list[Wanted]) -> int:
         if values is not item.values:
             item.values.copy_(values)
     return count
+
+
+def _thread_buffer() -> Tensor:
+    """Bytes of this thread, for what cannot be read into its destination. Made once: the allocator keeps new ones."""
+    if not hasattr(_thread, "buffer"):
+        _thread.buffer = torch.empty(_READ_BYTES + _MAX_PIECES * _ALIGNMENT, dtype=torch.uint8)
+    buffer: Tensor = _thread.buffer
+    return buffer
 
 
 def _blocks(items: list[Wanted]) -> dict[int, list[Wanted]]:
@@ -126,7 +144,7 @@ def _read_block(descriptor: int, record: FileRecord, path: Path, block: int, par
     # Read into the destination where it takes the whole block; the hash sees the very bytes that stay.
     first = parts[0]
     direct = first.is_direct and first.offset_bytes == begin and first.end_bytes == begin + size
-    data = first.values.view(torch.uint8) if direct else torch.empty(size, dtype=torch.uint8)
+    data = first.values.view(torch.uint8) if direct else _thread_buffer()[:size]
     buffer = data.numpy().data
     read_into(descriptor, buffer, begin, path)
     if block_digest(buffer) != record.blocks[block]:

@@ -79,12 +79,11 @@ def prune_checkpoints(
 
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint. One process calls it; what cannot be deleted now, the next save deletes."""
-    # Under another name first: half a checkpoint must not look like one.
-    renamed = path.rename(path.with_name(f".tmp-pruned-{path.name}"))
     try:
-        shutil.rmtree(renamed)
+        # Under another name first: half a checkpoint must not look like one.
+        shutil.rmtree(path.rename(path.with_name(f".tmp-pruned-{path.name}")))
     except OSError as error:  # a good commit must not end the run
-        _LOG.warning("%s cannot be removed yet: %s", renamed, error)
+        _LOG.warning("%s cannot be removed yet: %s", path, error)
 
 
 def mark_best(run_dir: Path, path: Path, metric: str, value: float) -> None:

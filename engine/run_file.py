@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 # Keys whose value is (or may be) a path, relative to the current directory in a run file.
-_OUTPUT_PATHS = ("run_dir", "data.store_dir")
+_OUTPUT_PATHS = ("run_dir", "data.store_dir", "nvme_path")
 _INPUT_PATHS = ("data.train", "data.validation", "data.tokenizer", "data.chat.template", "model.path", "deepspeed")
 
 

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard, and one progress line a step on rank 0."""
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -29,6 +30,9 @@ LAYOUT = {
         "lost time, seconds by cause": ["Multiline", [f"time/{cause}_seconds" for cause in CAUSES]],
     }
 }
+#: Figures that identify something: a curve of them says nothing.
+NOT_DRAWN = {"rows_hash"}
+_LOG = logging.getLogger(__name__)
 
 
 class Stopwatch:
@@ -107,7 +111,8 @@ class RunLog:
         lost_seconds = _keep_lines_until(path, step)
         self._goodput = Goodput(run_dir / "time.json")
         self._goodput.started(load_seconds, lost_seconds)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -165,6 +170,7 @@ class RunLog:
         """Flush everything to storage."""
         if not self._writing:
             return
+        self._write()
         self._file.close()
         if self._bar is not None:
             self._bar.close()
@@ -172,12 +178,26 @@ class RunLog:
             self._board.close()
 
     def _record(self, kind: str, step: int, figures: dict[str, float]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        self._unwritten += (json.dumps({"kind": kind, "step": step, **figures}) + "\n").encode()
+        self._write()
+        if self._board is None:
+            return
+        try:
             for name, value in figures.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                if name not in NOT_DRAWN:
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
             self._board.flush()
+        except OSError as error:  # its writer does not recover
+            _LOG.warning("TensorBoard files cannot be written (%s): none until the next start", error)
+            self._board = None
+
+    def _write(self) -> None:
+        """Append what waits. A full disk does not end the training: lines wait until they fit."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            _LOG.warning("metrics.jsonl cannot be written (%s): %d bytes wait", error.strerror, len(self._unwritten))
 
 
 def _keep_lines_until(path: Path, step: int) -> float:

@@ -1,8 +1,7 @@
-"""Safetensors files written and read a piece at a time, with a hash for every 4 MiB block.
+"""Safetensors files read a range at a time, and checked against a hash for every 4 MiB block.
 
-The library's own writer wants whole tensors in memory; a training state and an export are larger
-than that. The format is small: eight bytes of header length, a JSON header with names, types,
-shapes and byte ranges, then the bytes. What we write opens with the ordinary library.
+The format is small: eight bytes of header length, a JSON header with names, types, shapes and byte
+ranges, then the bytes. `engine.safetensors_writer` writes such files.
 """
 
 import json
@@ -10,12 +9,11 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import xxhash
@@ -23,7 +21,6 @@ import xxhash
 from engine.errors import DataError
 
 BLOCK_BYTES = 4 * 1024 * 1024
-CHUNK_BYTES = 16 * BLOCK_BYTES
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 _DTYPES = {
@@ -38,19 +35,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: What each type is called in a file.
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: What a file can hold.
-TENSOR_TYPES = tuple(_DTYPE_NAMES)
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """A tensor still to be written: `chunks()` yields its elements in order as 1-D tensors of `dtype`."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[torch.Tensor]]
+TENSOR_TYPES = tuple(DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -72,62 +60,6 @@ class TensorEntry:
     end: int
 
 
-class HashingFile:
-    """A new file that is hashed block by block while it is written, and is on the disk when `close` returns.
-
-    Raises OSError; a file that already exists, or a link in its place, is refused.
-    """
-
-    def __init__(self, path: Path, mode: int = 0o600):
-        self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        self._hash = xxhash.xxh3_128()
-        self._in_block = 0
-        self._blocks: list[str] = []
-        self._size_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)
-        if isinstance(value, OSError) and value.filename is None:
-            value.filename = str(self._path)  # a failed write knows its descriptor only
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, hashing the very bytes that are handed to the system."""
-        rest = memoryview(data).cast("B")
-        while rest:
-            written = os.write(self._descriptor, rest[: BLOCK_BYTES - self._in_block])
-            self._hash.update(rest[:written])
-            self._in_block += written
-            self._size_bytes += written
-            rest = rest[written:]
-            if self._in_block == BLOCK_BYTES:
-                self._end_block()
-
-    def finish(self) -> FileRecord:
-        """Flush to the disk and return what was written."""
-        if self._in_block:
-            self._end_block()
-        os.fsync(self._descriptor)
-        return FileRecord(self._path.name, self._size_bytes, tuple(self._blocks))
-
-    def _end_block(self) -> None:
-        self._blocks.append(self._hash.hexdigest())
-        self._hash = xxhash.xxh3_128()
-        self._in_block = 0
-
-
-def write_file(path: Path, data: bytes, mode: int = 0o600) -> FileRecord:
-    """Write `data` to the new file `path` and fsync it. Raises OSError."""
-    with HashingFile(path, mode) as file:
-        file.write(data)
-        return file.finish()
-
-
 def read_file(path: Path, max_bytes: int) -> bytes:
     """The whole of a plain file of at most `max_bytes`. Raises DataError."""
     with opened(path) as descriptor:
@@ -135,66 +67,6 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         if size > max_bytes:
             raise DataError(f"{path}: {size} bytes long, more than the {max_bytes} that such a file may have")
         return _read_exactly(descriptor, size, 0, path)
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def tensor_chunks(tensor: torch.Tensor, chunk_bytes: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
-    """The elements of `tensor` as 1-D CPU pieces; a contiguous CPU tensor is not copied."""
-    flat = tensor.detach().reshape(-1)
-    elements = max(1, chunk_bytes // flat.element_size())
-    for start in range(0, flat.numel(), elements):
-        yield flat[start : start + elements].cpu()
-
-
-def write_safetensors(
-    path: Path, tensors: Iterable[TensorSource], metadata: dict[str, str] | None = None, mode: int = 0o600
-) -> FileRecord:
-    """Write `tensors` to the new file `path` holding one chunk at a time, and fsync it.
-
-    Larger element sizes come first, as in the library, so that every tensor is aligned. Raises
-    OSError when the file cannot be written and ValueError when a source yields other than it said.
-    """
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for tensor in ordered:
-        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
-        if tensor.name in header:
-            raise ValueError(f"{path.name}: two tensors are called {tensor.name}")
-        header[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with HashingFile(path, mode) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in ordered:
-            _write_tensor(file, tensor)
-        return file.finish()
-
-
-def _write_tensor(file: HashingFile, tensor: TensorSource) -> None:
-    missing = math.prod(tensor.shape)
-    for chunk in tensor.chunks():
-        missing -= chunk.numel()
-        if chunk.dtype != tensor.dtype or missing < 0:
-            raise ValueError(f"{tensor.name}: its source yielded more elements than, or other than, it said")
-        if chunk.numel():
-            # bfloat16 has no numpy type; its bytes do.
-            file.write(chunk.contiguous().view(-1).view(torch.uint8).numpy().data)
-    if missing:
-        raise ValueError(f"{tensor.name}: its source yielded {missing} elements too few")
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -109,6 +109,10 @@ class Saves:
         """Whether this rank still reads back what it wrote last."""
         return self._verifying is not None and not self._verifying[1].done()
 
+    def check_owner(self) -> None:
+        """Raise what the run folder's owner check raises, when a newer start of the run has taken it over."""
+        self._owner.check()
+
     def take_stall_seconds(self) -> float:
         """Seconds that training has stood still for saves since the last call."""
         seconds, self._stall_seconds = self._stall_seconds, 0.0
@@ -165,6 +169,7 @@ class Saves:
         if self._verifying is None:
             return
         (path, verdict), self._verifying = self._verifying, None
+        from_rank_0(self._owner.check)  # what a newer start has made of the folder is not ours to remove
         try:
             agree(verdict.result)
         except DataError as error:

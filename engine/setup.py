@@ -17,24 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
-from engine.checkpoint import Owner
+from engine.agreement import from_rank_0
+from engine.checkpoint import Owner, finish_replacing
+from engine.checkpoint_files import list_checkpoints
 from engine.checkpoint_reader import CheckpointReader
 from engine.config import RunConfig
 from engine.distributed import Ranks, RunFolder
-from engine.ds_config import offloads_optimizer, resolve_ds_config
+from engine.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path, offloads_optimizer, resolve_ds_config, with_nvme_path
 from engine.errors import DataError, MissingInputError, StorageError
 from engine.model import StoreFacts, build_model, decay_groups, model_folder
+from engine.nvme_state import prepare_swap_folder, swap_folder
 from engine.rank_record import write_json
 from engine.restore import restore_newest
 from engine.run_file import RunFile, dump_yaml
 from engine.run_log import RunLog
 from engine.saves import Saves
+from engine.starting_weights import StartingWeights
 from engine.tasks import TaskModel
 from engine.train import Progress, Training
-from engine.zero_state import clear_padding, live_state, refresh_weights
+from engine.zero_state import begin_swapping
 
 
 @dataclass(frozen=True)
@@ -81,58 +84,40 @@ def total_steps(config: RunConfig, epoch_rows: int) -> int:
 
 
 def build_engine(
-    config: RunConfig, ds_config: dict[str, Any], model: Any
-) -> tuple[Any, dict[str, torch.nn.Parameter], Callable[[], None]]:
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    model: Any,
+    weights: StartingWeights | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Any, dict[str, torch.nn.Parameter], Callable[[], int]]:
     """Hand `model` to DeepSpeed: (engine, parameters by Hugging Face name, fill). All ranks call it.
 
-    ``fill()`` sets the fp32 masters from the model's original weights, so that fp32 files lose
-    nothing to the bf16 copy DeepSpeed made them from, and lets go of those weights.
+    The engine has no weights until ``fill()``, which all ranks call, has put `weights` into it, or a
+    checkpoint was installed; it gives the bytes that this rank read. Without `weights` they are
+    those that `model` has. `say` gets what reading them took.
     """
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    if not ds_config["bf16"]["enabled"]:
-        model.float()
+    from engine.sliced_weights import fill_engine, partition, place_parameters
+
+    source = [StartingWeights.of(model) if weights is None else weights]
+    place_parameters(model, ds_config)
     parameters = dict(model.named_parameters())
-    # Weights stored in bf16 are their own masters; only finer ones must survive the cast.
-    finer = any(parameter.dtype != torch.bfloat16 for parameter in parameters.values())
-    originals: dict[str, Tensor] = {name: value.detach() for name, value in parameters.items()} if finer else {}
     section = config.optimizer
     numbers: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
     groups = decay_groups(model, section.weight_decay)
     task_model = TaskModel(model, config.trained_task)
     if ds_config["zero_optimization"]["stage"] == 3:
-        _partition(task_model, ds_config)
+        partition(task_model, ds_config)
     optimizer: Any
     if offloads_optimizer(ds_config):
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **numbers)
     else:
         optimizer = torch.optim.AdamW(groups, **numbers)
     engine, *_ = deepspeed.initialize(model=task_model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-
-    def fill() -> None:
-        if originals:
-            clear_padding(engine)
-            for piece in live_state(engine, parameters, "master"):
-                piece.values.copy_(originals[piece.name].reshape(-1)[piece.start : piece.stop])
-            refresh_weights(engine)
-        originals.clear()
-
-    return engine, parameters, fill
-
-
-def _partition(task_model: TaskModel, ds_config: dict[str, Any]) -> None:
-    """Cut every parameter over the ranks, one after the other: no device ever holds the whole model."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    if ds_config["bf16"]["enabled"]:
-        for parameter in task_model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    for module in task_model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(get_accelerator().current_device_name())
-    deepspeed.zero.Init(module=task_model, config_dict_or_path=ds_config)
+    begin_swapping(engine)
+    return engine, parameters, lambda: fill_engine(engine, parameters, source.pop(), say)
 
 
 def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> tuple[Training, Progress, RunLog]:
@@ -149,9 +134,12 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     with ranks.together():
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             model_folder(config.model)  # one download a node, before everybody looks
+    resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        model = build_model(config.model, config.trained_task, stores.facts, config.seed)
-    engine, parameters, fill = build_engine(config, ds_config, model)
+        model, weights = build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
+    placed = _with_swap_folder(config, ds_config, folder, ranks, model)
+    engine, parameters, fill = build_engine(config, placed, model, weights, partial(print, flush=True))
+    del weights
     store, rows = stores.training
     owner = Owner(folder.run_id, folder.generation, folder.check_owner)
     training = Training(
@@ -193,6 +181,28 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         log.say(f"changed since the checkpoint: {change}")
     training.saves.check_space_for_run(remaining_saves(config, progress.step, training.total_steps))
     return training, progress, log
+
+
+def _has_checkpoints(run_dir: Path) -> bool:
+    """Whether one will be installed: then the weights the run started from are not looked at."""
+    finish_replacing(run_dir / "checkpoints")
+    return bool(list_checkpoints(run_dir))
+
+
+def _with_swap_folder(
+    config: RunConfig, ds_config: dict[str, Any], folder: RunFolder, ranks: Ranks, model: Any
+) -> dict[str, Any]:
+    """The configuration with a folder of this start's own for optimizer states on NVMe, made on each node."""
+    path = nvme_path(ds_config)
+    if path is None:
+        return ds_config
+    own = swap_folder(path, config.run_dir, from_rank_0(lambda: folder.generation))
+    with ranks.together():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            prepare_swap_folder(own, config.run_dir, NVME_BYTES_PER_PARAMETER * trained * here // ranks.world_size)
+    return with_nvme_path(ds_config, own)
 
 
 def model_digest(model: Any) -> str:

@@ -1,13 +1,14 @@
 """The training loop: what happens in which order, and nothing else."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
@@ -22,6 +23,7 @@ from engine.saves import Best, Saves
 from engine.schedule import learning_rate
 from engine.stop import StopSignal
 from engine.tasks import build_batch
+from engine.weights_only import export_end, export_step
 
 
 @dataclass
@@ -74,7 +76,6 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
     """
     config = training.config
     evaluation_every = config.evaluation.eval_every_steps or training.total_steps
-    save_every = config.checkpoint.save_every_steps or training.total_steps
     first_step = progress.step
     if progress.step == 0 and training.validation:
         results = _evaluate(training, stop)
@@ -102,16 +103,27 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
         finished = is_finished(training, progress) and not progress.owes_evaluation
         if stopping and not finished:
             _stop(training, progress, is_saved=False)
-        best = progress.best_step == progress.step and config.checkpoint.save_best
-        if finished or best or progress.step % save_every == 0:
-            save(training, progress, at_once=finished)
+        _keep(training, progress, log, finished)
     heartbeat.enter("save")
     training.saves.close(verify=True)
+    if config.export.at_end:
+        _export(export_end, training, progress, log)
     if progress.step < training.total_steps:
         log.say(
             f"no better {config.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
             f"best {progress.best_value} after step {progress.best_step}"
         )
+
+
+def _keep(training: Training, progress: Progress, log: RunLog, finished: bool) -> None:
+    """Begin a checkpoint and write weights, if they are due after this step."""
+    config = training.config
+    save_every = config.checkpoint.save_every_steps or training.total_steps
+    best = progress.best_step == progress.step and config.checkpoint.save_best
+    if finished or best or progress.step % save_every == 0:
+        save(training, progress, at_once=finished)
+    if config.export.every_steps and progress.step % config.export.every_steps == 0:
+        _export(export_step, training, progress, log)
 
 
 def is_finished(training: Training, progress: Progress) -> bool:
@@ -149,7 +161,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     training.received.clear()
-    losses, padding, tokens = [], 0, 0
+    losses, padding, tokens, used = [], 0, 0, 0
     size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens)
     micro_batches = split_rows(training.rows, rows, ranks.world_size, size)
     for number, parts in enumerate(micro_batches):
@@ -160,6 +172,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
             config.trained_task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0])
         )
         padding, tokens = padding + batch.num_padding, tokens + batch.num_tokens
+        used += rows_hash(batch.rows)
         batch = batch.to(ranks.device)
         watch.mark("data")
         torch.manual_seed(micro_batch_seed(config.seed, progress.step, number, ranks.rank))
@@ -170,8 +183,9 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         watch.mark("backward")
     sums = torch.stack(losses).tolist()
     missing = _parameters_without_gradient(training)
-    total_loss, total_tokens, total_padding, stops, any_missing, verifying = ranks.sum(
-        [sum(sums), tokens, padding, float(stop.asked), float(len(missing)), float(training.saves.is_verifying)]
+    verifies = training.saves.is_verifying
+    total_loss, total_tokens, total_padding, total_used, stops, any_missing, verifying = ranks.sum(
+        [sum(sums), tokens, padding, used, float(stop.asked), float(len(missing)), float(verifies)]
     )
     if not math.isfinite(total_loss):
         _stop_for_loss(training, progress, sums, micro_batches)
@@ -208,9 +222,15 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         "padding_fraction": total_padding / (total_tokens + total_padding),
         "epoch": progress.row_position / training.rows.epoch_rows,
         "tokens": float(progress.tokens),
+        "rows_hash": total_used,
         **memory_gib(),
     }
     return figures, stops > 0
+
+
+def rows_hash(rows: Iterable[int]) -> int:
+    """A sum that identifies a set of rows however ranks and micro-batches share it; exact in fp64 up to 2^21 rows."""
+    return sum(xxhash.xxh3_64_intdigest(row.to_bytes(8, "little")) & 0xFFFFFFFF for row in rows)
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
@@ -220,18 +240,31 @@ def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 def save(training: Training, progress: Progress, at_once: bool) -> None:
     """Save a checkpoint, in the shadow of the next step or `at_once`. All ranks call it."""
-    state = {
-        "step": progress.step,
-        "progress": asdict(progress),
-        **training.identity,
-        "circumstances": training.circumstances,
-    }
     best = None
     if progress.best_step == progress.step:
         assert progress.best_value is not None
         best = Best(training.config.best_metric, progress.best_value)
     heartbeat.enter("save")
-    (training.saves.save_now if at_once else training.saves.begin)(state, best)
+    (training.saves.save_now if at_once else training.saves.begin)(_state(training, progress), best)
+    heartbeat.enter("step")
+
+
+def _state(training: Training, progress: Progress) -> dict[str, Any]:
+    """All that a checkpoint holds besides weights and moments."""
+    return {
+        "step": progress.step,
+        "progress": asdict(progress),
+        **training.identity,
+        "circumstances": training.circumstances,
+    }
+
+
+def _export(write: Callable[..., None], training: Training, progress: Progress, log: RunLog) -> None:
+    heartbeat.enter("save")
+    write(
+        training.engine, training.parameters, training.config, training.store, _state(training, progress), log.say,
+        training.saves.check_owner,
+    )  # fmt: skip
     heartbeat.enter("step")
 
 

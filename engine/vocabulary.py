@@ -1,11 +1,11 @@
 """Rows for tokens that a tokenizer gained: each starts as the mean of the rows of the old tokens that spell it.
 
-``extension.json`` in the store's tokenizer folder says which (``fulltune tokenizer extend`` writes it). This
-happens before ZeRO cuts the weights, on every rank alike: it draws no random number.
+``extension.json`` in the store's tokenizer folder says which (``fulltune tokenizer extend`` writes it). The
+model only grows here, without values; its rows are made when the weights are read, one tensor at a time, on every
+rank alike: that draws no random number.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,32 +53,58 @@ def read_extension(tokenizer_dir: Path | None) -> Extension | None:
     return Extension(first, tuple(pieces))
 
 
-def extend_vocabulary(model: Any, extension: Extension) -> None:
-    """Give `model` (whole, on the CPU) rows for all of `extension`'s ids; those that were made before stay.
+@dataclass(frozen=True)
+class NewRows:
+    """Rows that the weights `names` still have to get: ids from `first` on, of `num_rows`; `old_rows` are stored."""
 
-    Rows: of the input embedding, and of the output embedding and its bias where they are not the same. Rows
-    that the model had to spare are overwritten. A number of rows that was a multiple of 64 remains one; what
-    that leaves over starts as the mean of all old rows. The configuration records size and `MADE_ROWS`.
+    extension: Extension
+    names: tuple[str, ...]
+    first: int
+    old_rows: int
+    num_rows: int
+
+    def extend(self, stored: Tensor) -> Tensor:
+        """The weight (`num_rows`, ...) made of the stored one (`old_rows`, ...), on the CPU and in its type.
+
+        Rows that the model had to spare are overwritten; what rounding up the number of rows leaves
+        over starts as the mean of all old ones.
+        """
+        tensor = torch.empty(self.num_rows, *stored.shape[1:], dtype=stored.dtype)
+        tensor[: self.old_rows] = stored
+        for index in range(self.first, self.extension.vocab_size):
+            ids = torch.tensor(self.extension.pieces[index - self.extension.base_vocab_size])
+            tensor[index] = tensor[ids].float().mean(0)
+        if (left_over := tensor[max(self.old_rows, self.extension.vocab_size) :]).numel():
+            left_over.copy_(tensor[: self.first].float().mean(0).expand_as(left_over))
+        return tensor
+
+    def __str__(self) -> str:
+        last = self.extension.vocab_size - 1
+        return f"new tokens: rows {self.first} to {last} start as the mean of the old tokens that spell them"
+
+
+def grow_vocabulary(model: Any, extension: Extension) -> NewRows | None:
+    """Make room in `model` for all of `extension`'s ids; returns what is to be filled, None if all rows were made.
+
+    The model may be on the meta device. Rows: of the input embedding, and of the output embedding and its bias
+    where they are not the same. A number of rows that was a multiple of 64 remains one. The configuration
+    records size and `MADE_ROWS`.
     """
     first = max(getattr(model.config, MADE_ROWS, 0), extension.base_vocab_size)
     if first >= extension.vocab_size:
-        return
-    num_rows: int = model.get_input_embeddings().weight.shape[0]
-    if num_rows < extension.vocab_size:
-        _require_only_known_matrices(model, num_rows)
-        granule = _ROUND_TO if num_rows % _ROUND_TO == 0 else 1
-        model.resize_token_embeddings(-(-extension.vocab_size // granule) * granule, mean_resizing=False)
-    with torch.no_grad():
-        for tensor in _vocabulary_tensors(model).values():
-            for index in range(first, extension.vocab_size):
-                ids = torch.tensor(extension.pieces[index - extension.base_vocab_size])
-                tensor[index] = tensor[ids].float().mean(0)
-            if (left_over := tensor[max(num_rows, extension.vocab_size) :]).numel():
-                left_over.copy_(tensor[:first].float().mean(0).expand_as(left_over))
+        return None
+    old_rows: int = model.get_input_embeddings().weight.shape[0]
+    num_rows = old_rows
+    if old_rows < extension.vocab_size:
+        _require_only_known_matrices(model, old_rows)
+        granule = _ROUND_TO if old_rows % _ROUND_TO == 0 else 1
+        num_rows = -(-extension.vocab_size // granule) * granule
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
     setattr(model.config, MADE_ROWS, extension.vocab_size)
-    if os.environ.get("RANK", "0") == "0":
-        last = extension.vocab_size - 1
-        print(f"new tokens: rows {first} to {last} start as the mean of the old tokens that spell them", flush=True)
+    known = _vocabulary_tensors(model)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    names = tuple(name for name, tensor in tensors if id(tensor) in known)
+    return NewRows(extension, names, first, old_rows, num_rows)
 
 
 def _vocabulary_tensors(model: Any) -> dict[int, Tensor]:
@@ -87,7 +113,7 @@ def _vocabulary_tensors(model: Any) -> dict[int, Tensor]:
     tensors = [model.get_input_embeddings().weight]
     if output is not None:
         tensors += [output.weight, getattr(output, "bias", None)]
-    return {tensor.data_ptr(): tensor for tensor in tensors if tensor is not None}
+    return {id(tensor): tensor for tensor in tensors if tensor is not None}
 
 
 def _require_only_known_matrices(model: Any, num_rows: int) -> None:
@@ -97,7 +123,7 @@ def _require_only_known_matrices(model: Any, num_rows: int) -> None:
     known = _vocabulary_tensors(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and module.num_embeddings == num_rows:
-            if module.weight.data_ptr() in known:
+            if id(module.weight) in known:
                 continue
             raise DataError(
                 f"model type {model.config.model_type} cannot take new tokens: {name} has rows for tokens, too; "

@@ -5,16 +5,20 @@ sub-group of ZeRO-3, one for each parameter group of ZeRO-1 and 2) with the opti
 beside them. ZeRO-3 gives every rank an equal share of every parameter; ZeRO-1 and 2 cut the whole
 group's concatenation, so a rank owns many parameters whole and its first and last in part. Either
 way it is a list of slices: elements [start, stop) of a flattened parameter at an offset of a buffer.
+Buffers that are on NVMe between two updates are the matter of `engine.nvme_state`.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from engine import nvme_state
+from engine.agreement import agree
 from engine.checkpoint_files import Kind
 from engine.errors import ConfigError
 
@@ -60,17 +64,27 @@ def live_state(engine: Any, parameters: Mapping[str, Parameter], kind: Kind) -> 
     The moments exist after the first step or `create_optimizer_state`. Between two updates nothing
     here changes, also during forward and backward.
     """
-    return [
-        LiveSlice(piece.name, piece.start, piece.stop, state_view(engine, piece, kind))
-        for piece in owned_slices(engine, parameters)
-    ]
+    pieces = owned_slices(engine, parameters)
+    buffers = {index: _buffer_values(engine, index, kind) for index in {piece.buffer for piece in pieces}}
+    return [LiveSlice(piece.name, piece.start, piece.stop, _within(buffers[piece.buffer], piece)) for piece in pieces]
 
 
 def state_view(engine: Any, piece: Slice, kind: Kind) -> Tensor:
     """The live fp32 values behind `piece`, 1-D, on the device where DeepSpeed keeps them."""
-    buffer = _master_buffers(engine)[piece.buffer]
-    values: Tensor = buffer.data if kind == "master" else _zero_optimizer(engine).optimizer.state[buffer][kind]
+    return _within(_buffer_values(engine, piece.buffer, kind), piece)
+
+
+def _within(values: Tensor, piece: Slice) -> Tensor:
     return values.narrow(0, piece.offset, piece.stop - piece.start)
+
+
+def _buffer_values(engine: Any, index: int, kind: Kind) -> Tensor:
+    optimizer = _zero_optimizer(engine)
+    if nvme_state.is_swapped(optimizer, index):
+        return nvme_state.mapped_state(optimizer, index, kind)
+    buffer = _master_buffers(engine)[index]
+    values: Tensor = buffer.data if kind == "master" else optimizer.optimizer.state[buffer][kind]
+    return values
 
 
 def live_frozen(engine: Any, parameters: Mapping[str, Parameter]) -> list[LiveSlice]:
@@ -107,9 +121,11 @@ def _equal_share(count: int) -> tuple[int, int]:
 
 
 def clear_padding(engine: Any) -> None:
-    """Zero the masters, whose padding is otherwise whatever the memory held. Call it before filling them."""
+    """Zero the masters, whose padding is otherwise whatever the memory held: all ranks, before they fill them."""
     for buffer in _master_buffers(engine):
         buffer.data.zero_()
+    if nvme_state.swaps(engine.optimizer):
+        agree(partial(nvme_state.clear_masters, engine.optimizer))
 
 
 def refresh_weights(engine: Any) -> None:
@@ -118,11 +134,21 @@ def refresh_weights(engine: Any) -> None:
     if not _is_zero3(engine):
         optimizer.update_lp_params()
         return
+    if nvme_state.swaps(optimizer):
+        agree(partial(nvme_state.flush, optimizer))
     optimizer.checkpoint_event_prologue()
     for sub_group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        with nvme_state.master_at_hand(optimizer, sub_group):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
     # Small parameters stay gathered between steps: gather them again from the new partitions.
     optimizer.checkpoint_event_epilogue()
+
+
+def begin_swapping(engine: Any) -> None:
+    """Prepare a fresh engine for training if its optimizer states are on NVMe. All ranks call it together."""
+    if nvme_state.swaps(engine.optimizer):
+        nvme_state.keep_gradients_in_memory(engine.optimizer)
+        create_optimizer_state(engine, 0)
 
 
 def optimizer_steps(engine: Any) -> int:
@@ -135,14 +161,19 @@ def optimizer_steps(engine: Any) -> int:
 
 
 def create_optimizer_state(engine: Any, steps: int) -> None:
-    """Give every buffer zero moments and a count of `steps`, as if the optimizer had run that often."""
-    optimizer = _zero_optimizer(engine).optimizer
+    """Give every buffer zero moments and a count of `steps`, as if the optimizer had run that often. On all ranks."""
+    zero_optimizer = _zero_optimizer(engine)
+    optimizer = zero_optimizer.optimizer
     on_cpu = _is_cpu_adam(optimizer)
-    for buffer in _master_buffers(engine):
+    for index, buffer in enumerate(_master_buffers(engine)):
         state = optimizer.state[buffer]
         state["step"] = steps if on_cpu else torch.tensor(float(steps), device=_step_device(optimizer, buffer))
+        if nvme_state.is_swapped(zero_optimizer, index):
+            continue
         state["exp_avg"] = torch.zeros_like(buffer.data)
         state["exp_avg_sq"] = torch.zeros_like(buffer.data)
+    if nvme_state.swaps(zero_optimizer):
+        agree(partial(nvme_state.create_moments, zero_optimizer))
     if on_cpu:
         _replay_beta_powers(optimizer, steps)
 
@@ -182,8 +213,8 @@ def _zero_optimizer(engine: Any) -> Any:
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_partitioned_groups_flat") and not hasattr(optimizer, "round_robin_bit16_offsets"):
         raise ConfigError("zero_optimization.stage: checkpoints need stage 2 or 3")
-    if getattr(optimizer, "swap_optimizer", False):
-        raise ConfigError("zero_optimization.offload_optimizer.device: checkpoints need cpu or none, not nvme")
+    if getattr(optimizer, "params_in_nvme_and_cpu", False):
+        raise ConfigError("zero_optimization.offload_param.device: checkpoints need cpu or none, not nvme")
     if optimizer.master_weights_and_grads_dtype != torch.float32:
         raise ConfigError("bf16.bf16_master_weights_and_grads: checkpoints need masters in fp32; turn it off")
     if not _is_cpu_adam(optimizer.optimizer) and not isinstance(optimizer.optimizer, torch.optim.AdamW):

@@ -1,6 +1,7 @@
 """Says in one line which Debian packages this machine lacks. Standard library only; runs before .venv exists."""
 
 import importlib.util
+import os
 import shutil
 import sys
 import sysconfig
@@ -23,14 +24,20 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def main() -> int:
-    """0 when everything is there, else 78 and one line."""
+def missing_optional_packages() -> list[str]:
+    """Debian packages that only some runs need and that are not here: libaio, for optimizer states on NVMe."""
+    folders = [*os.environ.get("CPATH", "").split(os.pathsep), "/usr/include", "/usr/local/include"]
+    return [] if any((Path(folder) / "libaio.h").is_file() for folder in folders if folder) else ["libaio-dev"]
+
+
+def main(arguments: list[str]) -> int:
+    """0 when everything is there, else 78 and one line. ``--optional``: with the packages that only some runs need."""
     if sys.version_info < _OLDEST:
         have = ".".join(map(str, sys.version_info[:3]))
         print(f"fulltune: error: Python {'.'.join(map(str, _OLDEST))} or newer is needed, this is {have}: "
               "make PYTHON=python3.12 ...", file=sys.stderr)  # fmt: skip
         return 78
-    missing = missing_packages()
+    missing = missing_packages() + (missing_optional_packages() if "--optional" in arguments else [])
     if missing:
         print(f"fulltune: error: missing here: apt-get install {' '.join(missing)}", file=sys.stderr)
         return 78
@@ -38,4 +45,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from engine.config import byte_count
 from engine.errors import INTERNAL, ConfigError
 from launcher.inspect_store import add_arguments as add_inspect_arguments
 from launcher.inspect_store import inspect_store
@@ -123,8 +124,16 @@ def build_parser() -> _Parser:
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
-    export.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    export.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
+    _add_output_options(export)
+
+    take = _add(commands, "import", _import, "turn a checkpoint that DeepSpeed itself saved into a Hugging Face folder")
+    take.add_argument("checkpoint_dir", type=Path, metavar="CHECKPOINT", help="folder with the file `latest`")
+    take.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; must not exist")
+    take.add_argument(
+        "--model", type=Path, required=True, metavar="MODEL", help="folder with the model's config.json and tokenizer"
+    )
+    take.add_argument("--tag", metavar="NAME", help="such as global_step12 (default: the one that `latest` names)")
+    _add_output_options(take)
 
     verify = _add(commands, "verify", _verify, "read a run's checkpoints and say whether they are what was written")
     verify.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
@@ -180,6 +189,11 @@ def _add(
     return parser
 
 
+def _add_output_options(parser: _Parser) -> None:
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
+
+
 def _add_run_file(parser: _Parser) -> None:
     parser.add_argument("run_file", type=Path, metavar="RUN.yaml")
     parser.add_argument(
@@ -208,12 +222,10 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _byte_count(text: str) -> int:
-    """`5GB`, `200MB`, `1_000_000`: decimal units, as Hugging Face counts."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
-    if not number.strip().replace("_", "").isdecimal() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"write a size such as 5GB or 200MB, not {text}")
-    return int(number) * unit
+    try:
+        return byte_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -284,6 +296,18 @@ def _export(arguments: argparse.Namespace) -> int:
     export_run(
         arguments.run_dir, arguments.out_dir, arguments.step, arguments.best, arguments.dtype, arguments.max_shard_size
     )
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from engine.deepspeed_import import import_checkpoint  # brings torch along
+
+    found = import_checkpoint(
+        arguments.checkpoint_dir, arguments.out_dir, arguments.model, arguments.tag, arguments.dtype,
+        arguments.max_shard_size,
+    )  # fmt: skip
+    facts = f"step {found.step}, ZeRO-{found.stage}, {found.world_size} ranks, DeepSpeed {found.version}"
+    print(f"{found.path} ({facts}) imported to {arguments.out_dir} ({arguments.dtype})")
     return 0
 
 

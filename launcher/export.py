@@ -30,11 +30,14 @@ def export_run(run_dir: Path, out_dir: Path, step: int | None, best: bool, dtype
     store_path = resolve_store(config.data.store_dir, "train", loaded.values["data"], config.task)
     if store_path is None:
         raise MissingInputError(f"{config.data.store_dir}: has no train split; the export needs its tokenizer")
-    from engine.export import export_checkpoint, resolve_checkpoint  # brings torch along
+    from engine.checkpoint_reader import CheckpointReader  # brings torch along
+    from engine.export import export_checkpoint, resolve_checkpoint
+    from engine.model_card import model_card
 
     checkpoint = resolve_checkpoint(run_dir, step, best)
-    tokenizer_dir = TokenStore.open(store_path).tokenizer_dir
-    export_checkpoint(checkpoint, run_dir / "model", tokenizer_dir, out_dir, dtype, max_shard_bytes)
+    store = TokenStore.open(store_path)
+    card = model_card(run_dir, config.model_dump(mode="json"), CheckpointReader(checkpoint).state(), store.manifest)
+    export_checkpoint(checkpoint, run_dir / "model", store.tokenizer_dir, out_dir, dtype, max_shard_bytes, card)
     print(f"{checkpoint.name} exported to {out_dir} ({dtype})")
     if reader := misreading_class(out_dir):
         print(

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
 from engine.config import RunConfig
-from engine.ds_config import resolve_ds_config
+from engine.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path, resolve_ds_config
 from launcher.launch import Job
 from launcher.run_config import Run
 
@@ -23,7 +23,7 @@ def describe_plan(run: Run, job: Job) -> str:
     parts = [
         *_batch_lines(run.config, job.num_ranks),
         *_duration_lines(run),
-        *([rule] if (rule := memory_rule(run.config, job, ds_config)) else []),
+        *(rule for find in (memory_rule, swap_rule) if (rule := find(run.config, job, ds_config))),
         "",
         f"DeepSpeed configuration ({run.config.deepspeed}, resolved):",
         json.dumps(ds_config, indent=2),
@@ -82,6 +82,16 @@ def _duration_lines(run: Run) -> list[str]:
     return [f"duration: {steps_total} steps = {epochs:.3g} epochs of {rows:,} rows of {config.data.row_tokens} tokens"]
 
 
+def swap_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
+    """Room that optimizer states need on NVMe of the fullest node; "" where they are elsewhere."""
+    swap_dir, parameters = nvme_path(ds_config), count_parameters(config.model.path)
+    if swap_dir is None or parameters is None:
+        return ""
+    ranks = max(len(node.slots) for node in job.nodes)
+    share = parameters * NVME_BYTES_PER_PARAMETER * ranks / job.num_ranks / _GIB
+    return f"optimizer states: about {share:.1f} GiB a node in {swap_dir}, removed at the end"
+
+
 def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
     """Host memory of the fullest node by the measured rule for full CPU offload; "" where it does not apply."""
     zero = ds_config["zero_optimization"]
@@ -89,9 +99,9 @@ def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
     parameters = count_parameters(config.model.path)
     if offloads != ["cpu", "cpu"] or parameters is None:
         return ""
+    ranks = max(len(node.slots) for node in job.nodes)
     accumulates_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     bytes_each = 22 if accumulates_fp32 else 20
-    ranks = max(len(node.slots) for node in job.nodes)
     share = parameters * bytes_each * ranks / job.num_ranks / _GIB
     return (
         f"host memory: about {share + ranks * _PROCESS_GIB:.1f} GiB a node ({parameters:,} parameters x {bytes_each} "

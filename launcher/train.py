@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.ds_config import resolve_ds_config
+from engine.ds_config import needs_async_io, resolve_ds_config
 from engine.errors import ConfigError, FulltuneError
 from engine.prebuild import extensions_dir, missing_ops
 from engine.stop import check_not_held
@@ -115,19 +115,21 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
             if code == 0:
                 runs.record_complete(run)
             return code, message
-        _prebuild(job.environment)
+        _prebuild(job.environment, needs_async_io(run.config))
         if not all(is_local(node.name) for node in job.nodes):
             ours = job.environment | remote_environment(job.run_dir, job.environment)
             job = dataclasses.replace(job, environment=ours)
         return run_with_restarts(job, restarts)
 
 
-def _prebuild(environment: dict[str, str]) -> None:
+def _prebuild(environment: dict[str, str], uses_nvme: bool) -> None:
     """Compile DeepSpeed's ops in a process of its own if one is missing on this machine."""
     uses_gpus = environment.get("DS_ACCELERATOR") != "cpu"
     folder = Path(environment.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
-    if not missing_ops(folder, uses_gpus):
+    if not missing_ops(folder, uses_gpus, uses_nvme):
         return
-    result = subprocess.run([sys.executable, "-m", "engine.prebuild"], env=os.environ | environment, check=False)
+    command = [sys.executable, "-m", "engine.prebuild", *(["--nvme"] if uses_nvme else [])]
+    result = subprocess.run(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
-        raise FulltuneError("DeepSpeed's ops could not be compiled; the reason is printed above")
+        kind = ConfigError if result.returncode == ConfigError.exit_code else FulltuneError
+        raise kind(result.stderr.strip().rpartition("fulltune: error: ")[2] or "DeepSpeed's ops could not be compiled")

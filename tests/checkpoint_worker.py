@@ -20,17 +20,21 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import nn
 
+import engine.export_live as engine_export_live
 import engine.saves as engine_saves
 from engine.checkpoint import Owner, begin_save, finish_save, save_checkpoint
 from engine.config import CheckpointSection
 from engine.distributed import leave
 from engine.errors import CannotWriteError, FulltuneError
+from engine.export_live import export_live
 from engine.restore import find_checkpoint, load_checkpoint, restore_newest
 from engine.retention import prune_checkpoints
+from engine.safetensors_file import data_offset
 from engine.saves import Saves
 from engine.zero_state import clear_padding, live_state, optimizer_steps, refresh_weights
 
 SAVED_STEP, LAST_STEP = 7, 10
+LIVE_SHARD_BYTES = 4000
 # name: ZeRO stage, dtype, optimizer on the CPU, parameters on the CPU
 SETTINGS = {
     "zero3-offload": (3, "bf16", True, True),
@@ -358,6 +362,15 @@ def _flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _invert_the_end(path: Path) -> None:
+    """The same for a file that others read at this moment: in place, and in every part that anybody looks at."""
+    with path.open("r+b") as file:
+        file.seek(data_offset(path))
+        data = file.read()
+        file.seek(-len(data), 1)
+        file.write(bytes(255 - byte for byte in data))
+
+
 def _taken() -> None:
     raise CannotWriteError("taken over by a newer job")
 
@@ -430,6 +443,31 @@ def phase_export(folder: Path) -> None:
             model.config.save_pretrained(run_dir / "model")
             if model.can_generate():
                 model.generation_config.save_pretrained(run_dir / "model")
+        dist.barrier()
+        written = export_live(
+            engine, parameters, run_dir / "model", None, run_dir / "live", "bfloat16", LIVE_SHARD_BYTES, "card"
+        )
+        assert written == (family != "mixtral")
+        engine.destroy()
+
+
+def phase_live(folder: Path) -> None:
+    """Another number of ranks exports straight from the training; then a disk that does not keep what it is given."""
+    for family in ("llama", "qwen2", "bert-classification"):
+        engine, parameters = build("zero3-offload", 0, hugging_face_model(family))
+        run_dir = folder / family
+        state = load_checkpoint(engine, parameters, run_dir / "checkpoints" / "step-00000001")
+        assert state["step"] == 1
+        arguments = (engine, parameters, run_dir / "model", None)
+        for dtype in ("bfloat16", "float32"):
+            out_dir = run_dir / f"live-{dist.get_world_size()}-{dtype}"
+            assert export_live(*arguments, out_dir, dtype, LIVE_SHARD_BYTES, "card")
+        kept = engine_export_live.drop_cache
+        engine_export_live.drop_cache = _invert_the_end if dist.get_rank() == 0 else kept
+        failed = _error_of(partial(export_live, *arguments, run_dir / "damaged", "bfloat16", 10**9, "card"))
+        engine_export_live.drop_cache = kept
+        taken = _error_of(partial(export_live, *arguments, run_dir / "model", "bfloat16", 10**9, "card"))
+        (run_dir / f"live-{dist.get_rank()}.json").write_text(json.dumps([failed, taken]))
         engine.destroy()
 
 

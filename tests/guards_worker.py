@@ -223,12 +223,12 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
     store = TokenStore.open(Path((out_dir / "store.txt").read_text()))
     facts = StoreFacts(store.vocab_size, store.pad_id, store.bos_id, store.eos_id, (), store.tokenizer_dir)
     section = ModelSection(path=str(out_dir / "model"), activation_checkpointing=False)
-    model = build_model(section, "causal_lm", facts, 5)
+    model, weights = build_model(section, "causal_lm", facts, 5)
     old = load_file(out_dir / "model" / "model.safetensors")
     pieces = json.loads((store.tokenizer_dir / "extension.json").read_text())["pieces"]
     first = min(map(int, pieces))
     config = case_config(Case("new_rows", bf16=True), out_dir)
-    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
+    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model, weights)
     fill()
     rows = open_rows(store, 64)
     training = Training(

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,21 +38,29 @@ def rank_environment(world_size: int) -> dict[str, str]:
     )
 
 
-def start_ranks(world_size: int, *program: str | Path, output: int = subprocess.PIPE) -> subprocess.Popen[str]:
+def start_ranks(
+    world_size: int, *program: str | Path, output: int = subprocess.PIPE, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start `program` (a script, or "-m" and a module, and arguments) once a rank, in a session of its own."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size),
         "--master-addr", "127.0.0.1", "--master-port", str(free_port()), *map(str, program),
     ]  # fmt: skip
     return subprocess.Popen(
-        command, cwd=ROOT, env=rank_environment(world_size), stdout=output, stderr=subprocess.STDOUT,
+        command, cwd=ROOT, env=rank_environment(world_size) | dict(environment or {}), stdout=output, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def run_ranks(world_size: int, *program: str | Path, timeout_seconds: float = 600, expected_code: int = 0) -> str:
+def run_ranks(
+    world_size: int,
+    *program: str | Path,
+    timeout_seconds: float = 600,
+    expected_code: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run `program` once a rank and return the output; AssertionError with it when it ends otherwise."""
-    process = start_ranks(world_size, *program)
+    process = start_ranks(world_size, *program, environment=environment)
     try:
         output, _ = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:

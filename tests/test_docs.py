@@ -11,7 +11,8 @@ import yaml
 from data_prep.config import ChatConfig, DataConfig, Format, ShapeName, SourceConfig
 from data_prep.source_files import FORMATS
 from data_prep.work import Task
-from engine.config import CheckpointSection
+from engine.config import CheckpointSection, ExportSection, RunConfig
+from engine.ds_config import nvme_path, resolve_ds_config
 from launcher.cli import _parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,10 +43,28 @@ def test_every_example_is_part_of_a_data_section(block: str) -> None:
     assert set(shown["data"]) <= set(given)
 
 
-@pytest.mark.parametrize("block", blocks((ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"), "yaml"))
-def test_the_checkpoint_section_shown_is_complete(block: str) -> None:
-    section = CheckpointSection.model_validate(yaml.safe_load(block)["checkpoint"])
-    assert section.model_fields_set == set(CheckpointSection.model_fields)
+@pytest.mark.parametrize(
+    ("page", "name", "kind"),
+    [("checkpoints.md", "checkpoint", CheckpointSection), ("export.md", "export", ExportSection)],
+)
+def test_the_section_shown_is_complete(page: str, name: str, kind: type[CheckpointSection | ExportSection]) -> None:
+    (block,) = blocks((ROOT / "docs" / page).read_text(encoding="utf-8"), "yaml")
+    section = kind.model_validate(yaml.safe_load(block)[name])
+    assert section.model_fields_set == set(kind.model_fields)
+
+
+def test_the_ways_to_keep_states_on_nvme_come_to_the_same(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "nvme.md").read_text(encoding="utf-8")
+    (shown,), (theirs,) = blocks(page, "yaml"), blocks(page, "json")
+    values = {
+        "run_dir": "r", "task": "causal_lm", "data": {"store_dir": "s", "row_tokens": 8}, "model": {"path": "m"},
+        "optimizer": {"learning_rate": 1e-3}, "batch": {"global_rows": 32}, "duration": {"steps": 1},
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(theirs)
+    given = [yaml.safe_load(shown), {"deepspeed": str(tmp_path / "ds.json")}]
+    ours, json_alone = (resolve_ds_config(RunConfig.model_validate(values | more), 1) for more in given)
+    assert nvme_path(ours) == nvme_path(json_alone) == Path("/local_ssd")
+    assert json_alone["aio"].items() <= ours["aio"].items()
 
 
 def test_every_format_is_in_the_table_with_its_endings() -> None:
@@ -84,6 +103,9 @@ def test_every_key_of_the_data_section_is_explained() -> None:
         "docs/checkpoints.md",
         "docs/tensorboard.md",
         "docs/slurm.md",
+        "docs/export.md",
+        "docs/import.md",
+        "docs/nvme.md",
     ],
 )
 def test_every_command_is_one(page: str) -> None:

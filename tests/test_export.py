@@ -1,18 +1,31 @@
 """Export: the folder loads with transformers alone and computes what the gathered weights compute."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_worker import export_tokens
-from ranks import run_ranks
+from checkpoint_worker import LIVE_SHARD_BYTES, export_tokens
+from ranks import ROOT, run_ranks
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError
+from engine.checkpoint_files import FORMAT, KINDS, MANIFEST, STATE, describe, seal
+from engine.errors import CannotWriteError, ConfigError, DataError, MissingInputError, StorageError
 from engine.export import export_checkpoint, resolve_checkpoint
+from engine.safetensors_file import BLOCK_BYTES
+from engine.safetensors_writer import TensorSource, tensor_chunks, write_file, write_safetensors
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 FAMILIES = ("llama", "gpt2", "qwen2", "t5-classification", "bert-classification", "mixtral")
@@ -24,6 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each family a run folder written by two ranks, and its masters gathered by DeepSpeed."""
     folder = tmp_path_factory.mktemp("trained")
     run_ranks(2, WORKER, str(folder), "export")
+    run_ranks(3, WORKER, str(folder), "live")
     return folder
 
 
@@ -89,6 +103,53 @@ def test_logits_equal_those_of_the_engine(trained: Path, tmp_path: Path, family:
         assert torch.equal(ours, theirs)
     else:
         torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-8)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_what_all_ranks_write_together_is_what_one_process_exports(trained: Path, tmp_path: Path, family: str) -> None:
+    """Byte for byte, in the same shards: tied and frozen weights, buffers, labels, configuration, card."""
+    run_dir = trained / family
+    checkpoint = resolve_checkpoint(run_dir)
+    for live, dtype in (("live", "bfloat16"), ("live-3-bfloat16", "bfloat16"), ("live-3-float32", "float32")):
+        if not (run_dir / live).exists():
+            assert live != "live"
+            continue
+        export_checkpoint(checkpoint, run_dir / "model", None, tmp_path / live, dtype, LIVE_SHARD_BYTES, "card")
+        ours = folder_bytes(tmp_path / live)
+        assert len([name for name in ours if name.endswith(".safetensors")]) > 2
+        assert folder_bytes(run_dir / live) == ours
+
+
+def test_a_family_of_another_layout_is_left_to_the_checkpoints_export(trained: Path) -> None:
+    assert not (trained / "mixtral" / "live").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_the_disk_did_not_keep_is_not_published(trained: Path, rank: int) -> None:
+    run_dir = trained / "llama"
+    failed, taken = json.loads((run_dir / f"live-{rank}.json").read_text())
+    assert (failed[0], failed[2]) == ("StorageError", 74)
+    assert "model.safetensors: bytes " in failed[1]
+    assert "are not what was written" in failed[1]
+    assert (taken[0], taken[2]) == ("CannotWriteError", 73)
+    assert not (run_dir / "damaged").exists()
+    assert not list(run_dir.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5-classification"])
+def test_half_precision_is_the_masters_rounded_once(trained: Path, tmp_path: Path, family: str) -> None:
+    """Of T5, transformers opens some modules in fp32 all the same: the forward check must not mistake that."""
+    run_dir = trained / family
+    export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", None, tmp_path / "out", "float16")
+    stored, masters = load_file(tmp_path / "out" / "model.safetensors"), load_file(trained / f"{family}.safetensors")
+    assert stored
+    for name, value in stored.items():
+        assert value.dtype == torch.float16
+        assert torch.equal(value, masters[name].half()), name
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "t5-classification"])
@@ -168,6 +229,87 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(trained: Path, tm
         export_checkpoint(checkpoint, model_dir, None, out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def large_checkpoint(run_dir: Path, layers: int) -> Path:
+    """A checkpoint as one rank writes it, of a Llama whose layers hold 25 MB each in fp32; its moments are zero."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=3328, num_hidden_layers=layers, num_attention_heads=8
+    )
+    config.save_pretrained(run_dir / "model")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    folder = run_dir / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    file = "slices-00000-of-00001.safetensors"
+    flat = {name: value.detach().view(-1) for name, value in model.named_parameters()}
+    sources = [
+        TensorSource(f"{kind}/{name}", torch.float32, (len(value),), partial(tensor_chunks, given))
+        for kind in KINDS
+        for name, value in flat.items()
+        for given in [value if kind == "master" else torch.zeros(1).expand(len(value))]
+    ]
+    records = [write_safetensors(folder / file, sources), write_file(folder / STATE, b"{}")]
+    fields = {
+        "format": FORMAT, "step": 1, "optimizer_steps": 1, "run_id": "", "architecture": "LlamaForCausalLM",
+        "block_bytes": BLOCK_BYTES, "frozen": {}, "buffers": {},
+        "trained": {name: describe(torch.float32, tuple(value.shape)) for name, value in model.named_parameters()},
+        "slices": {file: [(name, 0, len(value)) for name, value in flat.items()]},
+        "files": {record.name: [record.size_bytes, record.blocks] for record in records},
+    }  # fmt: skip
+    write_file(folder / MANIFEST, seal(fields).encode())
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, dtype: str) -> None:
+    """Models of 200 and 400 MB in fp32, exported by processes of their own: the same few chunks at a time."""
+    peaks = []
+    for layers in (8, 16):
+        checkpoint = large_checkpoint(tmp_path / str(layers), layers)
+        script, out = Path(__file__).with_name("export_memory.py"), tmp_path / f"{layers}-out"
+        command = [sys.executable, script, checkpoint, tmp_path / str(layers) / "model", out, dtype]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout.split()[-1]))
+        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        assert size > layers * 12_000_000
+    assert max(peaks) < 400
+    assert peaks[1] < peaks[0] + 60
+
+
+def test_an_export_killed_before_it_is_published_is_not_there_and_a_later_one_is(trained: Path, tmp_path: Path) -> None:
+    run_dir, out = trained / "llama", tmp_path / "out"
+    program = (
+        "import os, sys, engine.export as export\n"
+        "from pathlib import Path\n"
+        "checkpoint, model, out = map(Path, sys.argv[1:])\n"
+        "export.copy_files = lambda *_: os.kill(os.getpid(), 9)\n"
+        "export.export_checkpoint(checkpoint, model, None, out)\n"
+    )
+    arguments = (resolve_checkpoint(run_dir), run_dir / "model", out)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp-out-")
+    assert (left / "model.safetensors").is_file()
+    export_checkpoint(*arguments[:2], None, out)
+    load_alone(out, "llama", torch.bfloat16)
+
+
+def test_a_bit_that_the_disk_does_not_keep_is_found_before_anything_is_published(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 16
+        path.write_bytes(data)
+
+    monkeypatch.setattr("engine.hf_folder.drop_cache", spoil)
+    run_dir = trained / "gpt2"
+    with pytest.raises(StorageError, match=r"model\.safetensors: damaged.*nothing was published"):
+        export_checkpoint(resolve_checkpoint(run_dir), run_dir / "model", None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resolve_names_what_there_is(trained: Path) -> None:

@@ -68,17 +68,28 @@ def test_imports_without_torch(module: str) -> None:
     assert result.stdout == "[]\n", result.stdout + result.stderr
 
 
+#: The reader of others' checkpoints, in a child without rights and with an allow-list; and what attacks it.
+FORBIDDEN_CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.load", "torch.load", "torch.save"}
+MAY_CALL = {
+    "tests/test_import.py": {"torch.load"},  # shows, on a file of the test's own, what it does not notice
+    "tests/test_hostile_checkpoints.py": {"torch.save"},
+}
+MAY_PICKLE = {"engine/restricted_pickle.py": {"pickle"}, "tests/test_hostile_checkpoints.py": {"pickle"}}
+
+
 @pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_runs_strings_or_loads_code(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     forbidden_modules = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
-    assert not forbidden_modules & {module.split(".")[0] for module in imported_modules(path)}
+    used = forbidden_modules & {module.split(".")[0] for module in imported_modules(path)}
+    assert used == MAY_PICKLE.get(str(path.relative_to(ROOT)), set())
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
         where = f"{path}:{node.lineno}: {ast.unparse(node)[:80]}"
-        assert name not in ("eval", "exec", "os.system", "os.popen", "yaml.load", "torch.load", "torch.save"), where
+        allowed = MAY_CALL.get(str(path.relative_to(ROOT)), set())
+        assert name not in FORBIDDEN_CALLS - allowed, where
         for keyword in node.keywords:
             if keyword.arg in ("shell", "trust_remote_code", "allow_pickle"):
                 assert isinstance(keyword.value, ast.Constant), where

@@ -11,11 +11,12 @@ import transformers
 from equivalence_cases import make_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import ValidationError
+from whole_model import whole_model
 
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, FulltuneError, MissingInputError, RefusedForSecurityError
-from engine.model import StoreFacts, build_model
-from engine.vocabulary import extend_vocabulary, read_extension
+from engine.model import StoreFacts
+from engine.vocabulary import grow_vocabulary, read_extension
 
 FACTS = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=())
 LABELS = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=("bad", "good", "great"))
@@ -35,7 +36,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_fresh_weights_follow_from_the_seed_alone() -> None:
-    made = [build_model(section(init="random", config=LLAMA), "causal_lm", FACTS, seed) for seed in (1, 1, 2)]
+    made = [whole_model(section(init="random", config=LLAMA), "causal_lm", FACTS, seed) for seed in (1, 1, 2)]
     first, again, other = (model.lm_head.weight for model in made)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -44,8 +45,9 @@ def test_fresh_weights_follow_from_the_seed_alone() -> None:
 
 
 def test_pretrained_weights_are_the_files(saved: Path) -> None:
-    model = build_model(section(path=str(saved)), "causal_lm", FACTS, 1)
+    model = whole_model(section(path=str(saved)), "causal_lm", FACTS, 1)
     expected = make_model("llama", packed=False).state_dict()
+    assert model.training, "dropout is on, as in a model that was made here"
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
@@ -55,7 +57,7 @@ def test_a_language_model_becomes_a_classifier_with_a_fresh_head(
 ) -> None:
     heads = []
     for _ in range(2):
-        model = build_model(section(path=str(saved)), "sequence_classification", LABELS, 5)
+        model = whole_model(section(path=str(saved)), "sequence_classification", LABELS, 5)
         heads.append(model.score.weight)
     assert heads[0].shape == (3, 32)
     assert torch.equal(*heads)
@@ -103,8 +105,8 @@ def with_other_shape(folder: Path) -> None:
         (without_weights, RefusedForSecurityError, "has no *.safetensors; other weight files can run code"),
         (with_own_code, RefusedForSecurityError, "brings its own code, which is never run"),
         (with_cut_weights, DataError, "model"),
-        (with_other_shape, DataError, "lacks or mis-shapes 1 weights"),
-        (with_missing_weight, DataError, "lacks or mis-shapes 1 weights, for example model.norm.weight"),
+        (with_other_shape, DataError, "model.safetensors: model.norm.weight has the shape [31], the model needs [32]"),
+        (with_missing_weight, DataError, "lacks 1 weights, for example model.norm.weight"),
         (lambda folder: (folder / "config.json").unlink(), MissingInputError, "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), DataError, "config.json"),
     ],
@@ -115,7 +117,7 @@ def test_bad_folders_are_refused(
     monkeypatch.chdir(saved)
     spoil(saved)
     with pytest.raises(error) as caught:
-        build_model(section(path=str(saved)), "causal_lm", FACTS, 1)
+        whole_model(section(path=str(saved)), "causal_lm", FACTS, 1)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (saved / "ran").exists()
@@ -126,7 +128,7 @@ def test_a_smaller_vocabulary_than_the_stores_is_refused(saved: Path) -> None:
     with pytest.raises(
         DataError, match=r"model\.path: .*: the store's tokenizer has 62 tokens, the model 61 embeddings"
     ):
-        build_model(section(path=str(saved)), "causal_lm", facts, 1)
+        whole_model(section(path=str(saved)), "causal_lm", facts, 1)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_a_smaller_vocabulary_than_the_stores_is_refused(saved: Path) -> None:
 )
 def test_models_that_are_not_causal_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"t5|not a causal model"):
-        build_model(section(init="random", config=config), "causal_lm", FACTS, 1)
+        whole_model(section(init="random", config=config), "causal_lm", FACTS, 1)
 
 
 @pytest.mark.parametrize(("init", "patterns"), [("pretrained", ["*.json", "*.safetensors"]), ("random", ["*.json"])])
@@ -148,7 +150,7 @@ def test_a_hub_name_is_fetched_as_safetensors_and_nothing_else(
         return str(saved)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    model = build_model(section(path="owner/name", revision="v1", init=init), "causal_lm", FACTS, 1)
+    model = whole_model(section(path="owner/name", revision="v1", init=init), "causal_lm", FACTS, 1)
     assert asked == [("owner/name", "v1", patterns)]
     same = torch.equal(model.lm_head.weight, make_model("llama", packed=False).lm_head.weight)
     assert same == (init == "pretrained")
@@ -160,7 +162,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(MissingInputError) as caught:
-        build_model(section(path="owner/name"), "causal_lm", FACTS, 1)
+        whole_model(section(path="owner/name"), "causal_lm", FACTS, 1)
     assert str(caught.value) == (
         "model.path: owner/name is no local folder, and the Hub did not give it: no connection"
     )
@@ -168,7 +170,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_missing_folder_is_named() -> None:
     with pytest.raises(MissingInputError, match=r"model.path: \./nowhere: no such folder"):
-        build_model(section(path="./nowhere"), "causal_lm", FACTS, 1)
+        whole_model(section(path="./nowhere"), "causal_lm", FACTS, 1)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_a_missing_folder_is_named() -> None:
 )
 def test_bad_inline_configurations_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_model(section(init="random", config=config), "causal_lm", FACTS, 1)
+        whole_model(section(init="random", config=config), "causal_lm", FACTS, 1)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_a_model_has_exactly_one_source(values: dict[str, Any]) -> None:
 
 
 def test_activation_checkpointing_is_on_when_asked() -> None:
-    model = build_model(section(init="random", config=LLAMA, activation_checkpointing=True), "causal_lm", FACTS, 1)
+    model = whole_model(section(init="random", config=LLAMA, activation_checkpointing=True), "causal_lm", FACTS, 1)
     assert model.is_activation_checkpointing
     assert isinstance(model, transformers.PreTrainedModel)
 
@@ -252,7 +254,12 @@ def test_new_rows_are_the_means_of_their_pieces(
     was_tied = {name for name, _ in model.named_parameters()}
     extension = read_extension(extension_folder(tmp_path, 61, PIECES))
     assert extension is not None
-    extend_vocabulary(model, extension)
+    rows = grow_vocabulary(model, extension)
+    assert rows is not None
+    with torch.no_grad():
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        for name in rows.names:
+            tensors[name].copy_(rows.extend(before[name]))
     after = model.state_dict()
     over_tokens = {name for name, value in before.items() if value.shape[0] == num_rows}
     assert len(over_tokens) >= 1
@@ -277,13 +284,8 @@ def test_new_rows_are_the_means_of_their_pieces(
             assert np.allclose(spare.numpy(), np.mean(wanted[:61], axis=0), rtol=1e-2, atol=1e-2)
     assert {name for name, _ in model.named_parameters()} == was_tied
     assert model.config.vocab_size == expected_rows
-    again = {name: value.clone() for name, value in after.items()}
-    with torch.no_grad():
-        model.get_input_embeddings().weight[61:65] += 1  # as training does
-    trained = model.get_input_embeddings().weight.clone()
-    extend_vocabulary(model, extension)
-    assert torch.equal(model.get_input_embeddings().weight, trained), "rows are made once"
-    assert again.keys() == model.state_dict().keys()
+    assert grow_vocabulary(model, extension) is None, "rows are made once"
+    assert after.keys() == model.state_dict().keys()
 
 
 def facts_with(folder: Path, vocab_size: int) -> StoreFacts:
@@ -295,7 +297,7 @@ def test_a_model_with_new_tokens_is_the_same_on_every_rank_and_knows_them_later(
     tiny("llama_tied" if tied else "llama", 61).save_pretrained(tmp_path / "model")
     tokenizer = extension_folder(tmp_path / "tokenizer", 61, PIECES)
     one, two = (
-        build_model(section(path=str(tmp_path / "model")), "causal_lm", facts_with(tokenizer, 65), seed)
+        whole_model(section(path=str(tmp_path / "model")), "causal_lm", facts_with(tokenizer, 65), seed)
         for seed in (1, 2)
     )
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
@@ -305,11 +307,11 @@ def test_a_model_with_new_tokens_is_the_same_on_every_rank_and_knows_them_later(
     one.save_pretrained(tmp_path / "trained")
     stored = json.loads((tmp_path / "trained" / "config.json").read_text())
     assert stored["vocab_size"] == 65
-    later = build_model(section(path=str(tmp_path / "trained")), "causal_lm", facts_with(tokenizer, 65), 1)
+    later = whole_model(section(path=str(tmp_path / "trained")), "causal_lm", facts_with(tokenizer, 65), 1)
     assert torch.equal(later.model.embed_tokens.weight, one.model.embed_tokens.weight), "what was trained is kept"
     # a second extension on top: only its own rows are made
     longer = extension_folder(tmp_path / "longer", 61, [*PIECES, [62, 1]])
-    most = build_model(section(path=str(tmp_path / "trained")), "causal_lm", facts_with(longer, 66), 1)
+    most = whole_model(section(path=str(tmp_path / "trained")), "causal_lm", facts_with(longer, 66), 1)
     rows = most.model.embed_tokens.weight
     assert torch.equal(rows[:65], one.model.embed_tokens.weight)
     assert torch.allclose(rows[65], (rows[62] + rows[1]) / 2)
@@ -319,10 +321,10 @@ def test_fresh_models_have_rows_for_new_tokens_and_never_get_them_again(tmp_path
     tokenizer = extension_folder(tmp_path / "tokenizer", 61, PIECES)
     tiny("llama", 61).save_pretrained(tmp_path / "model")
     for values in ({"config": LLAMA}, {"path": str(tmp_path / "model")}):
-        model = build_model(section(init="random", **values), "causal_lm", facts_with(tokenizer, 65), 1)
+        model = whole_model(section(init="random", **values), "causal_lm", facts_with(tokenizer, 65), 1)
         assert model.config.vocab_size == 65
         model.save_pretrained(tmp_path / "fresh")
-        again = build_model(section(path=str(tmp_path / "fresh")), "causal_lm", facts_with(tokenizer, 65), 1)
+        again = whole_model(section(path=str(tmp_path / "fresh")), "causal_lm", facts_with(tokenizer, 65), 1)
         assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
@@ -331,21 +333,21 @@ def test_extensions_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> 
     make = section(path=str(saved))
     extension_folder(tokenizer, 70, [[1]])
     with pytest.raises(DataError, match="tokenizer has 70 tokens, the model 61 embeddings"):
-        build_model(make, "causal_lm", facts_with(tokenizer, 71), 1)
+        whole_model(make, "causal_lm", facts_with(tokenizer, 71), 1)
     extension_folder(tokenizer, 61, [[1]])
     with pytest.raises(DataError, match="spells tokens up to 61, the tokenizer has 63"):
-        build_model(make, "causal_lm", facts_with(tokenizer, 63), 1)
+        whole_model(make, "causal_lm", facts_with(tokenizer, 63), 1)
     for ids in ([], [-1], [62], [61]):
         extension_folder(tokenizer, 61, [ids])
         with pytest.raises(DataError, match="token 61 is not spelled in smaller ids"):
-            build_model(make, "causal_lm", facts_with(tokenizer, 62), 1)
+            whole_model(make, "causal_lm", facts_with(tokenizer, 62), 1)
     for text in ("{", "[]", '{"format": 2}', '{"format": 1, "base_vocab_size": 61, "pieces": {"62": [1]}}'):
         (tokenizer / "extension.json").write_text(text)
         with pytest.raises(DataError, match="not the extension of a tokenizer"):
-            build_model(make, "causal_lm", facts_with(tokenizer, 62), 1)
+            whole_model(make, "causal_lm", facts_with(tokenizer, 62), 1)
     model = tiny("bert_mlm", 61)
     model.per_token = torch.nn.Embedding(61, 3)
     good = read_extension(extension_folder(tokenizer, 61, [[1]]))
     assert good is not None
     with pytest.raises(DataError, match="per_token has rows for tokens, too"):
-        extend_vocabulary(model, good)
+        grow_vocabulary(model, good)

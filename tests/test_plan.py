@@ -161,6 +161,9 @@ def test_host_memory_follows_the_measured_rule(tmp_path: Path) -> None:
     expected = 2**23 * 22 / 2**30 + 2 * 0.4  # fp32 accumulation, full offload, both ranks on this node
     assert f"about {expected:.1f} GiB a node" in plan(path, [], ranks=2)
     assert "host memory" not in plan(path, ["deepspeed=zero3"], ranks=2)
+    on_nvme = plan(path, ["deepspeed=zero3_offload_nvme", "nvme_path=/ssd"], ranks=2)
+    assert f"optimizer states: about {2**23 * 12 / 2**30:.1f} GiB a node in /ssd, removed at the end" in on_nvme
+    assert "host memory" not in on_nvme
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import DataError
 from engine.range_reader import Wanted, read_ranges
-from engine.safetensors_file import BLOCK_BYTES, FileRecord, TensorSource, read_header, tensor_chunks, write_safetensors
+from engine.safetensors_file import BLOCK_BYTES, FileRecord, read_header
+from engine.safetensors_writer import TensorSource, tensor_chunks, write_safetensors
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 

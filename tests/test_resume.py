@@ -6,6 +6,7 @@ parameters offloaded, DeepSpeedCPUAdam, bf16, activation checkpointing, accumula
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,14 @@ from data_fixtures import byte_level_folder, sentences, write_jsonl
 from ranks import ROOT, free_port, kill_ranks, rank_environment, run_ranks, start_ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from engine.batches import stream_rows
 from engine.config import RunConfig
 from engine.run_file import dump_yaml, load_run_file
+from launcher.cli import main
 
 pytestmark = pytest.mark.ranks
 STEPS, SAVE_EVERY = 9, 4
@@ -117,7 +120,7 @@ def straight(folder: Path) -> Path:
 
 
 def test_killed_at_any_moment_and_started_again_is_bit_equal(folder: Path, straight: Path) -> None:
-    path = run_file(folder, "killed")
+    path = run_file(folder, "killed", export={"at_end": True, "every_steps": SAVE_EVERY, "keep": 1})
     process = start_ranks(2, "-m", "engine", str(path))
     wait_for_step(folder / "killed", 6)
     kill_ranks(folder / "killed", signal.SIGKILL)
@@ -135,6 +138,28 @@ def test_killed_at_any_moment_and_started_again_is_bit_equal(folder: Path, strai
     loss = "loss"
     assert metrics(folder / "killed", "evaluation")[STEPS][loss] == metrics(straight, "evaluation")[STEPS][loss]
     assert state_bytes(folder / "killed", STEPS) == state_bytes(straight, STEPS)
+    check_exports(folder / "killed", output)
+
+
+def check_exports(run_dir: Path, output: str) -> None:
+    """What the run wrote on its way and at its end is what `fulltune export` makes of its checkpoints."""
+    assert [path.name for path in (run_dir / "weights").iterdir()] == ["step-00000008"]
+    for step, written in ((8, run_dir / "weights" / "step-00000008"), (STEPS, run_dir / "export")):
+        assert f"weights after step {step} written to {written} in " in output
+        out = run_dir / f"exported-{step}"
+        assert main(["export", str(run_dir), str(out), "--step", str(step)]) == 0
+        ours, theirs = ({path.name: path.read_bytes() for path in place.iterdir()} for place in (written, out))
+        card = ours["README.md"].decode()
+        assert ours == theirs
+        assert f"\n# killed, step {step}\n" in card
+        assert "pipeline_tag: text-generation" in card
+        assert f"| steps | {step} |" in card
+        assert re.search(r"\| \S+ \| 270 \| 270 \| ", card), card
+        assert f"| tokens | {metrics(run_dir)[step]['tokens']:,.0f} |" in card
+        shown = metrics(run_dir, "evaluation")[5 if step == 8 else STEPS]["loss"]
+        assert f"| loss | {shown:.4f} |" in card
+        assert str(run_dir.parent) not in card
+        AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, straight: Path) -> None:
@@ -169,6 +194,26 @@ def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, stra
             assert got[step]["loss"] == expected[step]["loss"]
         else:
             assert got[step]["loss"] == pytest.approx(expected[step]["loss"], rel=0.02)
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(folder: Path) -> None:
+    """Its checkpoint has replaced them: they are neither read nor needed."""
+    import transformers
+
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    model = folder / "starting-model"
+    tokens = len(json.loads((byte_level_folder(folder / "tokenizer") / "tokenizer.json").read_text())["model"]["vocab"])
+    config = transformers.GPT2Config(**sizes, vocab_size=tokens + 8, bos_token_id=1, eos_token_id=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(model)
+    changes: dict[str, Any] = {"model": {"path": str(model)}, "evaluation__eval_every_steps": 9}
+    output = run_ranks(2, "-m", "engine", run_file(folder, "pretrained", duration={"steps": 2}, **changes))
+    assert re.findall(r"weights: read ([\d.]+) GB of ([\d.]+) GB on this rank", output)
+    assert "resuming" not in output
+    (model / "model.safetensors").unlink()
+    output = run_ranks(2, "-m", "engine", run_file(folder, "pretrained", duration={"steps": 4}, **changes))
+    assert "resuming after step 2" in output
+    assert "weights: read" not in output
+    assert sorted(metrics(folder / "pretrained")) == [1, 2, 3, 4]
 
 
 def test_a_finished_run_has_nothing_to_do_and_a_changed_seed_is_refused(folder: Path, straight: Path) -> None:

@@ -12,7 +12,8 @@ from engine.checkpoint_files import STATE, describe, seal
 from engine.config import CheckpointSection
 from engine.errors import StorageError
 from engine.retention import check_space, checkpoint_bytes
-from engine.safetensors_file import BLOCK_BYTES, TensorSource, tensor_chunks, write_file, write_safetensors
+from engine.safetensors_file import BLOCK_BYTES
+from engine.safetensors_writer import TensorSource, tensor_chunks, write_file, write_safetensors
 from engine.setup import changes, remaining_saves
 from launcher.cli import main
 

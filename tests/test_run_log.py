@@ -1,6 +1,8 @@
 """What a run writes for people and for TensorBoard."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,31 @@ def test_phases_add_up_to_the_whole() -> None:
 def test_memory_is_plausible() -> None:
     figures = memory_gib()
     assert 0 < figures["host_gib"] <= figures["host_peak_gib"] * 1.01 < 1000
+
+
+def test_a_full_disk_delays_figures_and_ends_nothing(tmp_path: Path) -> None:
+    """Real refusals of the system: for two steps no file may grow."""
+    program = f"""
+import resource
+from pathlib import Path
+from engine.run_log import RunLog
+log = RunLog(Path({str(tmp_path)!r}), 0, 0, 4, tensorboard=True, log_every_steps=9)
+figures = {FIGURES!r} | {{"rows_hash": 1.0}}
+log.train(1, figures)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+log.train(2, figures)
+log.train(3, figures)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+log.train(4, figures)
+log.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("metrics.jsonl cannot be written (File too large)") == 2, done.stderr
+    assert done.stderr.count("TensorBoard files cannot be written") == 1, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert "train/loss" in tags
+    assert "train/rows_hash" not in tags

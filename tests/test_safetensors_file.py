@@ -13,16 +13,8 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from engine.errors import DataError
-from engine.safetensors_file import (
-    BLOCK_BYTES,
-    FileRecord,
-    TensorSource,
-    read_header,
-    tensor_chunks,
-    verify_blocks,
-    write_file,
-    write_safetensors,
-)
+from engine.safetensors_file import BLOCK_BYTES, FileRecord, read_header, verify_blocks
+from engine.safetensors_writer import TensorSource, tensor_chunks, write_file, write_safetensors
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

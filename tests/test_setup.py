@@ -21,7 +21,7 @@ SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), ROOT / "launcher" / "inst
 
 def test_nothing_is_missing_where_the_tests_run() -> None:
     assert check_system.missing_packages() == []
-    assert check_system.main() == 0
+    assert check_system.main([]) == 0
 
 
 def test_missing_packages_are_one_line(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_missing_packages_are_one_line(tmp_path: Path) -> None:
     code = (
         "import sys, sysconfig; sys.path.insert(0, sys.argv[1]); import check_system\n"
         "sysconfig.get_path = lambda name: '/nowhere'\n"
-        "sys.exit(check_system.main())"
+        "sys.exit(check_system.main([]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "launcher")],
@@ -37,6 +37,17 @@ def test_missing_packages_are_one_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 78
     assert result.stderr == "fulltune: error: missing here: apt-get install python3-dev g++ make\n"
+
+
+def test_optional_packages_are_named_when_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "libaio.h").touch()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import check_system as c; print(c.missing_optional_packages())"
+    command = [sys.executable, "-c", code, str(ROOT / "launcher")]
+    with_it = subprocess.run(command, env={"CPATH": f"/a:{tmp_path}"}, capture_output=True, text=True)
+    assert with_it.stdout == "[]\n"
+    here = any((Path(folder) / "libaio.h").is_file() for folder in ("/usr/include", "/usr/local/include"))
+    without = subprocess.run(command, env={}, capture_output=True, text=True)
+    assert without.stdout == ("[]\n" if here else "['libaio-dev']\n")
 
 
 def test_make_alone_lists_every_target() -> None:
@@ -120,6 +131,8 @@ def make_op(folder: Path, name: str) -> Path:
 def test_ops_that_are_missing(tmp_path: Path) -> None:
     assert prebuild.missing_ops(tmp_path, uses_gpus=False) == ["ShareMemCommBuilder", "CPUAdamBuilder"]
     assert prebuild.missing_ops(tmp_path, uses_gpus=True) == ["CPUAdamBuilder"]
+    nvme = prebuild.missing_ops(tmp_path, uses_gpus=True, uses_nvme=True)
+    assert nvme == ["CPUAdamBuilder", "PinMemoryBuilder", "AsyncIOBuilder"]
     lock = make_op(tmp_path, "cpu_adam")
     assert prebuild.missing_ops(tmp_path, uses_gpus=True) == []
     lock.touch()
