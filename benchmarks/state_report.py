@@ -14,12 +14,12 @@ from state_measure import ROOT
 RULE = """\
 Every measurement has its own processes; ranks share this machine's cores; DeepSpeed's zero3_offload on the CPU, bf16
 weights with fp32 masters and moments. Anonymous memory is RssAnon, looked at every 5 ms: files that are mapped and
-the page cache do not count. Seconds are those of the slowest rank, medians over rounds; imports and compiled ops do
-not count, for both sides alike.
+the page cache do not count. Seconds are those of the slowest rank, medians over rounds; imports, compiled ops and
+tables that transformers makes once a process do not count, for both sides alike.
 
 Loading: from an empty process group to an engine that could train, twice: without deepspeed.initialize, which both
-sides call and which takes as long for both (load_vs_transformers: for transformers that is from_pretrained under
-ZeRO-3; for ours building the model, partitioning, filling fp32 masters from the files and making the bf16 weights of
+sides call for the same buffers (load_vs_transformers: for transformers that leaves from_pretrained under ZeRO-3, for
+ours building the model, partitioning, filling fp32 masters from the files and making the bf16 weights of
 them), and with it (ready_vs_transformers). Bytes read are rchar of /proc/self/io between the two instants, whatever
 they were read for. What a rank holds (partitions, masters, gradients, moments) is counted from the live tensors.
 
