@@ -49,8 +49,8 @@ def main() -> None:
     session, master_port, private_dir = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     if sys.stdin.buffer.readline() == _DONE:
         return
-    # The ranks see the end of the supervisor's FIFO and have begun to stop.
-    end_processes(lambda: session_members(session), lambda: ALONE_SECONDS + 1)
+    # The ranks see the end of the supervisor's FIFO and have begun to stop: nobody needs to be asked.
+    end_processes(lambda: session_members(session), list, lambda: ALONE_SECONDS + 1)
     remove_shared_memory("127.0.0.1", master_port)
     shutil.rmtree(private_dir, ignore_errors=True)
 

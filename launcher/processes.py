@@ -55,17 +55,21 @@ def signal_processes(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def end_processes(members: Callable[[], list[int]], grace_seconds: Callable[[], float]) -> None:
-    """TERM, once, to all that `members` names; KILL to what is left after the grace period; returns when none is left.
+def end_processes(
+    members: Callable[[], list[int]], asked: Callable[[], list[int]], grace_seconds: Callable[[], float]
+) -> None:
+    """TERM, once, to all that `asked` names; KILL to all `members` left after the grace period; returns when none is.
 
-    Both are asked again and again: processes may still start others, and the grace may be cut short.
+    Both are called again and again: processes may still start others, and the grace may be cut short.
+    What a rank has started itself is a member, but not asked: a rank that saves may need it.
     """
     began = time.monotonic()
-    asked: set[int] = set()
+    told: set[int] = set()
     while living := members():
         if time.monotonic() - began >= grace_seconds():
             signal_processes(living, signal.SIGKILL)
         else:
-            signal_processes([pid for pid in living if pid not in asked], signal.SIGTERM)
-            asked |= set(living)
+            new = [pid for pid in asked() if pid not in told]
+            signal_processes(new, signal.SIGTERM)
+            told.update(new)
         time.sleep(_POLL_SECONDS)

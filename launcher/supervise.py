@@ -174,14 +174,22 @@ class Supervision:
         def grace_seconds() -> float:
             return 0.0 if hopeless or self._stop.at_once else _GRACE_SECONDS
 
-        end_processes(self._members, grace_seconds)
+        end_processes(self._members, self._asked, grace_seconds)
         self._process.wait()
         self.memory.close()
 
     def _members(self) -> list[int]:
         """What is left of the job on this machine; ranks that another daemon started are not of the session."""
-        members = set(session_members(self._process.pid))
-        return sorted(members | {pid for pid in self.pids.values() if is_running(pid) and self._is_ours(pid)})
+        self._starts = read_starts(self._run_dir)
+        return sorted({*session_members(self._process.pid), *self._living_ranks()})
+
+    def _asked(self) -> list[int]:
+        """Who saves and ends when asked: the ranks. `deepspeed` would end them one by one, with their children."""
+        launchers = [self._process.pid] if self._hands_on_stop and self._process.poll() is None else []
+        return [*launchers, *self._living_ranks()]
+
+    def _living_ranks(self) -> list[int]:
+        return [pid for pid in self.pids.values() if is_running(pid) and self._is_ours(pid)]
 
     def _look(self, looked_before: float, now: float) -> None:
         """Once over everything: who is there, who is gone, who hangs, how much memory they have."""
