@@ -34,6 +34,7 @@ def main() -> None:
         run_file = RunFile(given.path, with_absolute_paths(given.values), given.lines)
         config = run_file.parse(RunConfig)
         record.begin(config.run_dir)
+        stop.limit_time(os.environ)
         _watch(config.run_dir, rank, stop, record)
         _train(run_file, config, arguments.fresh, stop)
         code, message, trace = COMPLETE, "", ""

@@ -75,6 +75,7 @@ class Watch:
                 time.sleep(_POLL_SECONDS)
             elif poll.poll(_POLL_SECONDS * 1000):
                 self._end_alone()
+            self._stop.look_at_clock()
             if self._rank == 0:
                 for name in ("STOP", "HOLD"):
                     if not self._stop.asked and (self._run_dir / name).exists():

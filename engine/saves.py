@@ -24,6 +24,8 @@ from engine.safetensors_file import FileRecord, drop_cache, verify_blocks
 _LOG = logging.getLogger(__name__)
 #: Saves that may fail one after the other before a run that could lose everything ends.
 MAX_FAILED_SAVES = 3
+#: What a save is taken to write a second, all ranks together, until one has been measured: a slow network disk.
+_PRESUMED_BYTES_PER_SECOND = 200e6
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Saves:
         self._state: dict[str, Any] = {}  # of what is being written
         self._committed: dict[str, Any] = {}  # of what was published last
         self._stall_seconds = 0.0
+        self._write_seconds = 0.0
 
     def check_space_for_run(self, remaining_saves: int) -> None:
         """StorageError unless the checkpoints that this run will keep at one time fit; ask before the first step."""
@@ -109,6 +112,11 @@ class Saves:
         """Whether this rank still reads back what it wrote last."""
         return self._verifying is not None and not self._verifying[1].done()
 
+    @property
+    def save_seconds(self) -> float:
+        """What this rank's part of a save takes: the longest measured so far, before that presumed."""
+        return self._write_seconds or self._bytes / _PRESUMED_BYTES_PER_SECOND
+
     def check_owner(self) -> None:
         """Raise what the run folder's owner check raises, when a newer start of the run has taken it over."""
         self._owner.check()
@@ -136,8 +144,13 @@ class Saves:
         except StorageError as error:
             self._failed_once_more(error, must_succeed)
             return
-        self._pending = pending, best, time.perf_counter()
+        started = time.perf_counter()
+        pending.records.add_done_callback(partial(self._note_written, started))
+        self._pending = pending, best, started
         self._state = dict(state)
+
+    def _note_written(self, started: float, _records: Future[list[FileRecord]]) -> None:
+        self._write_seconds = max(self._write_seconds, time.perf_counter() - started)
 
     def _finish(self, must_succeed: bool) -> None:
         if self._pending is None:

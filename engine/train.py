@@ -77,6 +77,7 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
     config = training.config
     evaluation_every = config.evaluation.eval_every_steps or training.total_steps
     first_step = progress.step
+    stop.plan_save(training.saves.save_seconds, 0.0)
     if progress.step == 0 and training.validation:
         results = _evaluate(training, stop)
         if results is None:
@@ -96,6 +97,7 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
             _stop(training, progress, is_saved=progress.step == first_step)
         log.train(progress.step, figures)
         heartbeat.end_step(progress.step, figures["step_seconds"])
+        stop.plan_save(training.saves.save_seconds, figures["step_seconds"])
         due = progress.step == training.total_steps or progress.step % evaluation_every == 0
         progress.owes_evaluation = due and training.validation is not None
         if progress.owes_evaluation and not stopping:

@@ -25,19 +25,20 @@ from launcher.verdict import judge, read_exits, read_starts
 
 RECORD, COMPLETE = "job.json", "complete.json"
 _ENDED = ("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT").split()
-_NUMBERS = ("job_id", "pid", "started_ticks")
+_NUMBERS = ("job_id", "prepare_job_id", "pid", "started_ticks")
 _POLL_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """Who runs a run folder: a process of `host`, or the Slurm job `job_id`."""
+    """Who runs a run folder: a process of `host`, or the Slurm job `job_id`, which may wait for one that prepares."""
 
-    job_id: int | None
-    pid: int | None
-    started_ticks: int | None
     host: str
-    log: str | None
+    job_id: int | None = None
+    prepare_job_id: int | None = None
+    pid: int | None = None
+    started_ticks: int | None = None
+    log: str | None = None
 
 
 def record_start(run_dir: Path, environment: Mapping[str, str] = os.environ) -> None:
@@ -47,9 +48,9 @@ def record_start(run_dir: Path, environment: Mapping[str, str] = os.environ) -> 
     if job_id.isdecimal():
         before = read_record(run_dir)
         log = before.log if before is not None and before.job_id == int(job_id) else _slurm_facts(int(job_id)).log
-        write_record(run_dir, JobRecord(int(job_id), None, None, host, log))
+        write_record(run_dir, JobRecord(host=host, job_id=int(job_id), log=log))
     else:
-        write_record(run_dir, JobRecord(None, os.getpid(), _start_ticks(os.getpid()), host, None))
+        write_record(run_dir, JobRecord(host=host, pid=os.getpid(), started_ticks=_start_ticks(os.getpid())))
 
 
 def write_record(run_dir: Path, record: JobRecord) -> None:
@@ -61,8 +62,9 @@ def read_record(run_dir: Path) -> JobRecord | None:
     """Who ran this folder last; None if nobody said."""
     try:
         values = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
-        job_id, pid, ticks = (None if values[key] is None else int(values[key]) for key in _NUMBERS)
-        return JobRecord(job_id, pid, ticks, str(values["host"]), None if values["log"] is None else str(values["log"]))
+        numbers = {key: None if values[key] is None else int(values[key]) for key in _NUMBERS}
+        log = None if values["log"] is None else str(values["log"])
+        return JobRecord(host=str(values["host"]), log=log, **numbers)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -284,6 +286,11 @@ def _lines(path: Path, record: JobRecord, follow: bool) -> Iterator[str]:
         time.sleep(_POLL_SECONDS)
 
 
+def forbid_requeue(job_id: int) -> None:
+    """Take from a Slurm job the right to come back: a preemption or `scontrol requeue` then ends it."""
+    ask_slurm("scontrol", "update", f"JobId={job_id}", "Requeue=0")
+
+
 def stop_run(run_dir: Path) -> int:
     """``fulltune stop``: have a run save a checkpoint and end, for good; returns the exit code."""
     record = read_record(find_runs([run_dir])[0])
@@ -296,11 +303,13 @@ def stop_run(run_dir: Path) -> int:
         return 0
     job = str(record.job_id)
     if _slurm_facts(record.job_id).state == "PENDING":
-        ask_slurm("scancel", job)
-        print(f"Slurm job {job} had not started; cancelled")
+        first = record.prepare_job_id
+        also = [str(first)] if first is not None and _slurm_facts(first).is_alive else []
+        ask_slurm("scancel", job, *also)
+        print(f"Slurm job {job} had not started; cancelled" + (f", with the preparing job {first}" if also else ""))
         return 0
     # First it loses the right to come back, then it is asked to end: Slurm refuses to requeue it.
-    ask_slurm("scontrol", "update", f"JobId={job}", "Requeue=0")
+    forbid_requeue(record.job_id)
     ask_slurm("scancel", "--signal=TERM", job)
     print(f"Slurm job {job} was asked to save a checkpoint and end; it does not come back")
     return 0

@@ -5,6 +5,7 @@ Slurm sends TERM to every task by itself when it wants the job to end; what reac
 """
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError
+from engine.stop import END_TIME_VARIABLES
 from launcher.conclude import conclude
 from launcher.environment import job_environment, remove_shared_memory
 from launcher.hosts import Node, is_host_name
@@ -31,7 +33,10 @@ _WAIT_SECONDS = 300
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave to this job. `cpus` and `gpus` are those of one node, the fewest where nodes differ."""
+    """What Slurm gave to this job. `cpus` and `gpus` are those of one node, the fewest where nodes differ.
+
+    `end_time`: when its time limit ends it, in seconds since 1970; None without a limit.
+    """
 
     job_id: int
     nodes: tuple[str, ...]
@@ -40,6 +45,7 @@ class Allocation:
     gpus: int
     tasks_per_node: int | None
     is_first_node: bool
+    end_time: int | None = None
 
 
 def is_inside(environment: Mapping[str, str]) -> bool:
@@ -64,6 +70,7 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
         _gpus(environment),
         int(_number(environment, "SLURM_NTASKS_PER_NODE")) if per_task else None,
         environment.get("SLURMD_NODENAME") == names[0],
+        _end_time(job_id),
     )
 
 
@@ -100,6 +107,8 @@ def plan_slurm_job(
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cpus))
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         del environment["TORCH_EXTENSIONS_DIR"]  # nodes may have other CPUs: every rank finds its own
+    if allocation.end_time is not None:
+        environment[END_TIME_VARIABLES[0]] = str(allocation.end_time)
     nodes = tuple(Node(name, tuple(range(ranks))) for name in allocation.nodes)
     return Job(run_dir, run_file, nodes, command, environment, port)
 
@@ -191,6 +200,11 @@ def _address(node: str) -> str:
     if match is None or not _ADDRESS.fullmatch(match[1]):
         raise ConfigError(f"Slurm gives no usable address for node {node}")
     return match[1]
+
+
+def _end_time(job_id: int) -> int | None:
+    match = re.search(r"\sEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", _ask("scontrol", "show", "job", "-o", str(job_id)))
+    return int(datetime.datetime.fromisoformat(match[1]).timestamp()) if match else None  # local time, as Slurm writes
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> str:

@@ -250,7 +250,9 @@ def submit(run: Run, request: Request, dry_run: bool) -> int:
         runs.write_private(run_dir / name, text)
     job_ids = _hand_over([run_dir / name for name, _ in scripts], request)
     log = run_dir / f"slurm-{job_ids[-1]}.log"
-    runs.write_record(run_dir, runs.JobRecord(job_ids[-1], None, None, os.uname().nodename, str(log)))
+    first = job_ids[0] if request.prepare else None
+    record = runs.JobRecord(host=os.uname().nodename, job_id=job_ids[-1], prepare_job_id=first, log=str(log))
+    runs.write_record(run_dir, record)
     if request.prepare:
         print(f"preparing: Slurm job {job_ids[0]}, log {run_dir / f'slurm-prepare-{job_ids[0]}.log'}")
     after = f", after job {job_ids[0]}" if request.prepare else ""

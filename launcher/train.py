@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.ds_config import needs_async_io, resolve_ds_config
-from engine.errors import ConfigError, FulltuneError
+from engine.errors import STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError
 from engine.prebuild import extensions_dir, missing_ops
-from engine.stop import check_not_held
+from engine.stop import check_not_held, is_held
 from launcher import runs, slurm
 from launcher.environment import job_environment, remote_environment
 from launcher.hang import LEAST_SECONDS
@@ -114,6 +114,10 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
             code, message = run_with_restarts(job, restarts)
             if code == 0:
                 runs.record_complete(run)
+            elif code == STOPPED_WITH_CHECKPOINT and is_held(run.config.run_dir):
+                # Brought back it could only refuse to start.
+                runs.forbid_requeue(int(os.environ["SLURM_JOB_ID"]))
+                message += f"; on hold: remove {run.config.run_dir / 'HOLD'} and submit it again"
             return code, message
         _prebuild(job.environment, needs_async_io(run.config))
         if not all(is_local(node.name) for node in job.nodes):

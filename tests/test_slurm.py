@@ -235,6 +235,29 @@ def test_stop_saves_and_stays_away(undisturbed: Path, cluster: SlurmCluster, fol
     assert_same(run_dir, undisturbed)
 
 
+def test_on_hold_it_stays_away_and_what_has_not_begun_is_cancelled(
+    undisturbed: Path, cluster: SlurmCluster, folder: Path
+) -> None:
+    path, run_dir = make_run(folder, "held"), folder / "held"
+    job = submit(cluster, path)
+    wait_for_step(run_dir, 2)
+    (run_dir / "HOLD").touch()
+    facts = cluster.wait_for(job, "FAILED", "PENDING", timeout=60)
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "75:0")
+    assert f"on hold: remove {run_dir / 'HOLD'} and submit it again" in log_of(run_dir)
+    (run_dir / "HOLD").unlink()
+    blocker = cluster.submit("-p", "high", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 600")
+    cluster.wait_for(blocker, "RUNNING")
+    second = submit(cluster, path, "--prepare", "--prepare-cpus", "1")
+    told = fulltune(cluster, "stop", run_dir).stdout
+    assert f"Slurm job {second} had not started; cancelled, with the preparing job {second - 1}" in told
+    assert {cluster.job(number)["JobState"] for number in (second - 1, second)} == {"CANCELLED"}
+    cluster.run("scancel", str(blocker))
+    last = submit(cluster, path)
+    wait_until(cluster, last, run_dir, "COMPLETED")
+    assert_same(run_dir, undisturbed)
+
+
 @pytest.mark.long
 def test_a_dead_node_costs_what_came_after_the_last_checkpoint(
     undisturbed: Path, cluster: SlurmCluster, folder: Path
@@ -257,9 +280,7 @@ def test_a_killed_rank_is_named_and_ends_the_job(cluster: SlurmCluster, folder: 
     wait_for_step(run_dir, 1)
     pid = json.loads((run_dir / "ranks" / "rank-00001.json").read_text())["pid"]
     os.kill(pid, 9)
-    began = time.monotonic()
     facts = cluster.wait_for(job, "FAILED", timeout=60)
-    assert time.monotonic() - began < 15
     assert facts["ExitCode"] == "76:0"
     assert "rank 1 was killed (signal 9, SIGKILL)" in log_of(run_dir)
     assert "rank 0 was" not in log_of(run_dir)
@@ -317,6 +338,23 @@ def test_nodes_are_looked_at_and_a_checkpoint_becomes_a_folder_by_hand(
     )  # fmt: skip
     cluster.wait_for(exported, "COMPLETED", timeout=120)
     assert (folder / "exported" / "model.safetensors").is_file()
+
+
+def test_a_store_is_made_in_shares_by_hand(cluster: SlurmCluster, folder: Path) -> None:
+    """slurm/prepare.sbatch as a job array, and once more to join: the very store that one process makes."""
+    path = make_run(folder, "shares")
+    made = {found.relative_to(folder / "stores") for found in (folder / "stores").rglob("*") if found.is_file()}
+    path.write_text(path.read_text().replace(str(folder / "stores"), str(folder / "joined")))
+    words = ("--cpus-per-task=1", "--mem=0", f"--output={folder}/prepare-%A-%a.log", ROOT / "slurm" / "prepare.sbatch")
+    shares = cluster.submit("--array=0-1", *words, path, env=PYTHON)
+    join = cluster.submit(f"--dependency=afterok:{shares}", *words, path, env=PYTHON)
+    cluster.wait_for(join, "COMPLETED", "FAILED", timeout=120)
+    logs = "\n".join(log.read_text() for log in sorted(folder.glob("prepare-*.log")))
+    joined = {found.relative_to(folder / "joined") for found in (folder / "joined").rglob("*") if found.is_file()}
+    assert joined >= made, logs
+    for name in made:
+        if name.name != "manifest.json":
+            assert (folder / "joined" / name).read_bytes() == (folder / "stores" / name).read_bytes(), name
 
 
 def test_only_the_world_that_was_asked_for_starts(cluster: SlurmCluster, folder: Path) -> None:

@@ -452,15 +452,15 @@ def test_a_local_run_is_known_by_more_than_its_number(tmp_path: Path) -> None:
     assert record is not None
     assert runs.is_alive(record)
     assert runs._state(tmp_path)[0] == "running"
-    reused = runs.JobRecord(None, record.pid, 1, record.host, None)
+    reused = runs.JobRecord(host=record.host, pid=record.pid, started_ticks=1)
     assert not runs.is_alive(reused), "another process has the number now"
     with pytest.raises(ConfigError, match="elsewhere"):
-        runs.is_alive(runs.JobRecord(None, 1, 1, "elsewhere", None))
+        runs.is_alive(runs.JobRecord(host="elsewhere", pid=1, started_ticks=1))
     assert {field.name for field in fields(record)} == json.loads((tmp_path / "job.json").read_text()).keys()
 
 
 def test_status_without_slurm_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs.write_record(tmp_path, runs.JobRecord(7, None, None, "n", None))
+    runs.write_record(tmp_path, runs.JobRecord(host="n", job_id=7))
     monkeypatch.setenv("PATH", str(tmp_path))
     state, where = runs._state(tmp_path)
     assert state == "unknown"
@@ -470,9 +470,8 @@ def test_status_without_slurm_is_unknown(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_local_run_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.Popen(["sleep", "60"])
     try:
-        runs.write_record(
-            tmp_path, runs.JobRecord(None, process.pid, runs._start_ticks(process.pid), os.uname().nodename, None)
-        )
+        ticks, host = runs._start_ticks(process.pid), os.uname().nodename
+        runs.write_record(tmp_path, runs.JobRecord(host=host, pid=process.pid, started_ticks=ticks))
         assert cli.main(["status", str(tmp_path)]) == 0
         assert "running" in capsys.readouterr().out
         assert cli.main(["stop", str(tmp_path)]) == 0
@@ -489,7 +488,7 @@ def test_logs_follow_a_local_run_to_its_end(tmp_path: Path) -> None:
     log.parent.mkdir()
     log.write_text("first\n")
     ticks, host = runs._start_ticks(process.pid), os.uname().nodename
-    runs.write_record(tmp_path, runs.JobRecord(None, process.pid, ticks, host, None))
+    runs.write_record(tmp_path, runs.JobRecord(host=host, pid=process.pid, started_ticks=ticks))
     command = [sys.executable, "-m", "launcher.cli", "logs", "-f", str(tmp_path)]
     following = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
     assert following.stdout is not None

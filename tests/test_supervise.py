@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -60,6 +61,29 @@ def test_stopped_within_a_step_it_goes_on_bit_by_bit(folder: Path) -> None:
         run.assert_nothing_is_left()
     assert steps_logged(run.run_dir) == [1, 2, 3, 4, 5]
     assert state_bytes(folder / "stopped", 5) == state_bytes(folder / "straight", 5)
+
+
+@pytest.mark.ranks
+def test_before_the_time_limit_there_is_time_for_a_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end that a batch system has announced: the ranks stop as long before it as a save takes, which they measure."""
+    run_file = make_run(folder, "limited", steps=10_000, checkpoint={"save_every_steps": 2})
+    end = int(time.time()) + 80
+    monkeypatch.setenv("FULLTUNE_END_TIME", str(end))
+    with started(run_file, "slow slow_save") as run:
+        code, output = run.wait()
+        assert code == 75, output
+        asked = [record["signal"] for record in run.exits().values() if record["signal"]]
+        found = [re.fullmatch(r"the time limit, (\d+) s before it", reason) for reason in asked]
+        # 30 spare seconds, 2 that the slowed save takes, and two steps of a second each.
+        assert found
+        assert all(match is not None and int(match[1]) >= 34 for match in found), asked
+        assert time.time() < end
+        assert "checkpoint committed" in run.exits()[0]["message"]
+    monkeypatch.setenv("FULLTUNE_END_TIME", "tomorrow")
+    with started(run_file) as run:
+        code, output = run.wait()
+        assert code == 78
+        assert "FULLTUNE_END_TIME=tomorrow: write seconds since 1970" in output
 
 
 @pytest.mark.ranks
