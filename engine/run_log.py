@@ -135,10 +135,8 @@ class RunLog:
         if not self._writing:
             return
         time_spent = self._goodput.step(figures)
+        self._draw({f"time/{name}": value for name, value in time_spent.items()}, step)
         self._record("train", step, figures | {"useful_fraction": time_spent["useful_fraction"]})
-        if self._board is not None:
-            for name, value in time_spent.items():
-                self._board.add_scalar(f"time/{name}", value, step)
         line = (
             f"loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}  "
             f"grad {figures['gradient_norm']:.3f}  {figures['tokens_per_second']:,.0f} tok/s"
@@ -180,12 +178,15 @@ class RunLog:
     def _record(self, kind: str, step: int, figures: dict[str, float]) -> None:
         self._unwritten += (json.dumps({"kind": kind, "step": step, **figures}) + "\n").encode()
         self._write()
+        self._draw({f"{kind}/{name}": value for name, value in figures.items() if name not in NOT_DRAWN}, step)
+
+    def _draw(self, values: dict[str, float], step: int) -> None:
+        """Scalars for TensorBoard."""
         if self._board is None:
             return
         try:
-            for name, value in figures.items():
-                if name not in NOT_DRAWN:
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
             self._board.flush()
         except OSError as error:  # its writer does not recover
             _LOG.warning("TensorBoard files cannot be written (%s): none until the next start", error)
