@@ -110,7 +110,7 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
         prepare_store(run)
         write_resolved(run)
         if job.starts_through_srun:
-            print(f"starting: {shlex.join(job.command)}", flush=True)
+            _tell_command(job)
             code, message = run_with_restarts(job, restarts)
             if code == 0:
                 runs.record_complete(run)
@@ -123,7 +123,12 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
         if not all(is_local(node.name) for node in job.nodes):
             ours = job.environment | remote_environment(job.run_dir, job.environment)
             job = dataclasses.replace(job, environment=ours)
+        _tell_command(job)
         return run_with_restarts(job, restarts)
+
+
+def _tell_command(job: Job) -> None:
+    print(f"starting: {shlex.join(job.command)}", flush=True)
 
 
 def _prebuild(environment: dict[str, str], uses_nvme: bool) -> None:
