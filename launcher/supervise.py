@@ -151,6 +151,7 @@ class Supervision:
                 failed_since = failed_since or (now if self._is_failed else 0.0)
             if self.findings.hang or (failed_since and now - failed_since >= _AFTER_FAILURE_SECONDS):
                 return
+            self._starts = read_starts(self._run_dir)
             for rank, pid in self.pids.items():
                 if number := death_signal(pid):
                     self.findings.signals[rank] = number
