@@ -5,6 +5,7 @@ The launcher starts this once a rank. What it did is written into ``run_dir/rank
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -13,7 +14,15 @@ from typing import NoReturn
 
 from engine import heartbeat
 from engine.config import RunConfig
-from engine.errors import COMPLETE, INTERNAL, LOST_PEER, OTHER_RANK_FAILED, FulltuneError, StoppedError
+from engine.errors import (
+    COMPLETE,
+    INTERNAL,
+    LOST_PEER,
+    OTHER_RANK_FAILED,
+    STOPPED_WITH_CHECKPOINT,
+    FulltuneError,
+    StoppedError,
+)
 from engine.liveness import Watch, end_with_parent, remove_shared_memory
 from engine.rank_record import RankRecord
 from engine.run_file import RunFile, load_run_file, with_absolute_paths
@@ -40,7 +49,8 @@ def main() -> None:
         code, message, trace = COMPLETE, "", ""
     except Exception as error:
         code, message, trace = _explain(error, rank, record, arguments.debug)
-        if isinstance(error, StoppedError) and rank == 0:
+    if code in (COMPLETE, STOPPED_WITH_CHECKPOINT) and rank == 0:
+        with contextlib.suppress(OSError):
             (config.run_dir / "STOP").unlink(missing_ok=True)  # it has done its work; HOLD stays
     record.end(code, message, trace, stop.reason)
     if "torch" not in sys.modules:
@@ -96,9 +106,9 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal) 
         log.ended()
         raise
     finally:
+        heartbeat.enter("end")
         log.close()
         remove_swap_files(training.engine.optimizer)
-    heartbeat.enter("end")
     import torch.distributed as dist
 
     dist.barrier()

@@ -4,6 +4,7 @@ Kept in ``run_dir/time.json``, rewritten after every step, so that a crash loses
 resumed run cannot tell: the gap until the next start, and the steps that were done for nothing.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -97,8 +98,12 @@ class Goodput:
             "ended": ended,
         }
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(values))
-        temporary.replace(self._path)
+        try:
+            temporary.write_text(json.dumps(values))
+            temporary.replace(self._path)
+        except OSError:  # a full disk: the sums are kept, and the next step writes them
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def useful_seconds(figures: Mapping[str, float]) -> float:

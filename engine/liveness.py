@@ -4,6 +4,7 @@
 which nothing is ever written to: its end of file says that the supervisor is gone. Imports without torch.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -76,17 +77,22 @@ class Watch:
             elif poll.poll(_POLL_SECONDS * 1000):
                 self._end_alone()
             self._stop.look_at_clock()
-            if self._rank == 0:
-                for name in ("STOP", "HOLD"):
-                    if not self._stop.asked and (self._run_dir / name).exists():
-                        self._stop.ask(f"the file {name}")
+            with contextlib.suppress(OSError):  # a run folder that does not answer now may do so later
+                self._look_for_files()
             if self._is_far:
-                heartbeat.flush()
+                with contextlib.suppress(OSError):
+                    heartbeat.flush()
                 if not dumped and self._is_told("dump") and self._stacks is not None:
                     dumped = True
                     faulthandler.dump_traceback(self._stacks)
                 if self._is_told("leave"):
                     self._leave("told to leave by the supervisor")
+
+    def _look_for_files(self) -> None:
+        if self._rank == 0 and not self._stop.asked:
+            for name in ("STOP", "HOLD"):
+                if (self._run_dir / name).exists():
+                    self._stop.ask(f"the file {name}")
 
     def _end_alone(self) -> NoReturn:
         self._stop.ask("the supervisor is gone")
@@ -103,8 +109,16 @@ class Watch:
 def _open_fifo() -> int | None:
     """The supervisor's FIFO; None without one, or on another machine than its own."""
     path = os.environ.get(SUPERVISOR_FIFO)
+    if not path:
+        return None
     try:
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if path else None
+        # Only while the supervisor has it open can it be opened for writing; and a FIFO that nobody ever wrote to
+        # would not report its end.
+        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(writer)
     except OSError:
         return None
 

@@ -44,7 +44,8 @@ class RankRecord:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"exit-{self._rank:05d}.json").unlink(missing_ok=True)
-            heartbeat.open_page(heartbeat.page_path(run_dir, self._rank))
+            with contextlib.suppress(OSError):  # a file system without shared mappings: no hang is found then
+                heartbeat.open_page(heartbeat.page_path(run_dir, self._rank))
             self._log = _open_log(folder / f"rank-{self._rank:05d}.log")
             self.stacks = _open_private(folder / f"stacks-{self._rank:05d}.txt", os.O_TRUNC)
             write_json(folder / f"rank-{self._rank:05d}.json", start)

@@ -108,6 +108,11 @@ class Saves:
             self._conclude()
 
     @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint has begun that is not published yet; the same on all ranks."""
+        return self._pending is not None
+
+    @property
     def is_verifying(self) -> bool:
         """Whether this rank still reads back what it wrote last."""
         return self._verifying is not None and not self._verifying[1].done()

@@ -27,7 +27,8 @@ class StopSignal:
         #: What asked first, for people; "" while nothing has.
         self.reason = ""
         self._end_time: float | None = None
-        self._seconds_needed = _SPARE_SECONDS
+        self._seconds_needed = 0.0
+        self._most_seconds: float | None = None
         for number in _SIGNALS:
             signal.signal(number, self._remember)
 
@@ -50,8 +51,14 @@ class StopSignal:
                 return
 
     def plan_save(self, save_seconds: float, step_seconds: float) -> None:
-        """Say how long a save takes, and a step, as measured last: so long before the end it has to begin."""
-        self._seconds_needed = save_seconds + 2 * step_seconds + _SPARE_SECONDS
+        """Say how long a save takes, and a step, as measured last: so long before the end it has to begin.
+
+        But no more than half of the time there was at the first call is kept free for it: every start shall get on.
+        """
+        if self._end_time is not None and self._most_seconds is None:
+            self._most_seconds = max(0.0, self._end_time - time.time()) / 2
+        needed = save_seconds + 2 * step_seconds + _SPARE_SECONDS
+        self._seconds_needed = needed if self._most_seconds is None else min(needed, self._most_seconds)
 
     def look_at_clock(self) -> None:
         """Stop when the time left is what a save needs; from any thread, often."""

@@ -91,6 +91,7 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
         try:
             figures, stopping = train_step(training, progress, stop)
         except NumericalStopError:
+            heartbeat.enter("save")
             training.saves.close(verify=False)  # no update came: what is being written is sound
             raise
         if figures is None:
@@ -189,6 +190,8 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
     total_loss, total_tokens, total_padding, total_used, stops, any_missing, verifying = ranks.sum(
         [sum(sums), tokens, padding, used, float(stop.asked), float(len(missing)), float(verifies)]
     )
+    if stops and training.saves.is_writing:
+        return None, True  # what is being written is the checkpoint to stop with; another would take twice as long
     if not math.isfinite(total_loss):
         _stop_for_loss(training, progress, sums, micro_batches)
     if any_missing:

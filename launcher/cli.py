@@ -93,7 +93,7 @@ def build_parser() -> _Parser:
     train.add_argument("--exclude", metavar="SPEC", help="with --hostfile: leave out host1@host2:0,2")
     train.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet (default: a free one)")
     train.add_argument(
-        "--restarts", type=_count, default=0, metavar="N",
+        "--restarts", type=_number, default=0, metavar="N",
         help="after a crash or a hang, go on from the newest checkpoint by itself, at most N times",
     )  # fmt: skip
     train.add_argument(
@@ -204,6 +204,12 @@ def _add_run_file(parser: _Parser) -> None:
 def _count(text: str) -> int:
     if not text.replace("_", "").isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"write a positive number, not {text}")
+    return int(text)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"write a number, not {text}")
     return int(text)
 
 

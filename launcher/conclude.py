@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.errors import LOST_PEER
 from launcher.hang import Hang
 from launcher.memory_kill import machine_limit_bytes
-from launcher.supervise import Supervision
+from launcher.supervise import MISSING_SECONDS, Supervision
 from launcher.verdict import judge, named, read_exits, read_starts
 
 _GIB = 2.0**30
@@ -26,6 +26,8 @@ def conclude(
         text = _hang_text(run_dir, findings.hang, findings.culprit, findings.hang_file)
         _write_records(run_dir, supervision, {findings.culprit: None}, text)
         return LOST_PEER, text
+    if findings.missing:
+        return LOST_PEER, f"{named(findings.missing)} never started, {MISSING_SECONDS:.0f} s after the first one did"
     # What we ended ourselves says nothing about how it would have ended.
     code, message = judge(run_dir, num_ranks, 1 if supervision.gave_up else launcher_code, findings.died_first)
     exits = read_exits(run_dir)
@@ -54,7 +56,7 @@ def _hang_text(run_dir: Path, hang: Hang, rank: int, path: Path | None) -> str:
 
 def _excerpt(path: Path | None, rank: int) -> str:
     """The culprit's part of the stacks, shortened."""
-    text = path.read_text(encoding="utf-8") if path is not None else ""
+    text = path.read_text(encoding="utf-8") if path is not None and path.exists() else ""
     part = text.partition(f"=== rank {rank}:")[2].partition("\n=== rank ")[0].splitlines()
     shown = part[:60]
     return "\n".join([f"=== rank {rank}:{shown[0] if shown else ''}", *shown[1:]])

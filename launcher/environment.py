@@ -66,7 +66,7 @@ def remote_environment(run_dir: Path, environment: dict[str, str]) -> dict[str, 
     return {"DS_ENV_FILE": str(path)}
 
 
-def remove_shared_memory(master_addr: str, master_port: int) -> None:
-    """Remove the buffers DeepSpeed's CPU collectives leave in /dev/shm, for a job that used this port."""
-    for path in _SHARED_MEMORY_DIR.glob(f"deepspeed_*_{os.getuid()}_{master_addr}_{master_port}_*"):
+def remove_shared_memory(master_addr: str, master_port: int, rank: str = "*") -> None:
+    """Remove the buffers DeepSpeed's CPU collectives leave in /dev/shm, for a job that used this port, or one rank."""
+    for path in _SHARED_MEMORY_DIR.glob(f"deepspeed_*_{os.getuid()}_{master_addr}_{master_port}_{rank}"):
         path.unlink(missing_ok=True)

@@ -50,7 +50,7 @@ def main() -> None:
     if sys.stdin.buffer.readline() == _DONE:
         return
     # The ranks see the end of the supervisor's FIFO and have begun to stop: nobody needs to be asked.
-    end_processes(lambda: session_members(session), list, lambda: ALONE_SECONDS + 1)
+    end_processes(lambda: session_members(session), lambda: None, lambda: ALONE_SECONDS + 1)
     remove_shared_memory("127.0.0.1", master_port)
     shutil.rmtree(private_dir, ignore_errors=True)
 

@@ -4,6 +4,7 @@ All ranks beat at the same places, so the one with the lowest count is the one t
 its phase decides how long that may be.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from launcher.verdict import RankStart
 #: A hang in a step is one from here on, in seconds, or 3 times the 99th percentile of the steps' seconds.
 LEAST_SECONDS = 15.0
 #: How long these phases may go without any sign of life; what is not named here may take as long as `set-up`.
-PHASE_SECONDS = {"run file": 600.0, "import": 900.0, "end": 600.0, "save": 1800.0, "evaluation": 900.0}
+PHASE_SECONDS = {"run file": 600.0, "import": 900.0, "end": 600.0, "save": 7200.0, "evaluation": 900.0}
 SET_UP_SECONDS = 7200.0
 #: Of the first steps nothing is known yet: kernels are compiled, memory is taken for the first time.
 FIRST_STEPS_SECONDS = 600.0
@@ -89,7 +90,8 @@ class HangWatch:
         before = self._beats.get(rank)
         changed = before is None or beat.count != before.count
         self._silent[rank] = 0.0 if changed else self._silent[rank] + passed_seconds
-        if before is not None and beat.step_seconds != before.step_seconds and beat.step_seconds > 0:
+        is_timed = rank == min((rank, *self._beats))  # one rank tells how long steps take, or many would outvote time
+        if is_timed and before is not None and beat.step_seconds != before.step_seconds and beat.step_seconds > 0:
             self._step_seconds.append(beat.step_seconds)
         self._beats[rank] = beat
 
@@ -131,7 +133,8 @@ def write_stacks(run_dir: Path, pids: Mapping[int, int], hang: Hang, beats: Mapp
             parts.append(_kernel_view(pids[rank]))
         parts.append(stacks.get(rank) or "no Python stacks: it ran no signal handler\n")
     path = run_dir / "ranks" / "hang.txt"
-    path.write_text("\n".join(parts), encoding="utf-8")
+    with contextlib.suppress(OSError):  # a full disk: the verdict stands
+        path.write_text("\n".join(parts), encoding="utf-8")
     return path, _culprit(hang, beats, stacks)
 
 

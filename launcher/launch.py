@@ -149,7 +149,9 @@ def run_job(job: Job, stop: Stop | None = None) -> tuple[int, str]:
         # A session of its own: a terminal's Ctrl-C then reaches us alone, and all of it can be found.
         environment = os.environ | job.environment | alive.environment
         process = subprocess.Popen(job.command, env=environment, start_new_session=True)
-        supervision = Supervision(process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds)
+        supervision = Supervision(
+            process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds, job.num_ranks
+        )
         guard: Guard | None = None
         try:
             guard = Guard(process.pid, job.master_port, alive.private_dir, environment)

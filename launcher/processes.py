@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _POLL_SECONDS = 0.1
+_UNKILLABLE_SECONDS = 30.0
 _EXIT_CODE_FIELD = 49  # of those after the name
 
 
@@ -56,20 +57,22 @@ def signal_processes(pids: list[int], number: int) -> None:
 
 
 def end_processes(
-    members: Callable[[], list[int]], asked: Callable[[], list[int]], grace_seconds: Callable[[], float]
-) -> None:
-    """TERM, once, to all that `asked` names; KILL to all `members` left after the grace period; returns when none is.
+    members: Callable[[], list[int]], ask: Callable[[], None], grace_seconds: Callable[[], float]
+) -> list[int]:
+    """`ask` the job to end; KILL to all `members` that are left after the grace period; returns when none is.
 
-    Both are called again and again: processes may still start others, and the grace may be cut short.
-    What a rank has started itself is a member, but not asked: a rank that saves may need it.
+    All three are called again and again: processes may still start others, and the grace may be cut
+    short. Returns those that even KILL does not end, because the kernel waits for a disk that does not answer.
     """
-    began = time.monotonic()
-    told: set[int] = set()
+    began, killed = time.monotonic(), 0.0
     while living := members():
-        if time.monotonic() - began >= grace_seconds():
-            signal_processes(living, signal.SIGKILL)
+        now = time.monotonic()
+        if now - began < grace_seconds():
+            ask()
+        elif killed and now - killed >= _UNKILLABLE_SECONDS:
+            return living
         else:
-            new = [pid for pid in asked() if pid not in told]
-            signal_processes(new, signal.SIGTERM)
-            told.update(new)
+            killed = killed or now
+            signal_processes(living, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
+    return []

@@ -41,11 +41,13 @@ class JobRecord:
     log: str | None = None
 
 
-def record_start(run_dir: Path, environment: Mapping[str, str] = os.environ) -> None:
-    """Note that this process runs the folder, or that the Slurm job does which it is part of."""
+def record_start(run_dir: Path, is_slurm_job: bool, environment: Mapping[str, str] = os.environ) -> None:
+    """Note that this process runs the folder, or that the Slurm job does whose ranks it starts through `srun`."""
+    with contextlib.suppress(FileNotFoundError):
+        (run_dir / COMPLETE).unlink()
     job_id = environment.get("SLURM_JOB_ID", "")
     host = socket.gethostname()
-    if job_id.isdecimal():
+    if is_slurm_job and job_id.isdecimal():
         before = read_record(run_dir)
         log = before.log if before is not None and before.job_id == int(job_id) else _slurm_facts(int(job_id)).log
         write_record(run_dir, JobRecord(host=host, job_id=int(job_id), log=log))
@@ -158,8 +160,18 @@ def is_alive(record: JobRecord) -> bool:
     if record.job_id is not None:
         return _slurm_facts(record.job_id).is_alive
     if record.host != socket.gethostname():
-        raise ConfigError(f"it runs on {record.host}: ask there")
+        raise ConfigError(
+            f"it was started on {record.host}: ask there, or remove {RECORD} in the run folder if that host is gone"
+        )
     return record.pid is not None and _start_ticks(record.pid) == record.started_ticks is not None
+
+
+def has_ended_elsewhere(run_dir: Path, record: JobRecord) -> bool:
+    """Whether a run that a process of another machine started has ended: all its ranks have said so."""
+    if record.job_id is not None or record.host == socket.gethostname():
+        return False
+    starts, exits = read_starts(run_dir), read_exits(run_dir)
+    return bool(starts) and all(start.rank in exits for start in starts)
 
 
 def _start_ticks(pid: int) -> int | None:
@@ -228,7 +240,7 @@ def _state(folder: Path) -> tuple[str, str]:
 def _outcome(folder: Path) -> str:
     """How a run that has ended did, by its ranks' records."""
     ranks = len(read_starts(folder))
-    if (folder / COMPLETE).exists() and not any(record.code for record in read_exits(folder).values()):
+    if (folder / COMPLETE).exists():  # removed by the next start
         return "complete"
     if not ranks:
         return "never started"
@@ -275,7 +287,10 @@ def _lines(path: Path, record: JobRecord, follow: bool) -> Iterator[str]:
     """The text of a log, and what is added to it while its job lives."""
     position = 0
     while True:
-        alive = follow and is_alive(record)  # asked before reading, so that last words are not lost
+        try:
+            alive = follow and is_alive(record)  # asked before reading, so that last words are not lost
+        except FulltuneError:
+            alive = True  # a controller that is restarted answers again later
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             file.seek(position)
             while block := file.read(1 << 20):
@@ -308,8 +323,11 @@ def stop_run(run_dir: Path) -> int:
         ask_slurm("scancel", job, *also)
         print(f"Slurm job {job} had not started; cancelled" + (f", with the preparing job {first}" if also else ""))
         return 0
-    # First it loses the right to come back, then it is asked to end: Slurm refuses to requeue it.
+    # First it loses the right to come back, then it is asked to end: Slurm refuses to requeue it. The file is for a
+    # job that has no ranks yet, whose store is being prepared.
     forbid_requeue(record.job_id)
+    with contextlib.suppress(OSError):
+        (run_dir / "STOP").touch()
     ask_slurm("scancel", "--signal=TERM", job)
     print(f"Slurm job {job} was asked to save a checkpoint and end; it does not come back")
     return 0

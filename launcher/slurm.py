@@ -99,7 +99,7 @@ def plan_slurm_job(
     command = (
         "srun", "--kill-on-bad-exit=1", f"--wait={_WAIT_SECONDS}", f"--nodes={count}", f"--ntasks={count * ranks}",
         f"--ntasks-per-node={ranks}", f"--cpus-per-task={cpus}", "--distribution=block", "--input=none",
-        "--export=ALL", sys.executable, "-m", "launcher.slurm_rank", f"--ranks={count * ranks}",
+        "--overlap", "--export=ALL", sys.executable, "-m", "launcher.slurm_rank", f"--ranks={count * ranks}",
         f"--ranks-per-node={ranks}", f"--master-addr={allocation.address}", f"--master-port={port}",
         f"--run-dir={run_dir}", str(run_file), *engine_flags,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         supervision = Supervision(
-            process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds, hands_on_stop=True
+            process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds, job.num_ranks, is_srun=True
         )
         try:
             supervision.stay()
@@ -162,7 +162,10 @@ def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, 
             (asked if note["asked"] else crashed).append(found)
     findings, exits = supervision.findings, read_exits(job.run_dir)
     failed = [record.time for record in exits.values() if record.code not in (0, STOPPED_WITH_CHECKPOINT)]
-    too_early = (asked and not failed) or (srun_code == 128 + signal.SIGTERM and not read_starts(job.run_dir))
+    is_asked = bool(supervision.stop.requests) or srun_code == 128 + signal.SIGTERM
+    too_early = (asked and not failed) or (is_asked and not read_starts(job.run_dir))
+    if asked:  # `srun` kills the others after the first that could not listen
+        crashed = [found for found in crashed if found[2] != signal.SIGKILL or found[0] < min(asked)[0]]
     if too_early and not crashed and findings.hang is None:
         return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting: start again"
     # Whoever died after another rank had failed was ended because of it.

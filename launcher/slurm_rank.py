@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from engine.errors import COMPLETE, STOPPED_WITH_CHECKPOINT, ConfigError
+from launcher.environment import remove_shared_memory
 from launcher.hosts import local_gpus
 from launcher.slurm import killed_path
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     command = [sys.executable, "-m", "engine", arguments.run_file, *engine_flags]
     code = task.run(command, os.environ | placed)
+    remove_shared_memory("*", arguments.master_port, str(rank))
     if code < 0:
         asked = -code in task.handed_on
         note = {"rank": rank, "signal": -code, "asked": asked, "host": socket.gethostname(), "time": time.time()}

@@ -115,7 +115,7 @@ def check_request(arguments: argparse.Namespace, run_dir: Path) -> Request:
         restarts=_count(arguments.restarts, "--restarts", 0),
     )
     limit = None if request.time is None else seconds_of(request.time)
-    if limit is not None and limit <= request.stop_seconds:
+    if limit and limit <= request.stop_seconds:  # 0: Slurm's word for no limit
         raise ConfigError(
             f"--time {request.time}: the ranks are asked to stop {request.stop_seconds} s before it (--stop-seconds), "
             "which is as soon as they start: the job would come back for ever"
@@ -263,7 +263,7 @@ def submit(run: Run, request: Request, dry_run: bool) -> int:
 
 def _refuse_running(run_dir: Path) -> None:
     record = runs.read_record(run_dir)
-    if record is not None and runs.is_alive(record):
+    if record is not None and not runs.has_ended_elsewhere(run_dir, record) and runs.is_alive(record):
         who = f"Slurm job {record.job_id}" if record.job_id is not None else f"process {record.pid}"
         raise CannotWriteError(f"run_dir {run_dir}: {who} has it; `fulltune stop {run_dir}`, or choose another")
 

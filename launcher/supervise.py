@@ -27,6 +27,10 @@ _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 30.0
 # Once a rank has failed or is dead, the others can do nothing useful any more.
 _AFTER_FAILURE_SECONDS = 5.0
+# What Slurm needs to end a step on all nodes.
+_END_OF_STEP_SECONDS = 15.0
+#: A rank that comes up so much later than the first one does not come at all.
+MISSING_SECONDS = 900.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -99,6 +103,8 @@ class Findings:
     signals: dict[int, int] = field(default_factory=dict)
     hang: Hang | None = None
     hang_file: Path | None = None
+    #: Ranks that never came up although others did.
+    missing: list[int] = field(default_factory=list)
     #: Who hung, after a look at all stacks.
     culprit: int = -1
 
@@ -114,20 +120,26 @@ class Supervision:
         stop: Stop,
         token: str,
         hang_seconds: float = LEAST_SECONDS,
-        hands_on_stop: bool = False,
+        num_ranks: int = 0,
+        is_srun: bool = False,
     ):
-        """`hands_on_stop`: a TERM to the process reaches every rank, as one to `srun` does."""
+        """`num_ranks` that do not all come up are a hang; 0: unknown. `is_srun`: the process is `srun`.
+
+        `srun` hands USR1 on to every rank of every node. TERM it does not: it kills the ranks.
+        """
         self._process = process
-        self._hands_on_stop = hands_on_stop
+        self._num_ranks = num_ranks
+        self._is_srun = is_srun
         self._run_dir = run_dir
         self._run_file = run_file
-        self._stop = stop
+        self.stop = stop
         self._token = token
         self._is_failed = False
         #: Whether the job did not end by itself.
         self.gave_up = False
         self._announced = False
         self._told: set[int] = set()
+        self._first_start = 0.0
         self._starts: list[RankStart] = []
         self.hangs = HangWatch(run_dir, hang_seconds or 1e9)
         self.memory = MemoryWatch()
@@ -142,41 +154,50 @@ class Supervision:
         """Wait for the end of the process, or for a reason to end it. Does not end it: `end` does."""
         looked_last = failed_since = 0.0
         looked = time.time()
-        while self._process.poll() is None and not self._stop.at_once:
+        while self._process.poll() is None and not self.stop.at_once:
             now = time.monotonic()
             if now - looked_last >= _LOOK_SECONDS:
                 looked_last = now
                 self._look(looked, now)
                 looked = time.time()
                 failed_since = failed_since or (now if self._is_failed else 0.0)
-            if self.findings.hang or (failed_since and now - failed_since >= _AFTER_FAILURE_SECONDS):
+            has_waited = failed_since and now - failed_since >= _AFTER_FAILURE_SECONDS
+            if has_waited or self.findings.hang or self.findings.missing:
                 return
             self._starts = read_starts(self._run_dir)
             for rank, pid in self.pids.items():
                 if number := death_signal(pid):
                     self.findings.signals[rank] = number
-            if self._stop.requests:
+            if self.stop.requests:
                 self._pass_on()
             time.sleep(_POLL_SECONDS)
         self._look(looked, time.monotonic())
 
     def end(self, is_hopeless: bool = False) -> None:
         """Leave no survivor: TERM, time to save, KILL. Without that time where nothing can be saved any more."""
-        hopeless = is_hopeless or self._is_failed or self.findings.hang is not None
+        findings = self.findings
+        hopeless = is_hopeless or self._is_failed or findings.hang is not None or bool(findings.missing)
         self.gave_up = self._process.poll() is None
         far = [start for start in self._starts if not is_local(start.host)]
-        if far and (hopeless or self._stop.at_once):
+        if far and (hopeless or self.stop.at_once):
             self._mark("leave")
-        if hopeless and far:
-            self._process.terminate()  # DeepSpeed ends the ranks it has started by ssh
+        if self.gave_up and (self._is_srun or (hopeless and far)):
+            # `srun` ends the ranks of all nodes, which would outlive it if it were killed; DeepSpeed those it
+            # has started by ssh.
+            self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_AFTER_FAILURE_SECONDS)
+                self._process.wait(_END_OF_STEP_SECONDS if self._is_srun else _AFTER_FAILURE_SECONDS)
 
         def grace_seconds() -> float:
-            return 0.0 if hopeless or self._stop.at_once else _GRACE_SECONDS
+            return 0.0 if hopeless or self.stop.at_once else _GRACE_SECONDS
 
-        end_processes(self._members, self._asked, grace_seconds)
-        self._process.wait()
+        if left := end_processes(self._members, self._ask, grace_seconds):
+            print(
+                f"fulltune: these processes cannot be killed, the kernel waits for a device: {left}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_AFTER_FAILURE_SECONDS)
         self.memory.close()
 
     def _members(self) -> list[int]:
@@ -184,10 +205,11 @@ class Supervision:
         self._starts = read_starts(self._run_dir)
         return sorted({*session_members(self._process.pid), *self._living_ranks()})
 
-    def _asked(self) -> list[int]:
-        """Who saves and ends when asked: the ranks. `deepspeed` would end them one by one, with their children."""
-        launchers = [self._process.pid] if self._hands_on_stop and self._process.poll() is None else []
-        return [*launchers, *self._living_ranks()]
+    def _ask(self) -> None:
+        """Ask those to save and end that can: the ranks, each once. Not what they have started: it may be needed."""
+        new = [pid for pid in self._living_ranks() if pid not in self._told]
+        signal_processes(new, signal.SIGTERM)
+        self._told |= set(new)
 
     def _living_ranks(self) -> list[int]:
         return [pid for pid in self.pids.values() if is_running(pid) and self._is_ours(pid)]
@@ -197,6 +219,7 @@ class Supervision:
         self._starts = read_starts(self._run_dir)
         pids = self.pids
         exits = read_exits(self._run_dir)
+        self._look_for_missing(now)
         if not self.findings.died_first and not failed_before(self._run_dir, looked_before):
             gone = [rank for rank, pid in pids.items() if not is_running(pid)]
             if gone:
@@ -220,20 +243,24 @@ class Supervision:
                 {rank: self.hangs.beats[rank] for rank in self.hangs.beats if rank not in exits},
             )
 
+    def _look_for_missing(self, now: float) -> None:
+        """Ranks that do not come up, long after others did."""
+        started = {start.rank for start in self._starts}
+        self._first_start = self._first_start or (now if started else 0.0)
+        if self._first_start and now - self._first_start >= MISSING_SECONDS:
+            self.findings.missing = [rank for rank in range(self._num_ranks) if rank not in started]
+
     def _pass_on(self) -> None:
         """Tell every rank of this machine to stop, also those that have come up since."""
         if not self._announced:
             self._announced = True
             print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
-            if self._hands_on_stop:
-                self._process.terminate()
+            if self._is_srun:
+                self._process.send_signal(signal.SIGUSR1)
             elif self._starts and not self.pids:
                 self._process.send_signal(signal.SIGINT)  # no rank here to tell: DeepSpeed ends the remote ones
-        if self._hands_on_stop:
-            return
-        new = [pid for pid in self.pids.values() if pid not in self._told]
-        signal_processes([pid for pid in new if self._is_ours(pid)], signal.SIGTERM)
-        self._told |= set(new)
+        if not self._is_srun:
+            self._ask()
 
     def _is_ours(self, pid: int) -> bool:
         """Still the rank, and not a process that got its number later."""

@@ -106,7 +106,7 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
         print(f"{run.config.run_dir}: already complete, nothing to do", flush=True)
         return 0, ""
     with owned_run_dir(run.config.run_dir):
-        runs.record_start(run.config.run_dir)
+        runs.record_start(run.config.run_dir, job.starts_through_srun)
         prepare_store(run)
         write_resolved(run)
         if job.starts_through_srun:

@@ -45,6 +45,16 @@ def test_found_in_time_and_the_one_behind_is_named(tmp_path: Path, step_seconds:
     assert seconds <= limit + LOOK
 
 
+def test_many_ranks_do_not_make_few_steps_many(tmp_path: Path) -> None:
+    watch = HangWatch(tmp_path)
+    for step in (1, 2, 3):
+        for rank in range(64):
+            watch.take(rank, after(step, step, 1.0 + step / 100), LOOK)
+    assert list(watch._step_seconds) == [1.02, 1.03]
+    _, seconds = silent_until_found(watch, {rank: after(4, 4, 1.03) for rank in range(64)})
+    assert seconds >= 60.0
+
+
 def test_of_the_first_steps_nothing_is_known(tmp_path: Path) -> None:
     watch = HangWatch(tmp_path)
     _, seconds = silent_until_found(watch, {0: after(1, 1), 1: after(2, 1)})

@@ -286,6 +286,33 @@ def test_a_killed_rank_is_named_and_ends_the_job(cluster: SlurmCluster, folder: 
     assert "rank 0 was" not in log_of(run_dir)
 
 
+def test_asked_at_the_command_line_it_saves_and_comes_back(
+    undisturbed: Path, cluster: SlurmCluster, folder: Path
+) -> None:
+    """A rank is killed, and `--restarts` goes on within the job; then `fulltune train` itself is told to stop."""
+    path, run_dir = make_run(folder, "asked"), folder / "asked"
+    job = submit(cluster, path, "--restarts", "1")
+    wait_for_step(run_dir, 5)
+    os.kill(json.loads((run_dir / "ranks" / "rank-00001.json").read_text())["pid"], signal.SIGKILL)
+    wait_for_step(run_dir, 7)
+    assert "restart 1 of 1, after step 4" in log_of(run_dir)
+    os.kill(command_line_of(run_dir), signal.SIGTERM)
+    cluster.wait_for(job, "PENDING", timeout=60)
+    assert "stopped with a checkpoint: requeueing" in log_of(run_dir)
+    assert last_step(run_dir) == max(metrics(run_dir)), "the stop cost steps"
+    wait_until(cluster, job, run_dir, "COMPLETED")
+    assert_same(run_dir, undisturbed)
+
+
+def command_line_of(run_dir: Path) -> int:
+    """The process of `fulltune train` in a job on this machine."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        words = entry.read_bytes().decode(errors="replace").split("\0") if entry.exists() else []
+        if "train" in words and f"{run_dir}/submitted.yaml" in words:
+            return int(entry.parent.name)
+    raise AssertionError("no `fulltune train` runs")
+
+
 def test_a_hanging_rank_is_named_and_ends_the_job(cluster: SlurmCluster, folder: Path) -> None:
     path, run_dir = make_run(folder, "hanging"), folder / "hanging"
     job = submit(cluster, path)

@@ -400,6 +400,8 @@ def test_ranks_that_were_stopped_while_they_started_have_lost_nothing(tmp_path: 
     ended(tmp_path, 1, None, killed_by=11)
     (tmp_path / "ranks" / "exit-00001.json").unlink()
     assert conclude(job, 143)[0] == 76, "and one crashed"
+    ended(tmp_path, 1, None, killed_by=9)
+    assert conclude(job, 143)[0] == 75, "and `srun` killed the other one after it"
 
 
 def test_signals_before_the_rank_is_there_reach_it(tmp_path: Path) -> None:
@@ -447,7 +449,7 @@ def test_the_poorest_node_counts(text: str, count: int) -> None:
 
 
 def test_a_local_run_is_known_by_more_than_its_number(tmp_path: Path) -> None:
-    runs.record_start(tmp_path, {})
+    runs.record_start(tmp_path, False)
     record = runs.read_record(tmp_path)
     assert record is not None
     assert runs.is_alive(record)
@@ -517,7 +519,7 @@ def test_what_is_complete_is_exactly_that_run_file(tmp_path: Path) -> None:
 def test_nothing_writes_through_a_planted_link(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("precious")
     (tmp_path / f".job.json.{os.getpid()}").symlink_to(tmp_path / "target")
-    runs.record_start(tmp_path, {})
+    runs.record_start(tmp_path, False)
     assert (tmp_path / "target").read_text() == "precious"
     assert (tmp_path / "job.json").stat().st_mode & 0o777 == 0o600
 
