@@ -401,6 +401,7 @@ def test_ranks_that_were_stopped_while_they_started_have_lost_nothing(tmp_path: 
     (tmp_path / "ranks" / "exit-00001.json").unlink()
     assert conclude(job, 143)[0] == 76, "and one crashed"
     ended(tmp_path, 1, None, killed_by=9)
+    (tmp_path / "ranks" / "exit-00001.json").unlink()
     assert conclude(job, 143)[0] == 75, "and `srun` killed the other one after it"
 
 
