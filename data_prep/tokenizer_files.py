@@ -91,9 +91,14 @@ def _main_file(folder: Path) -> Path:
     return found[0]
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no file here may be one on the Hub."""
+    return _HUB_NAME.fullmatch(name) is not None and Path(name).suffix not in (".json", ".model", ".txt")
+
+
 def _download(name: str) -> Path:
     missing = f"{name}: no such tokenizer file or folder (data.tokenizer)"
-    if not _HUB_NAME.fullmatch(name) or Path(name).suffix in (".json", ".model", ".txt"):
+    if not is_hub_name(name):
         raise MissingInputError(missing)
     from huggingface_hub import snapshot_download
 

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint_files import KINDS, Kind
-from engine.errors import CannotWriteError, ConfigError, MissingInputError, StorageError
+from engine.direct_io import check_direct_io
+from engine.errors import CannotWriteError, MissingInputError, StorageError
 
 _GIB = 2.0**30
 _PREFIX = "fulltune-"
-_DIRECT_BYTES = 1024  # the grain of DeepSpeed's direct reads and writes
 
 
 def swaps(optimizer: Any) -> bool:
@@ -149,7 +149,7 @@ def prepare_swap_folder(folder: Path, run_dir: Path, needed_bytes: int) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise CannotWriteError(f"nvme_path: cannot make {folder}: {error.strerror}") from error
-    _check_direct_io(folder)
+    check_direct_io(folder)
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise StorageError(
@@ -160,26 +160,6 @@ def prepare_swap_folder(folder: Path, run_dir: Path, needed_bytes: int) -> None:
 
 def _family(run_dir: Path) -> str:
     return f"{_PREFIX}{hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:12]}-"
-
-
-def _check_direct_io(folder: Path) -> None:
-    """ConfigError unless files here can be written around the page cache in the pieces that DeepSpeed writes."""
-    path = folder / f".direct-{os.getpid()}"
-    page = mmap.mmap(-1, mmap.PAGESIZE)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
-        try:
-            written = os.pwrite(descriptor, memoryview(page)[:_DIRECT_BYTES], _DIRECT_BYTES)
-        finally:
-            os.close(descriptor)
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"nvme_path: {folder.parent} takes no direct writes of {_DIRECT_BYTES} bytes ({error.strerror}), which "
-            "DeepSpeed needs: choose a folder on a local disk (not tmpfs, nor one with sectors of 4096 bytes)"
-        ) from error
-    if written != _DIRECT_BYTES:
-        raise StorageError(f"nvme_path: {folder.parent}: the disk is full")
 
 
 def _create_zeros(path: Path, size_bytes: int) -> None:

@@ -137,18 +137,28 @@ def _build(builder_name: str, op_dir: Path) -> None:
             ) from error
 
 
-def _remove_stale_lock(lock: Path) -> None:
-    """Remove torch's lock file when the process that made it is gone; wait while that is unclear.
+def broken_locks(folder: Path) -> list[Path]:
+    """Lock files of torch's under `folder` whose build was killed: whoever waits for one waits for ever."""
+    return [lock for lock in sorted(folder.glob("*/lock")) if _is_broken(lock)]
+
+
+def _is_broken(lock: Path) -> bool:
+    """Whether the process that made a lock file is gone, as far as can be known.
 
     A builder keeps the file open. One on another node (a shared home) cannot be seen from here, but
     ranks that merely load an op hold the lock for moments, so an old file has no living owner.
     """
+    try:
+        age_seconds = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return age_seconds > _STALE_SECONDS and not _is_open_somewhere(lock)
+
+
+def _remove_stale_lock(lock: Path) -> None:
+    """Remove torch's lock file when the process that made it is gone; wait while that is unclear."""
     while lock.exists():
-        try:
-            age_seconds = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:
-            return
-        if not _is_open_somewhere(lock) and age_seconds > _STALE_SECONDS:
+        if _is_broken(lock):
             print(f"removing {lock}: the build that made it was killed", flush=True)
             lock.unlink(missing_ok=True)
             return

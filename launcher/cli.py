@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from engine.config import byte_count
 from engine.errors import INTERNAL, ConfigError
+from launcher.doctor import add_arguments as add_doctor_arguments
 from launcher.inspect_store import add_arguments as add_inspect_arguments
 from launcher.inspect_store import inspect_store
 from launcher.run_config import load_run, run_file_schema
@@ -117,6 +118,9 @@ def build_parser() -> _Parser:
 
     stop = _add(commands, "stop", _stop, "have a run save a checkpoint and end, for good")
     stop.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+
+    summary = "would a run work on these machines: versions, GPUs, memory, disks, ports, ssh"
+    add_doctor_arguments(_add(commands, "doctor", _doctor, summary))
 
     export = _add(commands, "export", _export, "turn a checkpoint into a Hugging Face folder (no GPU needed)")
     export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
@@ -294,6 +298,12 @@ def _stop(arguments: argparse.Namespace) -> int:
     from launcher.runs import stop_run
 
     return stop_run(arguments.run_dir)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from launcher.doctor import doctor
+
+    return doctor(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

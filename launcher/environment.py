@@ -12,19 +12,22 @@ from engine.errors import CannotWriteError, ConfigError
 from engine.prebuild import tool_environment
 
 _SHARED_MEMORY_DIR = Path("/dev/shm")  # noqa: S108 (where DeepSpeed puts them)
-_PROJECT_DIR = Path(engine.__file__).resolve().parent.parent
+PROJECT_DIR = Path(engine.__file__).resolve().parent.parent
+
+
+def python_environment() -> dict[str, str]:
+    """So that `python -m engine` finds ours from any folder, and never a folder `engine` that lies there."""
+    python_path = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": f"{PROJECT_DIR}:{python_path}" if python_path else str(PROJECT_DIR),
+        "PYTHONSAFEPATH": "1",
+    }
 
 
 def job_environment(ranks_per_node: int, uses_gpus: bool) -> dict[str, str]:
     """The variables to add to our own environment for a job with that many ranks on this node."""
     cores = len(os.sched_getaffinity(0))
-    python_path = os.environ.get("PYTHONPATH")
-    required = {
-        # `python -m engine` must find ours from any folder, and never a folder `engine` that lies there.
-        "PYTHONPATH": f"{_PROJECT_DIR}:{python_path}" if python_path else str(_PROJECT_DIR),
-        "PYTHONSAFEPATH": "1",
-        **tool_environment(),
-    }
+    required = {**python_environment(), **tool_environment()}
     if not uses_gpus:
         required["DS_ACCELERATOR"] = "cpu"
     preferred = {

@@ -88,6 +88,13 @@ def machine_limit_bytes() -> int:
     return min(total, limit or total)
 
 
+def memory_cgroup_text() -> str | None:
+    """The limit of this process's memory cgroup in words; None without one."""
+    folder = _memory_cgroup(os.getpid())
+    limit = _cgroup_limit(folder) if folder is not None else None
+    return None if limit is None else f"{limit / _GIB:.1f} GiB by the cgroup {folder}"
+
+
 def _open_kernel_log() -> int | None:
     try:
         kmsg = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,46 @@ def swap_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
     return f"optimizer states: about {share:.1f} GiB a node in {swap_dir}, removed at the end"
 
 
-def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
-    """Host memory of the fullest node by the measured rule for full CPU offload; "" where it does not apply."""
+@dataclass(frozen=True)
+class HostMemory:
+    """Memory that the fullest node needs by the measured rule for full CPU offload."""
+
+    parameters: int
+    bytes_each: int
+    ranks: int
+    num_ranks: int
+
+    @property
+    def bytes(self) -> float:
+        """Of all the node's ranks."""
+        share = self.parameters * self.bytes_each * self.ranks / self.num_ranks
+        return share + self.ranks * _PROCESS_GIB * _GIB
+
+    @property
+    def sum_text(self) -> str:
+        """How it comes about."""
+        return (
+            f"{self.parameters:,} parameters x {self.bytes_each} bytes x {self.ranks}/{self.num_ranks} ranks + "
+            f"{_PROCESS_GIB} GiB a process"
+        )
+
+
+def host_memory(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> HostMemory | None:
+    """What the rule says of a job; None where it does not apply, or the model's size is not known yet."""
     zero = ds_config["zero_optimization"]
     offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
     parameters = count_parameters(config.model.path)
     if offloads != ["cpu", "cpu"] or parameters is None:
-        return ""
-    ranks = max(len(node.slots) for node in job.nodes)
+        return None
     accumulates_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    bytes_each = 22 if accumulates_fp32 else 20
-    share = parameters * bytes_each * ranks / job.num_ranks / _GIB
-    return (
-        f"host memory: about {share + ranks * _PROCESS_GIB:.1f} GiB a node ({parameters:,} parameters x {bytes_each} "
-        f"bytes x {ranks}/{job.num_ranks} ranks + {_PROCESS_GIB} GiB a process)"
-    )
+    ranks = max(len(node.slots) for node in job.nodes)
+    return HostMemory(parameters, 22 if accumulates_fp32 else 20, ranks, job.num_ranks)
+
+
+def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
+    """The same for people; "" where there is none."""
+    need = host_memory(config, job, ds_config)
+    return "" if need is None else f"host memory: about {need.bytes / _GIB:.1f} GiB a node ({need.sum_text})"
 
 
 def count_parameters(model_path: str | None) -> int | None:

@@ -18,7 +18,7 @@ from ranks import ROOT, kill_ranks, rank_environment, run_ranks, start_ranks
 from safetensors.torch import load_file
 from test_resume import metrics, run_file, state_bytes, wait_for_step
 
-from engine import nvme_state
+from engine.direct_io import check_direct_io
 from engine.errors import ConfigError, MissingInputError, StorageError
 from engine.nvme_state import prepare_swap_folder, swap_folder
 from launcher import check_system
@@ -189,7 +189,7 @@ def test_a_disk_that_is_not_there_full_or_unfit_is_told_before_the_start(tmp_pat
     with pytest.raises(MissingInputError, match=r"there is no folder .*/unmounted here"):
         prepare_swap_folder(swap_folder(tmp_path / "unmounted", tmp_path, 1), tmp_path, 1)
     with pytest.raises(ConfigError, match="takes no direct writes"):
-        nvme_state._check_direct_io(Path("/proc"))
+        check_direct_io(Path("/proc"))
     if takes_direct_writes(tmp_path):
         with pytest.raises(StorageError, match=r"need 1048576\.00 GiB in"):
             prepare_swap_folder(swap_folder(tmp_path, tmp_path, 1), tmp_path, 2**50)
