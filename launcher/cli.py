@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from engine.config import byte_count
 from engine.errors import INTERNAL, ConfigError
-from launcher.doctor import add_arguments as add_doctor_arguments
+from launcher.doctor_table import add_arguments as add_doctor_arguments
 from launcher.inspect_store import add_arguments as add_inspect_arguments
 from launcher.inspect_store import inspect_store
 from launcher.run_config import load_run, run_file_schema

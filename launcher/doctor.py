@@ -6,7 +6,6 @@ Facts come from `launcher.node_facts` on every node (`launcher.gather`); what th
 
 import argparse
 import json
-import os
 import secrets
 import shutil
 import sys
@@ -15,56 +14,39 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.ds_config import nvme_path, resolve_ds_config
+from engine.ds_config import resolve_ds_config
 from engine.errors import ConfigError
-from launcher import slurm
 from launcher.doctor_table import merged, print_table
 from launcher.finding import Finding, is_bad
 from launcher.gather import Answer, Target, ask, local_target, nonces, srun_target, ssh_target
-from launcher.hosts import Node, filter_nodes, is_local, local_node, read_hostfile
+from launcher.hosts import Node
 from launcher.judge_job import judge_job
 from launcher.judge_node import Needs, judge_node
-from launcher.judge_run import (
-    CURRENT_DIR,
-    NVME,
-    RUN_DIR,
-    STORE_DIR,
-    folders_of,
-    judge_folders,
-    judge_run,
-)
-from launcher.launch import DEFAULT_PORT, Job
+from launcher.judge_run import CURRENT_DIR, NVME, RUN_DIR, SHARED, STORE_DIR, folders_of, judge_folders, judge_run
+from launcher.launch import Job
+from launcher.measure import measure
+from launcher.place import Place, find_place
 from launcher.plan import host_memory
 from launcher.run_config import Run, load_run
 from launcher.train import plan_job
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where ranks would run, and how those nodes are reached: here, over ssh, or through `srun`."""
-
-    nodes: tuple[Node, ...]
-    uses_gpus: bool
-    port: int | None
-    address: str | None = None
-    over_ssh: bool = False
-    through_srun: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the nodes, in order of their ranks."""
-        return tuple(node.name for node in self.nodes)
-
-
 @dataclass
 class Checkup:
-    """All that was found: `facts` by node."""
+    """All that was found. `facts` are those of the nodes that answered; `ds_config` is the resolved one of the run."""
 
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    nodes: tuple[str, ...] = ()
     place: Place | None = None
     run: Run | None = None
+    job: Job | None = None
+    ds_config: dict[str, Any] | None = None
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all nodes that were asked."""
+        return self.place.names if self.place is not None else ("localhost",)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -72,9 +54,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     checkup = examine(arguments)
     measurements: list[Any] = []
     if arguments.measure and checkup.place is not None and not is_bad(checkup.findings):
-        from launcher.measure import measure
-
-        measured = measure(checkup.place, checkup.facts, checkup.run)
+        measured = measure(checkup.place, checkup.facts, *_to_write_in(checkup))
         checkup.findings += measured.findings
         measurements = measured.figures
     elif arguments.measure:
@@ -89,20 +69,27 @@ def doctor(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(values, indent=2))
     else:
-        print_table(checkup.findings, checkup.nodes, sys.stdout)
+        print_table(checkup.findings, checkup.names, sys.stdout)
         _print_verdict(checkup)
     return code
 
 
+def _to_write_in(checkup: Checkup) -> tuple[Path | None, Path | None]:
+    """Folders that exist and where the run writes: for checkpoints, and for optimizer states on NVMe."""
+    if checkup.run is None:
+        return None, None
+    return _nearest(checkup.run.config.run_dir), checkup.folders.get(NVME)
+
+
 def _print_verdict(checkup: Checkup) -> None:
-    rows = merged(checkup.findings, checkup.nodes)
+    rows = merged(checkup.findings, checkup.names)
     count = {kind: sum(1 for row in rows if row.verdict == kind) for kind in ("error", "warning")}
     if count["error"]:
         print(f"\n{_some(count['error'], 'error')} that would break the run, {_some(count['warning'], 'warning')}")
         return
     alike = not any(each.name in ("differences", "versions") and each.verdict != "ok" for each in checkup.findings)
-    if len(checkup.nodes) > 1 and alike:
-        print(f"\n{len(checkup.nodes)} nodes are alike; {_some(count['warning'], 'warning')}")
+    if len(checkup.names) > 1 and alike:
+        print(f"\n{len(checkup.names)} nodes are alike; {_some(count['warning'], 'warning')}")
     else:
         print(f"\nnothing would break the run; {_some(count['warning'], 'warning')}")
 
@@ -114,81 +101,61 @@ def _some(count: int, what: str) -> str:
 def examine(arguments: argparse.Namespace) -> Checkup:
     """All checks, none of which stops the others."""
     checkup = Checkup()
-    run_file, folder = _split(arguments.run_file)
-    if run_file is not None:
-        try:
-            checkup.run = load_run(run_file, arguments.overrides)
-        except Exception as error:
-            checkup.findings.append(_failure("run file", error, "correct it; nothing else of the run could be checked"))
-    job = None
-    try:
-        checkup.place = find_place(arguments)
-        if checkup.run is not None:
-            job = _plan(checkup.run, arguments)
-    except Exception as error:
-        name = "job" if checkup.place is not None else "hosts" if arguments.hostfile else "ranks"
-        checkup.findings.append(_failure(name, error, ""))
-    place = checkup.place or Place((Node("localhost", (0,)),), False, None)
+    given: Path | None = arguments.run_file
+    is_folder = given is not None and given.is_dir()
+    if given is not None and not is_folder:
+        _load(checkup, given, arguments.overrides)
+    _place(checkup, arguments)
     if checkup.run is not None:
         checkup.findings += judge_run(checkup.run)
+        checkup.folders = folders_of(checkup.run, checkup.ds_config)
+    if is_folder and given is not None:
+        checkup.folders = {SHARED: given.absolute()}
+    # Where ranks would run is not known: this machine can be looked at all the same.
+    place = checkup.place or Place((Node("localhost", (0,)),), False, None)
     if place.over_ssh and len(place.nodes) > 1:
         checkup.findings.append(_pdsh())
-    ds_config = _ds_config(checkup, job)
-    answers = _ask(place, checkup.run, folder, ds_config)
-    checkup.nodes = place.names
+    answers = _ask(place, checkup.folders)
     checkup.facts = {answer.node: answer.facts for answer in answers if answer.facts is not None}
     checkup.findings += judge_job(answers, place.names[0], place.port, place.over_ssh)
     for node in place.nodes:
         if (facts := checkup.facts.get(node.name)) is not None:
-            checkup.findings += judge_node(facts, _needs(node, place, checkup.run, job, ds_config))
+            checkup.findings += judge_node(facts, _needs(node, place, checkup))
             checkup.findings += judge_folders(facts, checkup.run, len(place.nodes))
     return checkup
 
 
-def _split(given: Path | None) -> tuple[Path | None, Path | None]:
-    """The argument as a run file, or as a folder that all nodes must share."""
-    return (None, given.absolute()) if given is not None and given.is_dir() else (given, None)
+def _load(checkup: Checkup, path: Path, overrides: list[str]) -> None:
+    try:
+        checkup.run = load_run(path, overrides)
+    except Exception as error:
+        checkup.findings.append(_failure("run file", error, "correct it: nothing else of the run could be checked"))
 
 
-def _failure(name: str, error: Exception, to_do: str) -> Finding:
+def _place(checkup: Checkup, arguments: argparse.Namespace) -> None:
+    """Where ranks would run and, with a run file, what `fulltune train` would start there."""
+    try:
+        checkup.place = find_place(arguments)
+    except Exception as error:
+        name = "hosts" if arguments.hostfile or arguments.include or arguments.exclude else "ranks"
+        checkup.findings.append(_failure(name, error))
+        return
+    if checkup.run is None:
+        return
+    try:
+        checkup.job = plan_job(
+            checkup.run, ranks=arguments.ranks, ranks_per_node=arguments.ranks_per_node, hostfile=arguments.hostfile,
+            include=arguments.include, exclude=arguments.exclude, master_port=arguments.master_port,
+        )  # fmt: skip
+        checkup.ds_config = resolve_ds_config(checkup.run.config, checkup.job.num_ranks)
+    except Exception as error:
+        checkup.findings.append(_failure("job", error))
+
+
+def _failure(name: str, error: Exception, to_do: str = "") -> Finding:
     if not isinstance(getattr(error, "exit_code", None), int):
         raise error  # a defect of ours, told as one
     return Finding(name, "error", " ".join(str(error).split()), to_do)
-
-
-def find_place(arguments: argparse.Namespace) -> Place:
-    """Where `fulltune train` with the same options would run. ConfigError, MissingInputError."""
-    if slurm.is_inside(os.environ) and arguments.hostfile is None and arguments.ranks is None:
-        allocation = slurm.read_allocation(os.environ)
-        job = slurm.plan_slurm_job(
-            allocation, Path("run"), Path("run.yaml"), [], arguments.ranks_per_node, arguments.master_port
-        )
-        uses_gpus = job.environment.get("DS_ACCELERATOR") != "cpu"
-        return Place(job.nodes, uses_gpus, job.master_port, allocation.address, through_srun=True)
-    if arguments.hostfile is None:
-        if arguments.include or arguments.exclude:
-            raise ConfigError("--include and --exclude choose from a hostfile: give --hostfile HOSTS")
-        node, uses_gpus = local_node(arguments.ranks)
-        return Place((node,), uses_gpus, arguments.master_port)  # by default a free port is taken
-    nodes = tuple(filter_nodes(read_hostfile(arguments.hostfile), arguments.include, arguments.exclude))
-    uses_gpus = local_node(None)[1]
-    is_here = len(nodes) == 1 and is_local(nodes[0].name)
-    port = arguments.master_port or (None if is_here else DEFAULT_PORT)
-    return Place(nodes, uses_gpus, port, over_ssh=not is_here)
-
-
-def _plan(run: Run, arguments: argparse.Namespace) -> Job:
-    """What `fulltune train` would start: raises what it would raise."""
-    return plan_job(
-        run, ranks=arguments.ranks, ranks_per_node=arguments.ranks_per_node, hostfile=arguments.hostfile,
-        include=arguments.include, exclude=arguments.exclude, master_port=arguments.master_port,
-    )  # fmt: skip
-
-
-def _ds_config(checkup: Checkup, job: Job | None) -> dict[str, Any] | None:
-    if checkup.run is None or job is None:
-        return None
-    return resolve_ds_config(checkup.run.config, job.num_ranks)
 
 
 def _pdsh() -> Finding:
@@ -197,29 +164,29 @@ def _pdsh() -> Finding:
     return Finding("pdsh", "ok", "here")
 
 
-def _needs(node: Node, place: Place, run: Run | None, job: Job | None, ds_config: Mapping[str, Any] | None) -> Needs:
-    world_size = sum(len(each.slots) for each in place.nodes)
+def _needs(node: Node, place: Place, checkup: Checkup) -> Needs:
+    """What the run asks of a node; of the memory, what the fullest node needs."""
     memory = None
-    if run is not None and job is not None and ds_config is not None:
-        memory = host_memory(run.config, job, dict(ds_config))
+    if checkup.run is not None and checkup.job is not None and checkup.ds_config is not None:
+        memory = host_memory(checkup.run.config, checkup.job, checkup.ds_config)
     return Needs(
-        len(node.slots), world_size, place.uses_gpus, node.slots,
-        None if memory is None else memory.bytes, "" if memory is None else memory.sum_text,
-        ds_config is not None and nvme_path(dict(ds_config)) is not None,
-    )  # fmt: skip
+        ranks=len(node.slots),
+        world_size=sum(len(each.slots) for each in place.nodes),
+        uses_gpus=place.uses_gpus,
+        slots=node.slots,
+        host_bytes=None if memory is None else memory.bytes,
+        host_rule="" if memory is None else memory.sum_text,
+        uses_nvme=NVME in checkup.folders,
+    )
 
 
-def _ask(place: Place, run: Run | None, folder: Path | None, ds_config: Mapping[str, Any] | None) -> list[Answer]:
-    """Have all nodes look, with files in the shared folders for them to find."""
-    folders = {} if run is None else folders_of(run, ds_config)
-    shared = {name: _nearest(folders[name]) for name in (RUN_DIR, STORE_DIR) if name in folders}
-    if folder is not None:
-        folders, shared = {"folder": folder}, {"folder": folder}
-    if place.over_ssh:
-        folders[CURRENT_DIR] = Path.cwd()
+def _ask(place: Place, folders: dict[str, Path]) -> list[Answer]:
+    """Have all nodes look, with files in the folders that must be shared for them to find."""
+    shared = {name: _nearest(folders[name]) for name in (RUN_DIR, STORE_DIR, SHARED) if name in folders}
+    here = {CURRENT_DIR: Path.cwd()} if place.over_ssh else {}
     with nonces(shared if len(place.nodes) > 1 else {}) as made:
         request = {
-            "folders": {name: str(path) for name, path in folders.items()},
+            "folders": {name: str(path) for name, path in (folders | here).items()},
             "nonces": made,
             "uses_nvme": NVME in folders,
             "nvme": str(folders[NVME]) if NVME in folders else None,
@@ -232,7 +199,7 @@ def _ask(place: Place, run: Run | None, folder: Path | None, ds_config: Mapping[
 
 
 def _targets(place: Place, request: Mapping[str, Any]) -> Sequence[Target]:
-    if place.through_srun:
+    if place.srun:
         return [srun_target(place.names, request)]
     if place.over_ssh:
         return [ssh_target(name, request) for name in place.names]
@@ -241,25 +208,3 @@ def _targets(place: Place, request: Mapping[str, Any]) -> Sequence[Target]:
 
 def _nearest(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument(
-        "run_file", type=Path, nargs="?", metavar="RUN.yaml",
-        help="also whether this run would work; or a folder, which all nodes must share",
-    )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
-    parser.add_argument(
-        "--hostfile", type=Path, metavar="HOSTS", help="machines reached over ssh: lines `host slots=N`"
-    )
-    parser.add_argument("--include", metavar="SPEC", help="with --hostfile: only host1@host2:0,2")
-    parser.add_argument("--exclude", metavar="SPEC", help="with --hostfile: not host1@host2:0,2")
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine, as for train")
-    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="inside a Slurm job, as for train")
-    parser.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet, as for train")
-    parser.add_argument(
-        "--measure", action="store_true",
-        help="then measure, for about a minute: arithmetic, memory, CPU Adam, copies, collectives, storage",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print everything found as JSON")

@@ -209,8 +209,8 @@ def _ops(ops: Mapping[str, Any], needs: Needs, node: str) -> Iterator[Finding]:
         yield Finding("compiler", "error", found, f"apt-get install {' '.join(missing_tools)}", node)
     else:
         yield Finding("compiler", "ok", "a C++ compiler, ninja and Python's headers", node=node)
-    if ops["no_exec"] or (not ops["is_writable"]):
-        why = "is mounted noexec" if ops["no_exec"] else "cannot be written"
+    if ops["no_exec"] or ops["write_error"] is not None:
+        why = "is mounted noexec" if ops["no_exec"] else f"cannot be written: {ops['write_error']}"
         advice = "set TORCH_EXTENSIONS_DIR to a folder where compiled code may lie and run"
         yield Finding("ops", "error", f"{ops['folder']} {why}", advice, node)
     elif ops["missing"]:

@@ -21,7 +21,7 @@ _TIGHT_BYTES = 2**30
 _EXPORT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 #: Folders a run needs, by the names they are told by.
 RUN_DIR, STORE_DIR, MODEL, NVME = "run folder", "store folder", "model folder", "NVMe folder"
-CURRENT_DIR = "current folder"
+CURRENT_DIR, SHARED = "current folder", "given folder"
 
 
 def folders_of(run: Run, ds_config: Mapping[str, Any] | None) -> dict[str, Path]:

@@ -66,7 +66,7 @@ def deepspeed_program() -> str:
     return str(Path(sys.executable).parent / "deepspeed")
 
 
-def local_command(node: Node, master_port: int, engine_arguments: list[str]) -> tuple[str, ...]:
+def local_command(node: Node, master_port: int, engine_arguments: list[str], module: str = "engine") -> tuple[str, ...]:
     """The argv for all ranks on this machine, on the node's devices."""
     if node.slots == tuple(range(len(node.slots))):
         where = ["--num_gpus", str(len(node.slots))]
@@ -74,11 +74,16 @@ def local_command(node: Node, master_port: int, engine_arguments: list[str]) -> 
         where = ["--include", f"localhost:{','.join(map(str, node.slots))}"]
     address = ["--master_addr", "127.0.0.1", "--master_port", str(master_port)]
     # Not even `error`: all it would tell is that a rank failed, and we say which and why.
-    return (deepspeed_program(), "--log_level", "critical", *where, *address, "--module", "engine", *engine_arguments)
+    return (deepspeed_program(), "--log_level", "critical", *where, *address, "--module", module, *engine_arguments)
 
 
 def hostfile_command(
-    hostfile: Path, nodes: list[Node], selection: list[str], master_port: int, engine_arguments: list[str]
+    hostfile: Path,
+    nodes: list[Node],
+    selection: list[str],
+    master_port: int,
+    engine_arguments: list[str],
+    module: str = "engine",
 ) -> tuple[str, ...]:
     """The argv for the hosts of a hostfile. `selection` is --include or --exclude with its value, or [].
 
@@ -92,7 +97,7 @@ def hostfile_command(
         if len(nodes) == 1:
             where.append("--force_multi")
     port = ["--master_port", str(master_port)]
-    return (deepspeed_program(), "--log_level", "error", *where, *port, "--module", "engine", *engine_arguments)
+    return (deepspeed_program(), "--log_level", "error", *where, *port, "--module", module, *engine_arguments)
 
 
 def _refuse_unsafe(words: list[str]) -> None:

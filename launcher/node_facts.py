@@ -25,6 +25,7 @@ from typing import Any
 
 from engine.direct_io import check_direct_io
 from engine.errors import FulltuneError
+from launcher.folder_facts import folder_facts, try_file
 from launcher.memory_kill import machine_limit_bytes, memory_cgroup_text
 from launcher.node_software import accelerator_facts, link_facts, op_facts, version_facts
 
@@ -65,54 +66,6 @@ def look(request: Mapping[str, Any]) -> dict[str, Any]:
         "shared": {name: _read_nonce(Path(path)) for name, path in request.get("nonces", {}).items()},
         "ssh_back": _ssh_back(request.get("ssh_back")),
     }
-
-
-def folder_facts(path: Path) -> dict[str, Any]:
-    """A folder that may not exist yet: the nearest one above it that does, its room, and whether files can be made."""
-    facts: dict[str, Any] = {"path": str(path), "exists": path.exists(), "is_dir": path.is_dir(), "error": None}
-    facts["readable"] = os.access(path, os.R_OK | os.X_OK) if path.is_dir() else None
-    try:
-        above = next(parent for parent in (path, *path.parents) if parent.exists())
-        facts |= {"above": str(above), "identity": _listing(path), "hold": (path / "HOLD").exists()}
-        system = os.statvfs(above)
-    except OSError as error:
-        return facts | {"error": error.strerror}
-    facts |= {
-        "free_bytes": system.f_bavail * system.f_frsize,
-        "total_bytes": system.f_blocks * system.f_frsize,
-        "free_inodes": system.f_favail if system.f_files else None,
-        "read_only": bool(system.f_flag & os.ST_RDONLY),
-        "no_exec": bool(system.f_flag & os.ST_NOEXEC),
-    }
-    return facts | _try_file(above)
-
-
-def _listing(path: Path) -> str | None:
-    """Names and sizes of what lies in a folder of inputs: equal where two nodes see the same."""
-    if not path.is_dir() or not os.access(path, os.R_OK):
-        return None
-    entries = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
-    return f"{len(entries)} files, {sum(size for _, size in entries)} bytes"
-
-
-def _try_file(folder: Path) -> dict[str, Any]:
-    """Make, write and remove a file: permissions, quotas, a full disk and used-up inodes all show only then."""
-    if not folder.is_dir():
-        return {"write_error": f"{folder} is a file"}
-    path = folder / f".fulltune-doctor-{secrets.token_hex(8)}"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        return {"write_error": error.strerror}
-    try:
-        os.write(descriptor, b"x" * 4096)
-        os.fsync(descriptor)
-    except OSError as error:
-        return {"write_error": error.strerror}
-    finally:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-    return {"write_error": None}
 
 
 def _direct_error(folder: str | None) -> str | None:
@@ -182,7 +135,7 @@ def _shared_memory() -> dict[str, Any]:
     return {
         "total_bytes": usage.total,
         "free_bytes": usage.free,
-        "error": _try_file(_SHARED_MEMORY)["write_error"],
+        "error": try_file(_SHARED_MEMORY),
         "left": [str(path) for path in left],
         "left_bytes": sum(path.stat().st_size for path in left if path.exists()),
     }
@@ -278,7 +231,7 @@ def _next_line() -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _say(values: Mapping[str, Any]) -> None:
+def say(values: Mapping[str, Any]) -> None:
     """Print values in lines of less than 1024 bytes: longer ones of several nodes come out of `srun` mixed up."""
     text = base64.b64encode(json.dumps(values).encode()).decode()
     pieces = [text[start : start + _PIECE_BYTES] for start in range(0, len(text), _PIECE_BYTES)]
@@ -313,13 +266,13 @@ def main() -> int:
         if is_first and request.get("port"):
             door = _Door(int(request["port"]), str(request.get("token")))
         facts |= {"node": node, "answers": answers, "port_error": door.error if door else None}
-        _say(facts | {"clock": [began, time.time()]})
+        say(facts | {"clock": [began, time.time()]})
         then = _next_line()
         if then.get("address") and not is_first:
-            _say({"node": node, "reach": _connect(str(then["address"]), int(then["port"]), str(then["token"]))})
+            say({"node": node, "reach": _connect(str(then["address"]), int(then["port"]), str(then["token"]))})
             _next_line()
         elif then:
-            _say({"node": node, "reach": ""})
+            say({"node": node, "reach": ""})
             _next_line()
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 import engine
 from engine.prebuild import broken_locks, extensions_dir, missing_ops
 from launcher.check_system import missing_optional_packages, missing_packages
+from launcher.folder_facts import try_file
 
 #: The packages whose versions decide what a run does.
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors", "tokenizers", "pydantic")
@@ -60,15 +61,14 @@ def op_facts(uses_nvme: bool) -> dict[str, Any]:
     folder = extensions_dir()
     above = next(path for path in (folder, *folder.parents) if path.exists())
     uses_gpus = bool(accelerator_facts()["gpus"]) and os.environ.get("DS_ACCELERATOR") != "cpu"
-    system = os.statvfs(above)
     return {
         "folder": str(folder),
         "missing": missing_ops(folder, uses_gpus, uses_nvme),
         "broken_locks": [str(path) for path in broken_locks(folder)],
         "packages": missing_packages() + (missing_optional_packages() if uses_nvme else []),
         "has_ninja": importlib.util.find_spec("ninja") is not None or shutil.which("ninja") is not None,
-        "is_writable": os.access(above, os.W_OK | os.X_OK) and not system.f_flag & os.ST_RDONLY,
-        "no_exec": bool(system.f_flag & os.ST_NOEXEC),
+        "write_error": try_file(above),
+        "no_exec": bool(os.statvfs(above).f_flag & os.ST_NOEXEC),
     }
 
 

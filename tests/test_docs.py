@@ -106,6 +106,7 @@ def test_every_key_of_the_data_section_is_explained() -> None:
         "docs/export.md",
         "docs/import.md",
         "docs/nvme.md",
+        "docs/doctor.md",
     ],
 )
 def test_every_command_is_one(page: str) -> None:

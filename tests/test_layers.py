@@ -19,7 +19,7 @@ MAY_IMPORT = {
 }
 TORCH_FREE = (
     "launcher.cli", "launcher.launch", "launcher.plan", "launcher.train", "launcher.export", "launcher.generate",
-    "launcher.demo", "launcher.verdict", "engine.config", "engine.ds_config", "engine.run_file", "engine.prebuild",
+    "launcher.demo", "launcher.verdict", "launcher.doctor", "launcher.node_facts", "engine.config", "engine.ds_config", "engine.run_file", "engine.prebuild",
     "engine.errors", "engine.schedule", "data_prep.config", "data_prep.token_store",
 )  # fmt: skip
 

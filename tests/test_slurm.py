@@ -358,7 +358,9 @@ def test_nodes_are_looked_at_and_a_checkpoint_becomes_a_folder_by_hand(
     cluster.wait_for(looked, "COMPLETED", "FAILED", timeout=120)
     told = (folder / "nodes.log").read_text()
     assert "2 nodes are alike" in told, told
-    assert {line.partition(":")[0] for line in told.splitlines()} > {"n1", "n2"}
+    assert re.search(r"^ok +shared folder +the given folder is the same on all nodes$", told, re.MULTILINE), told
+    assert re.search(r"^ok +way to the first node +open from 1 other node$", told, re.MULTILINE), told
+    assert re.search(r"^ok +cores +all 2 nodes: ", told, re.MULTILINE), told
     exported = cluster.submit(
         "--mem=0", "--cpus-per-task=1", f"--output={folder}/export.log", ROOT / "slurm" / "export.sbatch", undisturbed,
         folder / "exported", env=PYTHON,

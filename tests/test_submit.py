@@ -16,7 +16,7 @@ import pytest
 from test_cli import RUN_FILE
 
 from engine.errors import ConfigError, MissingInputError
-from launcher import check_nodes, cli, runs, slurm, slurm_rank, submit
+from launcher import cli, runs, slurm, slurm_rank, submit
 from launcher.launch import Job
 from launcher.run_config import load_run
 from launcher.supervise import Stop, Supervision
@@ -523,13 +523,3 @@ def test_nothing_writes_through_a_planted_link(tmp_path: Path) -> None:
     runs.record_start(tmp_path, False)
     assert (tmp_path / "target").read_text() == "precious"
     assert (tmp_path / "job.json").stat().st_mode & 0o777 == 0o600
-
-
-def test_nodes_that_differ_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    one = check_nodes.look(tmp_path)
-    two = json.loads(json.dumps(one)) | {"node": "other"}
-    assert check_nodes.compare([json.dumps(one), json.dumps(two)], 2) == []
-    two["equal"]["torch"] = "1.0"
-    (wrong,) = check_nodes.compare([json.dumps(one), json.dumps(two), "a line of a module system"], 2)
-    assert wrong.startswith("torch differs: ")
-    assert check_nodes.compare([json.dumps(one)], 2) == ["1 of 2 nodes answered"]
