@@ -95,7 +95,7 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal) 
 
     quiet_libraries()
     heartbeat.enter("rendezvous")
-    ranks = start_ranks()
+    ranks = start_ranks(str(config.run_dir))
     heartbeat.enter("set-up")
     training, progress, log = set_up(run_file, config, ranks, fresh)
     heartbeat.enter("step", progress.step)

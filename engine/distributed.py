@@ -22,6 +22,7 @@ from engine.cpu_bf16 import multiply_bf16_in_fp32
 from engine.errors import INTERNAL, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
 from engine.liveness import remove_shared_memory
 from engine.rank_record import write_json
+from engine.rendezvous import Place, join_world
 from engine.stop import check_not_held
 
 
@@ -82,8 +83,11 @@ class Ranks:
             raise OtherRankFailedError(worst)
 
 
-def start_ranks() -> Ranks:
-    """Join the process group the launcher described in the environment (RANK, WORLD_SIZE, ...)."""
+def start_ranks(job: str = "") -> Ranks:
+    """Join the process group the launcher described in the environment (RANK, WORLD_SIZE, ...).
+
+    `job` is a text that all its ranks know and other jobs do not. Raises what `join_world` does.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -94,6 +98,13 @@ def start_ranks() -> Ranks:
         accelerator.set_device(local_rank)
     # Ranks wait for one another while one of them downloads a model or reads it from a slow disk.
     timeout = datetime.timedelta(hours=2)
+    place = Place.read(os.environ)
+    # torchrun has made a store of its own before its ranks start.
+    if place is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        options = {}
+        if accelerator.device_name() == "cuda" and place.world_size > 1:
+            options["device_id"] = accelerator.device(local_rank)  # as DeepSpeed would
+        join_world(place, job, accelerator.communication_backend_name(), timeout, **options)
     deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timeout)
     device = torch.device(accelerator.current_device_name())
     cpu_group = None if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
