@@ -23,6 +23,7 @@ from engine.errors import (
     FulltuneError,
     StoppedError,
 )
+from engine.file_modes import set_umask
 from engine.liveness import Watch, end_with_parent, remove_shared_memory
 from engine.rank_record import RankRecord
 from engine.run_file import RunFile, load_run_file, with_absolute_paths
@@ -34,6 +35,7 @@ def main() -> None:
     stop = StopSignal()  # first of all: until here a signal kills
     if "RANK" in os.environ:  # a launcher is the parent, not the shell of somebody who logs out
         end_with_parent(stop)
+    set_umask()
     heartbeat.enter("run file")
     arguments = _arguments()
     rank = int(os.environ.get("RANK", "0"))
@@ -42,6 +44,7 @@ def main() -> None:
         given = load_run_file(arguments.run_file, arguments.overrides)
         run_file = RunFile(given.path, with_absolute_paths(given.values), given.lines)
         config = run_file.parse(RunConfig)
+        set_umask(config.share_with_group)
         record.begin(config.run_dir)
         stop.limit_time(os.environ)
         _watch(config.run_dir, rank, stop, record)

@@ -25,6 +25,7 @@ from engine import zero_state
 from engine.agreement import agree, all_gather_json, from_rank_0, num_ranks, this_rank
 from engine.checkpoint_files import FORMAT, KINDS, MANIFEST, STATE, describe, parse_manifest, seal
 from engine.errors import FulltuneError
+from engine.file_modes import FOLDER_MODE
 from engine.safetensors_file import BLOCK_BYTES, FileRecord, check_size
 from engine.safetensors_writer import (
     CHUNK_BYTES,
@@ -132,7 +133,7 @@ def _begin(folder: Path, name: str, owner: Owner) -> str:
         else:
             stale.unlink()  # a hint that a crash kept from its rename
     temporary = f".tmp-{name}-{owner.generation}-{secrets.token_hex(4)}"
-    (folder / temporary).mkdir(mode=0o700)
+    (folder / temporary).mkdir(mode=FOLDER_MODE)
     return temporary
 
 

@@ -177,6 +177,9 @@ class RunConfig(Section):
 
     run_dir: FilePath = Field(description="folder for checkpoints, logs and the resolved run file")
     task: PreparedTask = Field(description="what the data is for; see `trained_task`")
+    share_with_group: bool = Field(
+        False, description="let the group read and write what is written; else its owner alone can"
+    )
     seed: int = Field(17, ge=0, lt=2**63, description="data order, dropout and random weights follow from it")
     data: StoreSection
     model: ModelSection

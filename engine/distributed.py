@@ -20,6 +20,7 @@ import torch.distributed as dist
 from engine.checkpoint_files import known_run_id
 from engine.cpu_bf16 import multiply_bf16_in_fp32
 from engine.errors import INTERNAL, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
+from engine.file_modes import refuse_foreign
 from engine.liveness import remove_shared_memory
 from engine.rank_record import write_json
 from engine.rendezvous import Place, join_world
@@ -119,18 +120,23 @@ class RunFolder:
     newer one has begun.
     """
 
-    def __init__(self, path: Path, rank: int):
+    def __init__(self, path: Path, rank: int, share_with_group: bool = False):
         self.path = path
         self._rank = rank
+        self._share_with_group = share_with_group
         self._lock: IO[str] | None = None
         #: Of rank 0, which alone writes them down: how often the run was started, and which run it is.
         self.generation = 0
         self.run_id = ""
 
     def own(self) -> None:
-        """Take ownership (rank 0 does; others have nothing to do). CannotWriteError when it is taken."""
+        """Take ownership (rank 0 does; others have nothing to do). CannotWriteError when it is taken.
+
+        RefusedForSecurityError as `refuse_foreign` does.
+        """
         if self._rank != 0:
             return
+        refuse_foreign(self.path, self._share_with_group)
         check_not_held(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

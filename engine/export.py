@@ -18,7 +18,6 @@ from engine.errors import DataError, MissingInputError
 from engine.forward_check import check_forward
 from engine.hf_folder import (
     DEFAULT_SHARD_BYTES,
-    FOLDER_MODE,
     check_free,
     copy_files,
     empty_model,
@@ -85,7 +84,7 @@ def export_checkpoint(
         write_config(values, folder, architecture, dtype)
         copy_files(model_dir, tokenizer_dir, folder)
         if card is not None:
-            write_file(folder / "README.md", card.encode(), mode=FOLDER_MODE)
+            write_file(folder / "README.md", card.encode())
         check_forward(folder, reader, model, target)
 
 

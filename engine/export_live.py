@@ -24,7 +24,6 @@ from engine.agreement import agree, all_gather_json, from_rank_0, num_ranks, thi
 from engine.checkpoint import persistent_buffers, stream
 from engine.errors import DataError, FulltuneError, StorageError
 from engine.hf_folder import (
-    FOLDER_MODE,
     Shard,
     check_free,
     check_shard,
@@ -92,7 +91,7 @@ def export_live(
             write_index(temporary, shards)
             write_config(values, temporary, architecture, dtype)
             copy_files(model_dir, tokenizer_dir, temporary)
-            write_file(temporary / "README.md", card.encode(), mode=FOLDER_MODE)
+            write_file(temporary / "README.md", card.encode())
             fsync_folder(temporary)
             check_owner()
             _publish(temporary, out_dir)
@@ -127,7 +126,7 @@ def _begin(out_dir: Path, shards: list[Shard], replace: bool) -> Path:
     temporary.mkdir()
     for shard in shards:
         layout = file_layout(shard.file, shard.tensors)
-        write_file(temporary / shard.file, layout.head, mode=FOLDER_MODE)
+        write_file(temporary / shard.file, layout.head)
         os.truncate(temporary / shard.file, layout.size_bytes)
     return temporary
 

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.file_modes import FILE_MODE
+
 _LAYOUT = struct.Struct("<8sQQQd32s64s")
 _MAGIC = b"fulltune"
 
@@ -40,7 +42,7 @@ def open_page(path: Path) -> None:
     """From now on this process's signs of life are in the file `path`. OSError if it cannot be made."""
     global _page
     path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE)
     try:
         os.write(descriptor, bytes(_LAYOUT.size))  # a hole in a full disk would end us with SIGBUS later
         _page = mmap.mmap(descriptor, _LAYOUT.size)

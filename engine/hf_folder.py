@@ -36,7 +36,6 @@ from engine.safetensors_writer import TensorSource, fsync_folder, write_file, wr
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-FOLDER_MODE = 0o666  # these folders are for others to read; the umask decides
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt",
@@ -178,7 +177,7 @@ def write_weights(
     with ThreadPoolExecutor(1) as pool, tqdm(total=total, unit="B", unit_scale=True, disable=not shown) as bar:
         checks = []
         for shard in shards:
-            record = write_safetensors(folder / shard.file, shard.tensors, mode=FOLDER_MODE, read_ahead=True)
+            record = write_safetensors(folder / shard.file, shard.tensors, read_ahead=True)
             checks.append(pool.submit(_read_back, folder, record, shard))
             bar.update(sum(map(num_bytes, shard.tensors)))
         for check in checks:
@@ -288,7 +287,7 @@ def write_config(values: Mapping[str, Any], folder: Path, architecture: str, dty
 
 def write_json_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write readable JSON for others to read."""
-    write_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(), mode=FOLDER_MODE)
+    write_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 
 def copy_files(model_dir: Path, tokenizer_dir: Path | None, folder: Path) -> None:
@@ -303,4 +302,4 @@ def copy_files(model_dir: Path, tokenizer_dir: Path | None, folder: Path) -> Non
     for path in wanted:
         if path.is_file():
             (folder / path.name).unlink(missing_ok=True)
-            write_file(folder / path.name, path.read_bytes(), mode=FOLDER_MODE)
+            write_file(folder / path.name, path.read_bytes())

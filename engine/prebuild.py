@@ -204,6 +204,7 @@ def main() -> int:
     ``--where`` builds nothing and prints the folder, to be exported as TORCH_EXTENSIONS_DIR.
     ``--nvme`` builds also what optimizer states on NVMe need.
     """
+    os.umask(os.umask(0o077) | 0o022)  # others may use a shared folder of ops, never change them
     if sys.argv[1:] == ["--where"]:
         print(extensions_dir())
         return 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from engine import heartbeat
+from engine.file_modes import FILE_MODE
 from engine.liveness import supervisor
 
 #: Sent to a rank of the same machine, it writes the Python stacks of all its threads.
@@ -129,12 +130,13 @@ def _open_log(path: Path) -> IO[str]:
 
 
 def _open_private(path: Path, how: int) -> IO[str]:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, FILE_MODE)
     return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: PTH123
 
 
 def write_json(path: Path, values: object) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    with _open_private(temporary, os.O_TRUNC) as file:
+        file.write(json.dumps(values, indent=2) + "\n")
     temporary.replace(path)

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from engine.ds_config import shipped_ds_configs
 from engine.errors import ConfigError, MissingInputError
+from engine.secrets_in_text import find_secrets
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -125,6 +126,12 @@ def load_run_file(path: Path, overrides: list[str] | None = None) -> RunFile:
     values = _construct(node, "", str(path), lines)
     for override in overrides or []:
         _apply_override(values, override)
+    for dotted in find_secrets(values):  # the run folder will hold these values, and perhaps be shared
+        where = f"{path}:{lines[dotted]}" if dotted in lines else str(path)
+        raise ConfigError(
+            f"{where}: `{dotted}` holds what looks like a token, a key or a URL with a user in it: leave it out, and "
+            "give the secret in the environment (HF_TOKEN, ...) or in the tool's own file"
+        )
     return RunFile(path, values, lines)
 
 

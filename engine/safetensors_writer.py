@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 import xxhash
 
+from engine.file_modes import FILE_MODE
 from engine.safetensors_file import BLOCK_BYTES, DTYPE_NAMES, FileRecord, TensorEntry
 
 CHUNK_BYTES = 16 * BLOCK_BYTES
@@ -42,9 +43,9 @@ class HashingFile:
     Raises OSError; a file that already exists, or a link in its place, is refused.
     """
 
-    def __init__(self, path: Path, mode: int = 0o600):
+    def __init__(self, path: Path):
         self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
         self._hash = xxhash.xxh3_128()
         self._in_block = 0
         self._blocks: list[str] = []
@@ -91,9 +92,9 @@ class HashingFile:
         self._in_block = 0
 
 
-def write_file(path: Path, data: bytes, mode: int = 0o600) -> FileRecord:
+def write_file(path: Path, data: bytes) -> FileRecord:
     """Write `data` to the new file `path` and fsync it. Raises OSError."""
-    with HashingFile(path, mode) as file:
+    with HashingFile(path) as file:
         file.write(data)
         return file.finish()
 
@@ -157,7 +158,6 @@ def write_safetensors(
     path: Path,
     tensors: Iterable[TensorSource],
     metadata: dict[str, str] | None = None,
-    mode: int = 0o600,
     read_ahead: bool = False,
 ) -> FileRecord:
     """Write `tensors` to the new file `path` holding one chunk at a time, and fsync it.
@@ -167,7 +167,7 @@ def write_safetensors(
     """
     layout = file_layout(path.name, tensors, metadata)
     chunks = _checked_chunks(layout.tensors)
-    with HashingFile(path, mode) as file, _ahead(chunks) if read_ahead else nullcontext(chunks) as stream:
+    with HashingFile(path) as file, _ahead(chunks) if read_ahead else nullcontext(chunks) as stream:
         file.write(layout.head)
         for chunk in stream:
             file.write(as_bytes(chunk))

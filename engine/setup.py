@@ -122,7 +122,7 @@ def build_engine(
 
 def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> tuple[Training, Progress, RunLog]:
     """Everything from the run file to the first step, resuming if the run folder holds a checkpoint."""
-    folder = RunFolder(config.run_dir, ranks.rank)
+    folder = RunFolder(config.run_dir, ranks.rank, config.share_with_group)
     with ranks.together():
         folder.own()
         if fresh and ranks.rank == 0:

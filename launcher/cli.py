@@ -11,10 +11,11 @@ from typing import NoReturn
 
 from engine.config import byte_count
 from engine.errors import INTERNAL, ConfigError
+from engine.file_modes import set_umask
 from launcher.doctor_table import add_arguments as add_doctor_arguments
 from launcher.inspect_store import add_arguments as add_inspect_arguments
 from launcher.inspect_store import inspect_store
-from launcher.run_config import load_run, run_file_schema
+from launcher.run_config import Run, load_run, run_file_schema
 from launcher.submit import add_arguments as add_submit_arguments
 
 _INTERRUPTED = 130
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Every failure is one line on stderr and an exit code."""
     arguments = _parse(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
+    umask_before = set_umask(getattr(arguments, "share_with_group", False))
     try:
         return command(arguments)
     except KeyboardInterrupt:
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if arguments.debug else " (--debug shows where)"
         print(f"fulltune: error: {type(error).__name__}: {_one_line(error)}{hint}", file=sys.stderr)
         return INTERNAL
+    finally:
+        os.umask(umask_before)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -136,6 +140,7 @@ def build_parser() -> _Parser:
     take.add_argument(
         "--model", type=Path, required=True, metavar="MODEL", help="folder with the model's config.json and tokenizer"
     )
+    _add_sharing(take)
     take.add_argument("--tag", metavar="NAME", help="such as global_step12 (default: the one that `latest` names)")
     _add_output_options(take)
 
@@ -175,6 +180,7 @@ def _add_tokenizer(commands: "argparse._SubParsersAction[_Parser]") -> None:
     for action in (train, extend):
         action.add_argument("files", type=Path, nargs="+", metavar="FILES")
         action.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write")
+        _add_sharing(action)
     train.add_argument("--vocab-size", type=_count, required=True, metavar="N", help="number of ids")
     kinds = ["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"]
     train.add_argument("--kind", choices=kinds, default=kinds[0], help=f"default: {kinds[0]}")
@@ -196,6 +202,13 @@ def _add(
 def _add_output_options(parser: _Parser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
+
+
+def _add_sharing(parser: _Parser) -> None:
+    """For commands without a run file, where the key of that name says it."""
+    parser.add_argument(
+        "--share-with-group", action="store_true", help="let the group read and write OUT; else its owner alone can"
+    )
 
 
 def _add_run_file(parser: _Parser) -> None:
@@ -238,10 +251,17 @@ def _byte_count(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _load(arguments: argparse.Namespace) -> Run:
+    """The checked run file; from here on what it says about the group holds."""
+    run = load_run(arguments.run_file, arguments.overrides)
+    set_umask(run.config.share_with_group)
+    return run
+
+
 def _prepare(arguments: argparse.Namespace) -> int:
     from launcher.train import array_part, prepare_store
 
-    prepare_store(load_run(arguments.run_file, arguments.overrides), arguments.part or array_part(os.environ))
+    prepare_store(_load(arguments), arguments.part or array_part(os.environ))
     return 0
 
 
@@ -252,7 +272,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from launcher.train import plan_job, start
 
-    run = load_run(arguments.run_file, arguments.overrides)
+    run = _load(arguments)
     job = plan_job(
         run,
         ranks=arguments.ranks,
@@ -278,7 +298,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _submit(arguments: argparse.Namespace) -> int:
     from launcher.submit import check_request, submit
 
-    run = load_run(arguments.run_file, arguments.overrides)
+    run = _load(arguments)
     return submit(run, check_request(arguments, run.config.run_dir), arguments.dry_run)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import engine
 from engine.errors import CannotWriteError, ConfigError
 from engine.prebuild import tool_environment
+from engine.secrets_in_text import is_secret_value, names_a_secret
 
 _SHARED_MEMORY_DIR = Path("/dev/shm")  # noqa: S108 (where DeepSpeed puts them)
 PROJECT_DIR = Path(engine.__file__).resolve().parent.parent
@@ -47,7 +48,8 @@ def remote_environment(run_dir: Path, environment: dict[str, str]) -> dict[str, 
     DeepSpeed exports PYTHON* and NCCL* itself and the lines of one file; by default it takes that
     file from the home folder and from whatever folder we stand in. Ours holds the home one's lines
     and what we set; a file in the current folder is left out. Where ops are compiled is decided on
-    each host, because their CPUs may differ.
+    each host, because their CPUs may differ. DeepSpeed puts the lines on ssh's command line: ConfigError
+    for one that looks like a secret. The caller removes the file when the job is over.
     """
     lines = {}
     home = Path.home() / ".deepspeed_env"
@@ -58,12 +60,21 @@ def remote_environment(run_dir: Path, environment: dict[str, str]) -> dict[str, 
                 continue
             if not separator or not re.fullmatch(r"\w+", key) or re.search(r"[\"$`\\]", value):
                 raise ConfigError(f"{home}:{number}: write KEY=VALUE without quotes, $ and backquotes")
+            if names_a_secret(key) or is_secret_value(value):
+                raise ConfigError(
+                    f"{home}:{number}: {key} looks like a secret, and DeepSpeed would put it on ssh's command line, "
+                    "which everybody can read: remove the line, and set it on every host in a file that only you can "
+                    "read (`hf auth login` keeps HF_TOKEN in one)"
+                )
             lines[key] = value
     ours = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM")
     lines |= {key: environment[key] for key in ours if key in environment}
     path = run_dir / "deepspeed_env"
     try:
-        path.write_text("".join(f"{key}={value}\n" for key, value in lines.items()), encoding="utf-8")
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)  # also in a shared run
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write("".join(f"{key}={value}\n" for key, value in lines.items()))
     except OSError as error:
         raise CannotWriteError(f"run_dir: cannot write {path}: {error.strerror}") from error
     return {"DS_ENV_FILE": str(path)}

@@ -7,6 +7,7 @@ from data_prep.token_store import TokenStore, resolve_store
 from data_prep.tokenizer_files import open_tokenizer
 from engine.config import RunConfig
 from engine.errors import CannotWriteError, MissingInputError
+from engine.file_modes import set_umask
 from engine.run_file import load_run_file
 
 #: What tokenizers differ in: blanks, digits, line breaks, contractions, scripts, accents in two forms.
@@ -27,6 +28,7 @@ def export_run(run_dir: Path, out_dir: Path, step: int | None, best: bool, dtype
         raise CannotWriteError(f"{out_dir}: exists and is not an empty folder; remove it or name another")
     loaded = load_run_file(run_file)
     config = loaded.parse(RunConfig)
+    set_umask(config.share_with_group)
     store_path = resolve_store(config.data.store_dir, "train", loaded.values["data"], config.task)
     if store_path is None:
         raise MissingInputError(f"{config.data.store_dir}: has no train split; the export needs its tokenizer")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import SUPERVISED, CannotWriteError, ConfigError
+from engine.file_modes import refuse_foreign
+from engine.secrets_in_text import is_secret_value, names_a_secret
 from launcher.conclude import conclude
 from launcher.environment import remove_shared_memory
 from launcher.guard import Guard
@@ -106,6 +108,11 @@ def _refuse_unsafe(words: list[str]) -> None:
         if not _SHELL_SAFE.fullmatch(word):
             raise ConfigError(f"`{word}` would reach remote shells unquoted: use letters, digits and . _ - / = only")
     for key, value in os.environ.items():
+        if key.startswith(_EXPORTED) and (names_a_secret(key) or is_secret_value(value)):
+            raise ConfigError(
+                f"environment variable {key} looks like a secret, and DeepSpeed would put it on ssh's "
+                "command line, which everybody can read: unset it"
+            )
         if key.startswith(_EXPORTED) and re.search(r"[\"$`\\\n]", value):
             raise ConfigError(
                 f"environment variable {key} would reach remote shells unquoted: remove $ ` \\ and quotes"
@@ -113,8 +120,12 @@ def _refuse_unsafe(words: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def owned_run_dir(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for one launcher of this machine; CannotWriteError if another has it."""
+def owned_run_dir(run_dir: Path, share_with_group: bool = False) -> Iterator[None]:
+    """Hold the run folder for one launcher of this machine; CannotWriteError if another has it.
+
+    RefusedForSecurityError as `refuse_foreign` does.
+    """
+    refuse_foreign(run_dir, share_with_group)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / "launcher.lock").open("a")

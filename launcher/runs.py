@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingInputError
+from engine.file_modes import FILE_MODE, FOLDER_MODE
 from launcher.run_config import Run
 from launcher.verdict import judge, read_exits, read_starts
 
@@ -75,9 +76,9 @@ def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read; a reader sees the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, FILE_MODE)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         temporary.replace(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 import slurm
 from engine.ds_config import resolve_ds_config
 from engine.errors import CannotWriteError, ConfigError, FulltuneError
+from engine.file_modes import FOLDER_MODE, refuse_foreign, umask_for
 from engine.run_file import dump_yaml
 from launcher import runs
 from launcher.run_config import Run
@@ -238,8 +239,9 @@ def submit(run: Run, request: Request, dry_run: bool) -> int:
             print(f"# {run_dir / name}\n{text}")
         return 0
     _refuse_running(run_dir)
+    refuse_foreign(run_dir, run.config.share_with_group)
     try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_dir.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     except OSError as error:
         raise CannotWriteError(f"run_dir {run_dir}: cannot be created: {error.strerror}") from error
     values = run.config.model_dump(mode="json") | {"data": run.data.model_dump(mode="json")}
@@ -248,7 +250,7 @@ def submit(run: Run, request: Request, dry_run: bool) -> int:
     )
     for name, text in scripts:
         runs.write_private(run_dir / name, text)
-    job_ids = _hand_over([run_dir / name for name, _ in scripts], request)
+    job_ids = _hand_over([run_dir / name for name, _ in scripts], request, umask_for(run.config.share_with_group))
     log = run_dir / f"slurm-{job_ids[-1]}.log"
     first = job_ids[0] if request.prepare else None
     record = runs.JobRecord(host=os.uname().nodename, job_id=job_ids[-1], prepare_job_id=first, log=str(log))
@@ -268,7 +270,7 @@ def _refuse_running(run_dir: Path) -> None:
         raise CannotWriteError(f"run_dir {run_dir}: {who} has it; `fulltune stop {run_dir}`, or choose another")
 
 
-def _hand_over(scripts: list[Path], request: Request) -> list[int]:
+def _hand_over(scripts: list[Path], request: Request, umask: int) -> list[int]:
     """`sbatch` each, the next after the one before; their ids. If one is refused, those before it are cancelled."""
     # What was given here counts, whatever SBATCH_PARTITION and its like say; others may be a site's defaults.
     given = [name for name in _common(request) if getattr(request, name) is not None]
@@ -277,7 +279,7 @@ def _hand_over(scripts: list[Path], request: Request) -> list[int]:
     for script in scripts:
         after = [f"--dependency=afterok:{job_ids[-1]}", "--kill-on-invalid-dep=yes"] if job_ids else []
         try:
-            job_ids.append(_sbatch([*after, str(script)], environment))
+            job_ids.append(_sbatch([*after, str(script)], environment, umask))
         except FulltuneError:
             for job_id in job_ids:
                 runs.ask_slurm("scancel", str(job_id), check=False)
@@ -285,11 +287,11 @@ def _hand_over(scripts: list[Path], request: Request) -> list[int]:
     return job_ids
 
 
-def _sbatch(words: list[str], environment: dict[str, str]) -> int:
+def _sbatch(words: list[str], environment: dict[str, str], umask: int) -> int:
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", *words], env=environment, capture_output=True, text=True, timeout=120, check=False,
-            stdin=subprocess.DEVNULL, umask=0o077,  # the job inherits it: its log and run folder are its owner's
+            stdin=subprocess.DEVNULL, umask=umask,  # the job inherits it, for its log
         )  # fmt: skip
     except FileNotFoundError:
         raise ConfigError("there is no `sbatch` here: submit on a Slurm cluster's login node") from None

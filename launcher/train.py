@@ -105,7 +105,7 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
     if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):
         print(f"{run.config.run_dir}: already complete, nothing to do", flush=True)
         return 0, ""
-    with owned_run_dir(run.config.run_dir):
+    with owned_run_dir(run.config.run_dir, run.config.share_with_group):
         runs.record_start(run.config.run_dir, job.starts_through_srun)
         prepare_store(run)
         write_resolved(run)
@@ -124,7 +124,10 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
             ours = job.environment | remote_environment(job.run_dir, job.environment)
             job = dataclasses.replace(job, environment=ours)
         _tell_command(job)
-        return run_with_restarts(job, restarts)
+        try:
+            return run_with_restarts(job, restarts)
+        finally:
+            (job.run_dir / "deepspeed_env").unlink(missing_ok=True)
 
 
 def _tell_command(job: Job) -> None:

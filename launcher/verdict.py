@@ -20,6 +20,7 @@ from typing import Any
 
 from engine.config import RunConfig
 from engine.errors import INTERNAL, LOST_PEER, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
+from engine.file_modes import refuse_foreign, set_umask
 from engine.run_file import load_run_file
 
 # From cause to consequence: a rank that lost its peer or stopped on request explains nothing.
@@ -172,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start(run_file: Path, overrides: list[str]) -> int:
     try:
-        run_dir = load_run_file(run_file, overrides).parse(RunConfig).run_dir
+        config = load_run_file(run_file, overrides).parse(RunConfig)
+        run_dir = config.run_dir
+        set_umask(config.share_with_group)
+        refuse_foreign(run_dir, config.share_with_group)
         (run_dir / "ranks").mkdir(parents=True, exist_ok=True)
     except (FulltuneError, OSError) as error:
         print(f"fulltune: error: {error}", file=sys.stderr)

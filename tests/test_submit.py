@@ -264,7 +264,7 @@ def test_overrides_go_into_the_file_and_nowhere_else(tmp_path: Path, monkeypatch
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no `sbatch` here"):
-        submit._sbatch(["x"], {"PATH": str(tmp_path)})
+        submit._sbatch(["x"], {"PATH": str(tmp_path)}, 0o077)
 
 
 TASK = {
@@ -522,4 +522,4 @@ def test_nothing_writes_through_a_planted_link(tmp_path: Path) -> None:
     (tmp_path / f".job.json.{os.getpid()}").symlink_to(tmp_path / "target")
     runs.record_start(tmp_path, False)
     assert (tmp_path / "target").read_text() == "precious"
-    assert (tmp_path / "job.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "job.json").stat().st_mode & 0o117 == 0
