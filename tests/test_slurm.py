@@ -21,7 +21,7 @@ from test_resume import metrics, run_file, state_bytes, wait_for_step
 
 pytestmark = pytest.mark.cluster
 # A step takes about a second, and a preemption comes within a few.
-STEPS, LONG_STEPS, ROWS = 20, 60, 12
+STEPS, LONG_STEPS, ROWS = 20, 120, 12
 FIGURES = ("loss", "gradient_norm", "learning_rate", "tokens", "epoch")
 TWO_NODES = ("--nodes", "2", "--ranks-per-node", "1", "--cpus-per-rank", "1")
 PYTHON = {
@@ -165,22 +165,26 @@ def test_a_preempted_run_comes_back(partition: str, undisturbed: Path, cluster: 
     assert_same(run_dir, undisturbed)
 
 
+@pytest.fixture(scope="module")
+def calm(session_cluster: SlurmCluster, folder: Path) -> Path:
+    """A longer run that nobody disturbs."""
+    job = submit(session_cluster, make_run(folder, "calm", duration={"steps": LONG_STEPS}))
+    wait_until(session_cluster, job, folder / "calm", "COMPLETED", timeout=400)
+    return folder / "calm"
+
+
 @pytest.mark.long
-def test_a_run_that_is_preempted_ten_times(cluster: SlurmCluster, folder: Path) -> None:
-    calm = make_run(folder, "calm", duration={"steps": LONG_STEPS})
-    job = submit(cluster, calm)
-    wait_until(cluster, job, folder / "calm", "COMPLETED", timeout=400)
-    for partition in ("normal", "patient"):
-        path = make_run(folder, f"tossed-{partition}", duration={"steps": LONG_STEPS})
-        run_dir = preempt_often(cluster, path, partition, cycles=10)
-        assert_same(run_dir, folder / "calm", LONG_STEPS)
+@pytest.mark.parametrize("partition", ["normal", "patient"])
+def test_a_run_that_is_preempted_ten_times(partition: str, calm: Path, cluster: SlurmCluster, folder: Path) -> None:
+    path = make_run(folder, f"tossed-{partition}", duration={"steps": LONG_STEPS})
+    run_dir = preempt_often(cluster, path, partition, cycles=10)
+    assert_same(run_dir, calm, LONG_STEPS)
 
 
-def test_the_time_limit_is_no_end(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
-    """Slurm says TERM before the limit, the ranks save, the script requeues."""
-    path, run_dir = make_run(folder, "limited"), folder / "limited"
-    # Slurm's shortest limit is a minute; a busy machine does not get to the first step before TERM comes.
+def reach_the_time_limit(cluster: SlurmCluster, path: Path, run_dir: Path) -> int:
+    """Submit a run with Slurm's shortest limit, until it has come back for its sake; the job's id."""
     job = submit(cluster, path, "--time", "1", "--stop-seconds", "40")
+    # A minute; a busy machine does not get to the first step before it is told to stop.
     for minutes in (2, 3, 4):
         cluster.wait_for(job, "RUNNING")
         cluster.wait_for(job, "PENDING", timeout=60 * minutes)
@@ -191,9 +195,25 @@ def test_the_time_limit_is_no_end(undisturbed: Path, cluster: SlurmCluster, fold
     assert last_step(run_dir) == max(metrics(run_dir)), "the time limit cost steps"
     assert "stopped with a checkpoint: requeueing" in log_of(run_dir)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    facts = wait_until(cluster, job, run_dir, "COMPLETED")
-    assert int(facts["Restarts"]) >= 1
-    assert_same(run_dir, undisturbed)
+    return job
+
+
+def test_the_time_limit_is_no_end(cluster: SlurmCluster, folder: Path) -> None:
+    """The ranks are told before the limit, or know it themselves; they save, the script requeues, and on it goes."""
+    path, run_dir = make_run(folder, "limited", duration={"steps": 2000}), folder / "limited"
+    job = reach_the_time_limit(cluster, path, run_dir)
+    step = last_step(run_dir)
+    cluster.release(job)
+    wait_for_step(run_dir, step + 1)
+    assert f"resuming after step {step}" in log_of(run_dir)
+
+
+@pytest.mark.long
+def test_the_time_limit_changes_nothing(calm: Path, cluster: SlurmCluster, folder: Path) -> None:
+    path, run_dir = make_run(folder, "limited-calm", duration={"steps": LONG_STEPS}), folder / "limited-calm"
+    job = reach_the_time_limit(cluster, path, run_dir)
+    assert int(wait_until(cluster, job, run_dir, "COMPLETED", timeout=400)["Restarts"]) >= 1
+    assert_same(run_dir, calm, LONG_STEPS)
 
 
 def test_a_cancelled_job_saves_and_stays_away(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
