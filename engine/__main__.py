@@ -104,12 +104,13 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal) 
     heartbeat.enter("step", progress.step)
     try:
         train(training, progress, log, stop)
+        heartbeat.enter("end")
         log.ended()
     except StoppedError:
+        heartbeat.enter("end")
         log.ended()
         raise
     finally:
-        heartbeat.enter("end")
         log.close()
         remove_swap_files(training.engine.optimizer)
     import torch.distributed as dist
