@@ -25,6 +25,7 @@ from engine.errors import (
 )
 from engine.file_modes import set_umask
 from engine.liveness import Watch, end_with_parent, remove_shared_memory
+from engine.placement import describe, place_rank
 from engine.rank_record import RankRecord
 from engine.run_file import RunFile, load_run_file, with_absolute_paths
 from engine.stop import StopSignal
@@ -48,7 +49,7 @@ def main() -> None:
         record.begin(config.run_dir)
         stop.limit_time(os.environ)
         _watch(config.run_dir, rank, stop, record)
-        _train(run_file, config, arguments.fresh, stop)
+        _train(run_file, config, arguments.fresh, stop, record)
         code, message, trace = COMPLETE, "", ""
     except Exception as error:
         code, message, trace = _explain(error, rank, record, arguments.debug)
@@ -82,15 +83,21 @@ def _watch(run_dir: Path, rank: int, stop: StopSignal, record: RankRecord) -> No
     Watch(run_dir, rank, stop, record.stacks, leave)
 
 
-def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal) -> None:
+def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal, record: RankRecord) -> None:
     heartbeat.enter("import")
+    placement = place_rank(os.environ)  # before torch starts its threads
     import torch
 
     from engine.ds_config import needs_async_io
-    from engine.prebuild import load_ops_once
+    from engine.prebuild import extensions_dir, load_ops_once
 
     uses_gpus = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     load_ops_once(uses_gpus, needs_async_io(config))
+    placed = describe(placement, os.environ, extensions_dir())
+    if os.environ.get("RANK", "0") == "0":
+        print(placed, flush=True)
+    else:
+        record.log(placed)
     from engine.distributed import start_ranks
     from engine.nvme_state import remove_swap_files
     from engine.setup import quiet_libraries, set_up

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import engine
 from engine.errors import CannotWriteError, ConfigError
+from engine.placement import BIND_CORES, PINNED_MEMORY
 from engine.prebuild import tool_environment
 from engine.secrets_in_text import is_secret_value, names_a_secret
 
@@ -36,9 +37,8 @@ def job_environment(ranks_per_node: int, uses_gpus: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, cores // ranks_per_node)),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if uses_gpus:
-        # torch rounds pinned buffers up to a power of two, which can double the offloaded state.
-        preferred["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:1"
+    if uses_gpus and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        preferred["PYTORCH_ALLOC_CONF"] = PINNED_MEMORY
     return {key: os.environ.get(key, value) for key, value in preferred.items()} | required
 
 
@@ -69,6 +69,7 @@ def remote_environment(run_dir: Path, environment: dict[str, str]) -> dict[str, 
             lines[key] = value
     ours = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM")
     lines |= {key: environment[key] for key in ours if key in environment}
+    lines |= {BIND_CORES: os.environ[BIND_CORES]} if os.environ.get(BIND_CORES) in ("0", "1") else {}
     path = run_dir / "deepspeed_env"
     try:
         path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What is written is its owner's alone, whatever the umask, unless the run file shares it; and it holds no secrets."""
 
+import json
 import os
 import shutil
 import stat
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -130,48 +132,83 @@ SECRETS = {
 } | {"https_proxy": f"http://user:{CANARY}99@127.0.0.1:1", "no_proxy": "*"}  # fmt: skip
 
 
-@pytest.mark.ranks
-def test_secrets_of_the_environment_stay_there(tmp_path: Path) -> None:
-    """A run that crashes with a traceback under --debug: not one byte of them in what is written, said or started."""
-    run_file = make_run(tmp_path, "run", 4)
-    home = tmp_path / "home"
+@dataclass
+class Observed:
+    """A run of two ranks that crashed in its third step, and what could be seen of all its processes meanwhile."""
+
+    folder: Path
+    run_file: Path
+    output: str
+    commands: set[str]
+    addresses: set[str]
+    cores: dict[int, set[int]]
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    folder = tmp_path_factory.mktemp("observed")
+    run_file = make_run(folder, "run", 4)
+    home = folder / "home"
     home.mkdir()
     (home / ".deepspeed_env").write_text(f"HF_TOKEN={CANARY}home\n")
     (home / ".netrc").write_text(f"machine example.org login me password {CANARY}netrc\n")
     (home / "hosts").write_text(f"# {CANARY}hosts\nlocalhost slots=2\n")
-    (tmp_path / ".deepspeed_env").write_text(f"WANDB_API_KEY={CANARY}here\n")
-    mark = str(tmp_path / "run")
-    environment = rank_environment(2) | SECRETS | {"FAULT": "slow raise:1:3", "FULLTUNE_TEST_RUN": mark}
+    (folder / ".deepspeed_env").write_text(f"WANDB_API_KEY={CANARY}here\n")
+    environment = rank_environment(2) | SECRETS
+    environment |= {"FAULT": "slow raise:1:3", "FULLTUNE_TEST_RUN": str(folder), "FULLTUNE_BIND_CORES": "1"}
     environment |= {"TORCH_EXTENSIONS_DIR": environment["TORCH_EXTENSIONS_DIR"], "HOME": str(home)}
     process = subprocess.Popen(
         [sys.executable, FAULTS_WORKER, "fulltune", "train", str(run_file), "--ranks", "2", "--debug"],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     commands: set[str] = set()
-    open_ports: set[str] = set()
+    addresses: set[str] = set()
+    cores: dict[int, set[int]] = {}
     while process.poll() is None:
-        for folder in Path("/proc").glob("[0-9]*"):
-            if f"FULLTUNE_TEST_RUN={mark}".encode() in environment_of(int(folder.name)):
-                commands.add(command_of(int(folder.name)))
+        for entry in Path("/proc").glob("[0-9]*"):
+            if f"FULLTUNE_TEST_RUN={folder}".encode() in environment_of(int(entry.name)):
+                commands.add(command_of(int(entry.name)))
                 with suppress(OSError):
-                    open_ports |= set(listeners(int(folder.name)))
+                    addresses |= set(listeners(int(entry.name)))
+        for record in (folder / "run" / "ranks").glob("rank-*.json"):
+            with suppress(OSError, ValueError):
+                values = json.loads(record.read_text())
+                cores[values["rank"]] = os.sched_getaffinity(values["pid"])
         time.sleep(0.3)
     assert process.stdout is not None
     output = process.stdout.read()
     assert process.returncode == 70, output[-3000:]
     assert "the data loader broke on purpose" in output
-    assert any("engine" in command or "misbehaving_rank" in command for command in commands)
-    assert open_ports, "ranks listen while they run"
-    assert {address.partition(":")[0] for address in open_ports} == {"0100007F"}, "on 127.0.0.1 alone"
-    assert CANARY not in output
-    assert not [command for command in commands if CANARY in command]
-    for words in (["submit", run_file, "--ranks-per-node", "2", "--dry-run"], ["train", run_file, "--dry-run"]):
-        done = fulltune(*words, **SECRETS)
+    return Observed(folder, run_file, output, commands, addresses, cores)
+
+
+@pytest.mark.ranks
+def test_secrets_of_the_environment_stay_there(observed: Observed) -> None:
+    """With a traceback and --debug: not one byte of them in what is written, said or started."""
+    assert any("misbehaving_rank" in command for command in observed.commands)
+    assert CANARY not in observed.output
+    assert not [command for command in observed.commands if CANARY in command]
+    for words in (["submit", "--ranks-per-node", "2", "--dry-run"], ["train", "--dry-run"]):
+        done = fulltune(words[0], observed.run_file, *words[1:], **SECRETS)
         assert (done.returncode, CANARY in done.stdout + done.stderr) == (0, False), done.stderr
-    for folder in (tmp_path / "run", tmp_path / "stores"):
-        for path in folder.rglob("*"):
-            if path.is_file():
-                assert CANARY.encode() not in path.read_bytes(), path
+    written = [path for name in ("run", "stores") for path in (observed.folder / name).rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.ranks
+def test_a_run_of_one_machine_listens_on_loopback_alone(observed: Observed) -> None:
+    assert {address.partition(":")[0] for address in observed.addresses} == {"0100007F"}
+
+
+@pytest.mark.ranks
+def test_ranks_are_bound_and_it_is_said(observed: Observed) -> None:
+    """FULLTUNE_BIND_CORES=1, because this machine may have a single core for each."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core cannot be divided")
+    assert not observed.cores[0] & observed.cores[1]
+    assert observed.output.count("2 ranks here, each on its own cores of ") == 1
+    assert "OMP_NUM_THREADS=" in observed.output
 
 
 @pytest.mark.parametrize(
