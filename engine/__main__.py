@@ -35,7 +35,7 @@ def main() -> None:
     """Run this rank to its end; leaves the process with the designed exit code."""
     stop = StopSignal()  # first of all: until here a signal kills
     if "RANK" in os.environ:  # a launcher is the parent, not the shell of somebody who logs out
-        end_with_parent(stop)
+        end_with_parent(stop.ask)
     set_umask()
     heartbeat.enter("run file")
     arguments = _arguments()

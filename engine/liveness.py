@@ -28,12 +28,15 @@ _POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(stop: StopSignal) -> None:
-    """Have the kernel send TERM to this process when its parent, the launcher, dies. Call it after `StopSignal()`."""
+def end_with_parent(ask: Callable[[str], None]) -> None:
+    """Have the kernel send TERM to this process when its parent, the launcher, dies; `ask` if it is dead already.
+
+    Call it after the handler of TERM is there.
+    """
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:  # it died before it could be told
-        stop.ask("the launcher is gone")
+        ask("the launcher is gone")
 
 
 def supervisor() -> tuple[str, str]:

@@ -289,7 +289,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(describe_plan(run, job))
         return 0
-    code, message = start(run, job, arguments.restarts)
+    code, message = start(run, job, arguments.restarts, arguments.master_port)
     if message:
         print(f"fulltune: {message}", file=sys.stderr)
     return code

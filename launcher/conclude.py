@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from engine.errors import LOST_PEER
+from launcher.far_ranks import FarRanks
 from launcher.hang import Hang
 from launcher.memory_kill import machine_limit_bytes
 from launcher.supervise import MISSING_SECONDS, Supervision
@@ -21,7 +22,10 @@ def conclude(
     run_dir: Path, num_ranks: int, launcher_code: int, supervision: Supervision, memory_rule: str
 ) -> tuple[int, str]:
     """The exit code of the job and the line that explains it; what is longer is printed here, and records completed."""
-    findings = supervision.findings
+    findings, far = supervision.findings, supervision.far
+    if findings.hang is not None and far is not None and far.cut_off:
+        hosts = ", ".join(far.cut_off)
+        return LOST_PEER, f"no network leads to {hosts} any more: ssh has ended, and the ranks could not agree to stop"
     if findings.hang is not None:
         text = _hang_text(run_dir, findings.hang, findings.culprit, findings.hang_file)
         _write_records(run_dir, supervision, {findings.culprit: None}, text)
@@ -33,7 +37,12 @@ def conclude(
     exits = read_exits(run_dir)
     signals = {rank: findings.signals.get(rank) for rank in findings.died_first}
     if code == LOST_PEER and signals:
-        message = _killed_text(run_dir, signals, launcher_code, supervision, memory_rule)
+        elsewhere = far is not None and not signals.keys() <= supervision.pids.keys()
+        message = (
+            _lost_text(far, signals, supervision)
+            if far is not None and elsewhere
+            else _killed_text(run_dir, signals, launcher_code, supervision, memory_rule)
+        )
         _write_records(run_dir, supervision, signals, message)
     elif code not in (0, 75):
         cause = next((record for record in exits.values() if message.startswith(f"rank {record.rank} ")), None)
@@ -89,6 +98,25 @@ def _killed_text(
         f"host memory: {text}, {'probably ' if 'names it' not in evidence else ''}by the out-of-memory killer "
         f"({evidence}); last seen: {used or 'nothing'}; this machine gives {machine_limit_bytes() / _GIB:.1f} GiB{rule}"
     )
+
+
+def _lost_text(far: FarRanks, signals: dict[int, int | None], supervision: Supervision) -> str:
+    """Who was killed on another host, or is gone with it; all that is known of it is what came over the network."""
+    ranks = sorted(signals)
+    hosts = sorted({far.hosts[rank] for rank in ranks})
+    which, is_are, was = (
+        f"{named(ranks)} on {', '.join(hosts)}",
+        *(("is", "was") if len(ranks) == 1 else ("are", "were")),
+    )
+    beat = supervision.hangs.beats.get(ranks[0])
+    where = f" in phase {beat.phase}, step {beat.step}" if beat is not None else ""
+    number = next((found for found in signals.values() if found), None)
+    if number is not None:
+        hint = f"; often the kernel's out-of-memory killer: see dmesg on {hosts[0]}" if number == signal.SIGKILL else ""
+        return f"{which} {was} killed (signal {number}, {signal.Signals(number).name}){where}, no exit record{hint}"
+    if not all(map(far.was_heard, ranks)):
+        return f"{which} did not come up: ssh to {', '.join(hosts)} has ended; the reason is printed above"
+    return f"{which} {is_are} lost: ssh to {', '.join(hosts)} has ended, and no sign of life comes from there{where}"
 
 
 def _print_log_end(run_dir: Path, rank: int) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from engine.liveness import ALONE_SECONDS
 from launcher.environment import remove_shared_memory
-from launcher.processes import end_processes, session_members
+from launcher.marks import OVER, say, supervisor_path, tell
+from launcher.processes import end_processes, session_and_children, session_members
 
 _DONE = b"done\n"
 
@@ -22,8 +23,17 @@ _DONE = b"done\n"
 class Guard:
     """The supervisor's end: started with the job, told when the job is over."""
 
-    def __init__(self, session: int, master_port: int, private_dir: Path, environment: dict[str, str]):
-        words = [sys.executable, "-m", "launcher.guard", str(session), str(master_port), str(private_dir)]
+    def __init__(
+        self,
+        session: int,
+        master: tuple[str, int],
+        private_dir: Path,
+        environment: dict[str, str],
+        far: tuple[Path, str] | None = None,
+    ):
+        """`master`: where ranks meet, which names what they leave; `far`: run folder and token of a job over ssh."""
+        words = [sys.executable, "-m", "launcher.guard", str(session), master[0], str(master[1]), str(private_dir)]
+        words += [str(word) for word in far or ()]
         self._process = subprocess.Popen(
             words,
             env=environment,
@@ -46,12 +56,18 @@ def main() -> None:
     """Wait for the supervisor's last word, or its end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # these are for the ranks, which are told by others
-    session, master_port, private_dir = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    session, master_addr, master_port, private_dir = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     if sys.stdin.buffer.readline() == _DONE:
         return
+    far = (Path(sys.argv[5]), sys.argv[6]) if len(sys.argv) > 5 else None
+    if far is not None:
+        tell(far[0], "stop", far[1])
     # The ranks see the end of the supervisor's FIFO and have begun to stop: nobody needs to be asked.
-    end_processes(lambda: session_members(session), lambda: None, lambda: ALONE_SECONDS + 1)
-    remove_shared_memory("127.0.0.1", master_port)
+    members = session_members if far is None else session_and_children
+    end_processes(lambda: members(session), lambda: None, lambda: ALONE_SECONDS + 1)
+    if far is not None:
+        say(supervisor_path(far[0]), far[1], OVER)
+    remove_shared_memory(master_addr, master_port)
     shutil.rmtree(private_dir, ignore_errors=True)
 
 

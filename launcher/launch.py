@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import SUPERVISED, CannotWriteError, ConfigError
+from engine.errors import CannotWriteError, ConfigError
 from engine.file_modes import refuse_foreign
 from engine.secrets_in_text import is_secret_value, names_a_secret
 from launcher.conclude import conclude
 from launcher.environment import remove_shared_memory
+from launcher.far_ranks import SSH_OPTIONS, FarRanks
 from launcher.guard import Guard
 from launcher.hang import LEAST_SECONDS
 from launcher.hosts import Node, is_local
@@ -23,8 +24,10 @@ from launcher.supervise import Liveness, Stop, Supervision, liveness
 from launcher.verdict import clear_records
 
 DEFAULT_PORT = 29500
+#: The module that is the parent of a rank on the hosts of a hostfile.
+SSH_RANK = "launcher.ssh_rank"
 # DeepSpeed hands these to a remote shell unquoted.
-_SHELL_SAFE = re.compile(r"[\w@%+=:,./-]*")
+_SHELL_SAFE = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
@@ -49,6 +52,16 @@ class Job:
     def num_ranks(self) -> int:
         """World size."""
         return sum(len(node.slots) for node in self.nodes)
+
+    @property
+    def starts_through_ssh(self) -> bool:
+        """Whether `deepspeed` starts the ranks by ssh, those of this machine too (see launcher.ssh_rank)."""
+        return SSH_RANK in self.command
+
+    @property
+    def master_addr(self) -> str:
+        """Where ranks meet."""
+        return self.command[self.command.index("--master_addr") + 1]
 
     @property
     def starts_through_srun(self) -> bool:
@@ -86,24 +99,31 @@ def hostfile_command(
     master_port: int,
     engine_arguments: list[str],
     module: str = "engine",
+    run_dir: Path | None = None,
 ) -> tuple[str, ...]:
     """The argv for the hosts of a hostfile. `selection` is --include or --exclude with its value, or [].
 
+    With a `run_dir`, that of a training run, ranks on several hosts get parents (see launcher.ssh_rank).
     A single host needs care: DeepSpeed starts it right here whatever its name, unless forced.
     """
     where = ["--hostfile", str(hostfile), *selection]
     if all(is_local(node.name) for node in nodes) and len(nodes) == 1:
         where += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
     else:
-        _refuse_unsafe([*engine_arguments, str(Path.cwd()), sys.executable])
+        refuse_unsafe([*engine_arguments, str(run_dir or ""), str(Path.cwd()), sys.executable])
         if len(nodes) == 1:
             where.append("--force_multi")
+        if run_dir is not None:
+            # Where the first host is reached from the others is found out before the start (see check_hosts.py).
+            where += ["--no_ssh_check", "--master_addr", nodes[0].name]
+            ranks = str(sum(len(node.slots) for node in nodes))
+            module, engine_arguments = SSH_RANK, ["--ranks", ranks, "--run-dir", str(run_dir), *engine_arguments]
     port = ["--master_port", str(master_port)]
     return (deepspeed_program(), "--log_level", "error", *where, *port, "--module", module, *engine_arguments)
 
 
-def _refuse_unsafe(words: list[str]) -> None:
-    """Several hosts: DeepSpeed builds a shell command out of these without quoting."""
+def refuse_unsafe(words: list[str]) -> None:
+    """Several hosts: DeepSpeed builds a shell command out of these without quoting, and pdsh replaces %h and such."""
     for word in words:
         if not _SHELL_SAFE.fullmatch(word):
             raise ConfigError(f"`{word}` would reach remote shells unquoted: use letters, digits and . _ - / = only")
@@ -139,13 +159,13 @@ def owned_run_dir(run_dir: Path, share_with_group: bool = False) -> Iterator[Non
         yield
 
 
-def _tell_remote_ranks(job: Job, alive: Liveness) -> None:
-    """Have DeepSpeed export to other hosts that there is a supervisor, by the file it was given for that."""
-    path = job.environment.get("DS_ENV_FILE")
-    value = alive.environment[SUPERVISED]
-    if path and _SHELL_SAFE.fullmatch(value):
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(f"{SUPERVISED}={value}\n")
+def _tell_remote_ranks(job: Job, alive: Liveness) -> dict[str, str]:
+    """Have DeepSpeed export to the hosts who supervises, by the file it was given for that; ssh's own variables."""
+    refuse_unsafe(list(alive.environment.values()))
+    with Path(job.environment["DS_ENV_FILE"]).open("a", encoding="utf-8") as file:
+        file.write("".join(f"{key}={value}\n" for key, value in alive.environment.items()))
+    options = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}"
+    return {"PDSH_SSH_ARGS_APPEND": options.strip()}
 
 
 def run_job(job: Job, stop: Stop | None = None) -> tuple[int, str]:
@@ -161,20 +181,26 @@ def run_job(job: Job, stop: Stop | None = None) -> tuple[int, str]:
             return run_job(job, stop)
     clear_records(job.run_dir)
     with liveness() as alive:
-        _tell_remote_ranks(job, alive)
-        # A session of its own: a terminal's Ctrl-C then reaches us alone, and all of it can be found.
         environment = os.environ | job.environment | alive.environment
-        process = subprocess.Popen(job.command, env=environment, start_new_session=True)
+        far: FarRanks | None = None
+        if job.starts_through_ssh:
+            environment |= _tell_remote_ranks(job, alive)
+            far = FarRanks(job.run_dir, alive.token, job.nodes)
+        # A session of its own: a terminal's Ctrl-C then reaches us alone, and all of it can be found.
+        process = subprocess.Popen(
+            job.command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL if far else None
+        )
         supervision = Supervision(
-            process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds, job.num_ranks
+            process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds, job.num_ranks, far=far
         )
         guard: Guard | None = None
         try:
-            guard = Guard(process.pid, job.master_port, alive.private_dir, environment)
+            mark = (job.run_dir, alive.token) if far else None
+            guard = Guard(process.pid, (job.master_addr, job.master_port), alive.private_dir, environment, mark)
             supervision.stay()
         finally:
             supervision.end()
-            remove_shared_memory("127.0.0.1", job.master_port)
+            remove_shared_memory(job.master_addr, job.master_port)
             if guard is not None:
                 guard.dismiss()
     code, message = conclude(job.run_dir, job.num_ranks, process.returncode, supervision, job.memory_rule)

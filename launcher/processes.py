@@ -49,6 +49,14 @@ def session_members(session: int) -> list[int]:
     return members
 
 
+def session_and_children(session: int) -> list[int]:
+    """Living processes of a session and those that they have started: pdsh gives every ssh a session of its own."""
+    parents = {int(folder.name): stat_fields(int(folder.name)) for folder in Path("/proc").glob("[0-9]*")}
+    living = {pid: fields for pid, fields in parents.items() if fields and fields[0] not in "ZX"}
+    members = {pid for pid, fields in living.items() if int(fields[3]) == session}
+    return sorted(members | {pid for pid, fields in living.items() if int(fields[1]) in members})
+
+
 def signal_processes(pids: list[int], number: int) -> None:
     """Send a signal to those that still exist."""
     for pid in pids:

@@ -22,6 +22,7 @@ from launcher.conclude import conclude
 from launcher.environment import job_environment, remove_shared_memory
 from launcher.hosts import Node, is_host_name
 from launcher.launch import Job, free_port
+from launcher.marks import killed_path
 from launcher.slurm_nodes import lost_nodes, wait_for_slurm
 from launcher.supervise import Stop, Supervision, liveness
 from launcher.verdict import clear_records, read_exits, read_starts
@@ -140,11 +141,6 @@ def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
         wait_for_slurm(lost, lambda: bool(stop.requests))
         return LOST_PEER, f"lost {'node' if len(lost) == 1 else 'nodes'} {', '.join(lost)}: {message}"
     return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
-
-
-def killed_path(run_dir: Path, rank: int) -> Path:
-    """Where the parent of a rank notes that a signal ended it."""
-    return run_dir / "ranks" / f"killed-{rank:05d}.json"
 
 
 def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, str]:

@@ -21,7 +21,7 @@ from types import FrameType
 from engine.errors import COMPLETE, STOPPED_WITH_CHECKPOINT, ConfigError
 from launcher.environment import remove_shared_memory
 from launcher.hosts import local_gpus
-from launcher.slurm import killed_path
+from launcher.marks import killed_path
 
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

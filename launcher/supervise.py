@@ -15,10 +15,19 @@ from pathlib import Path
 from types import FrameType
 
 from engine.errors import SUPERVISED, SUPERVISOR_FIFO
+from launcher.far_ranks import FarRanks
 from launcher.hang import LEAST_SECONDS, Hang, HangWatch, write_stacks
 from launcher.hosts import is_local
+from launcher.marks import tell
 from launcher.memory_kill import MemoryWatch
-from launcher.processes import death_signal, end_processes, is_running, session_members, signal_processes
+from launcher.processes import (
+    death_signal,
+    end_processes,
+    is_running,
+    session_and_children,
+    session_members,
+    signal_processes,
+)
 from launcher.verdict import RankStart, failed_before, read_exits, read_starts
 
 _POLL_SECONDS = 0.2
@@ -122,10 +131,12 @@ class Supervision:
         hang_seconds: float = LEAST_SECONDS,
         num_ranks: int = 0,
         is_srun: bool = False,
+        far: FarRanks | None = None,
     ):
         """`num_ranks` that do not all come up are a hang; 0: unknown. `is_srun`: the process is `srun`.
 
-        `srun` hands USR1 on to every rank of every node. TERM it does not: it kills the ranks.
+        `srun` hands USR1 on to every rank of every node. TERM it does not: it kills the ranks. `far`: the
+        ranks, if the process starts them by ssh; those of this machine too.
         """
         self._process = process
         self._num_ranks = num_ranks
@@ -134,7 +145,8 @@ class Supervision:
         self._run_file = run_file
         self.stop = stop
         self._token = token
-        self._is_failed = False
+        self.far = far
+        self._failed_since: float | None = None
         #: Whether the job did not end by itself.
         self.gave_up = False
         self._announced = False
@@ -152,7 +164,7 @@ class Supervision:
 
     def stay(self) -> None:
         """Wait for the end of the process, or for a reason to end it. Does not end it: `end` does."""
-        looked_last = failed_since = 0.0
+        looked_last = 0.0
         looked = time.time()
         while self._process.poll() is None and not self.stop.at_once:
             now = time.monotonic()
@@ -160,9 +172,8 @@ class Supervision:
                 looked_last = now
                 self._look(looked, now)
                 looked = time.time()
-                failed_since = failed_since or (now if self._is_failed else 0.0)
-            has_waited = failed_since and now - failed_since >= _AFTER_FAILURE_SECONDS
-            if has_waited or self.findings.hang or self.findings.missing:
+            has_waited = self._failed_since is not None and now - self._failed_since >= _AFTER_FAILURE_SECONDS
+            if has_waited or self.findings.hang or self.findings.missing or (self.far and self.far.lost):
                 return
             self._starts = read_starts(self._run_dir)
             for rank, pid in self.pids.items():
@@ -176,21 +187,22 @@ class Supervision:
     def end(self, is_hopeless: bool = False) -> None:
         """Leave no survivor: TERM, time to save, KILL. Without that time where nothing can be saved any more."""
         findings = self.findings
-        hopeless = is_hopeless or self._is_failed or findings.hang is not None or bool(findings.missing)
+        is_failed = self._failed_since is not None or findings.hang is not None
+        hopeless = is_hopeless or is_failed or bool(findings.missing)
         self.gave_up = self._process.poll() is None
-        far = [start for start in self._starts if not is_local(start.host)]
-        if far and (hopeless or self.stop.at_once):
-            self._mark("leave")
-        if self.gave_up and (self._is_srun or (hopeless and far)):
-            # `srun` ends the ranks of all nodes, which would outlive it if it were killed; DeepSpeed those it
-            # has started by ssh.
+        if self.gave_up and self._is_srun:
+            # It ends the ranks of all nodes, which would outlive it if it were killed.
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_OF_STEP_SECONDS if self._is_srun else _AFTER_FAILURE_SECONDS)
+                self._process.wait(_END_OF_STEP_SECONDS)
 
         def grace_seconds() -> float:
             return 0.0 if hopeless or self.stop.at_once else _GRACE_SECONDS
 
+        if self.far is not None:
+            self.far.end(self._process, grace_seconds)
+            silent = self.far.silent_since(self._failed_since) if findings.hang is None else set()
+            findings.died_first = sorted({*findings.died_first, *silent})
         if left := end_processes(self._members, self._ask, grace_seconds):
             print(
                 f"fulltune: these processes cannot be killed, the kernel waits for a device: {left}",
@@ -203,7 +215,8 @@ class Supervision:
     def _members(self) -> list[int]:
         """What is left of the job on this machine; ranks that another daemon started are not of the session."""
         self._starts = read_starts(self._run_dir)
-        return sorted({*session_members(self._process.pid), *self._living_ranks()})
+        members = session_members if self.far is None else session_and_children
+        return sorted({*members(self._process.pid), *self._living_ranks()})
 
     def _ask(self) -> None:
         """Ask those to save and end that can: the ranks, each once. Not what they have started: it may be needed."""
@@ -225,16 +238,21 @@ class Supervision:
             if gone:
                 exits = read_exits(self._run_dir)  # what they wrote just before
             self.findings.died_first = [rank for rank in gone if rank not in exits]
+        if self.far is not None:
+            self.far.look(self._process)
+            self.findings.signals |= self.far.killed
+            self.findings.died_first = sorted({*self.findings.died_first, *self.far.killed, *self.far.lost})
         failed = any(record.code not in (0, 75) for record in exits.values())
-        self._is_failed = self._is_failed or failed or bool(self.findings.died_first)
+        if self._failed_since is None and (failed or self.findings.died_first):
+            self._failed_since = now
         self.memory.look([pid for rank, pid in pids.items() if rank not in exits])
         living = {rank: pid for rank, pid in pids.items() if rank not in exits and is_running(pid)}
         self.hangs.look(self._starts, living, now)
-        if self._is_failed or self._process.poll() is not None:
+        if self._failed_since is not None or self._process.poll() is not None:
             return
         hang = self.hangs.judge(set(exits))
         if hang is not None and self.findings.hang is None:
-            self._mark("dump")
+            tell(self._run_dir, "dump", self._token)
             self.findings.hang = hang
             self.findings.hang_file, self.findings.culprit = write_stacks(
                 self._run_dir,
@@ -251,14 +269,14 @@ class Supervision:
             self.findings.missing = [rank for rank in range(self._num_ranks) if rank not in started]
 
     def _pass_on(self) -> None:
-        """Tell every rank of this machine to stop, also those that have come up since."""
+        """Tell every rank to stop, also those of this machine that have come up since."""
         if not self._announced:
             self._announced = True
             print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
             if self._is_srun:
                 self._process.send_signal(signal.SIGUSR1)
-            elif self._starts and not self.pids:
-                self._process.send_signal(signal.SIGINT)  # no rank here to tell: DeepSpeed ends the remote ones
+            if self.far is not None:
+                self.far.tell("stop")
         if not self._is_srun:
             self._ask()
 
@@ -267,8 +285,3 @@ class Supervision:
         with contextlib.suppress(OSError):
             return str(self._run_file).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return False
-
-    def _mark(self, what: str) -> None:
-        """For ranks of other machines, which read it in the run folder."""
-        with contextlib.suppress(OSError):
-            (self._run_dir / "ranks" / what).write_text(self._token)

@@ -13,6 +13,7 @@ from engine.errors import STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError
 from engine.prebuild import extensions_dir, missing_ops
 from engine.stop import check_not_held, is_held
 from launcher import runs, slurm
+from launcher.check_hosts import check_hosts
 from launcher.environment import job_environment, remote_environment
 from launcher.hang import LEAST_SECONDS
 from launcher.hosts import filter_nodes, is_local, local_node, read_hostfile
@@ -67,7 +68,9 @@ def plan_job(
         _, uses_gpus = local_node(None)
         port = master_port or (free_port() if all(is_local(node.name) for node in nodes) else DEFAULT_PORT)
         selection = ["--include", include] if include else ["--exclude", exclude] if exclude else []
-        command = hostfile_command(hostfile.absolute(), nodes, selection, port, engine_arguments)
+        command = hostfile_command(
+            hostfile.absolute(), nodes, selection, port, engine_arguments, run_dir=run.config.run_dir
+        )
     ds_config = resolve_ds_config(run.config, sum(len(node.slots) for node in nodes))
     environment = job_environment(max(len(node.slots) for node in nodes), uses_gpus)
     job = Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
@@ -99,14 +102,19 @@ def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
     prepare(run.data, run.values["data"], run.config.task, part=part)
 
 
-def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
-    """Prepare what is missing, then run `job` to its end, again after crashes; (exit code, one line unless it is 0)."""
+def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None) -> tuple[int, str]:
+    """Prepare what is missing, then run `job` to its end, again after crashes; (exit code, one line unless it is 0).
+
+    `master_port`: where ranks of several hosts shall meet, if a person has chosen it.
+    """
     check_not_held(run.config.run_dir)
     if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):
         print(f"{run.config.run_dir}: already complete, nothing to do", flush=True)
         return 0, ""
     with owned_run_dir(run.config.run_dir, run.config.share_with_group):
         runs.record_start(run.config.run_dir, job.starts_through_srun)
+        if job.starts_through_ssh:
+            job = _on_hosts(job, master_port)
         prepare_store(run)
         write_resolved(run)
         if job.starts_through_srun:
@@ -120,7 +128,7 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
                 message += f"; on hold: remove {run.config.run_dir / 'HOLD'} and submit it again"
             return code, message
         _prebuild(job.environment, needs_async_io(run.config))
-        if not all(is_local(node.name) for node in job.nodes):
+        if job.starts_through_ssh:
             ours = job.environment | remote_environment(job.run_dir, job.environment)
             job = dataclasses.replace(job, environment=ours)
         _tell_command(job)
@@ -128,6 +136,14 @@ def start(run: Run, job: Job, restarts: int = 0) -> tuple[int, str]:
             return run_with_restarts(job, restarts)
         finally:
             (job.run_dir / "deepspeed_env").unlink(missing_ok=True)
+
+
+def _on_hosts(job: Job, master_port: int | None) -> Job:
+    """The job for hosts that have been asked: with the address of the first one, and a port that is free there."""
+    address, port = check_hosts(job.nodes, job.run_dir, job.environment)
+    words = {"--master_addr": address, "--master_port": str(master_port or port)}
+    command = [words.get(before, word) for before, word in zip(("", *job.command), job.command, strict=False)]
+    return dataclasses.replace(job, command=tuple(command), master_port=master_port or port)
 
 
 def _tell_command(job: Job) -> None:

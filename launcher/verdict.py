@@ -52,8 +52,9 @@ class RankExit:
 def clear_records(run_dir: Path) -> None:
     """Remove the records of earlier starts, not their logs; call before ranks start and never while they run."""
     ranks_dir = run_dir / "ranks"
-    markers = [ranks_dir / name for name in ("dump", "leave", "hang.txt")]
-    for path in [*ranks_dir.glob("*-*.json"), *ranks_dir.glob("beat-*"), *ranks_dir.glob("stacks-*"), *markers]:
+    markers = [ranks_dir / name for name in ("dump", "stop", "leave", "supervisor", "hang.txt")]
+    patterns = ("*-*.json", "beat-*", "stacks-*", "alive-*")
+    for path in [*(path for pattern in patterns for path in ranks_dir.glob(pattern)), *markers]:
         path.unlink(missing_ok=True)
 
 

@@ -86,12 +86,12 @@ def test_devices_that_are_not_the_first_are_included_by_number() -> None:
 
 
 def test_single_remote_host_is_forced_away_from_this_machine() -> None:
-    remote = hostfile_command(Path("/h"), [Node("far-away", (0,))], [], 29500, ["/r/run.yaml"])
+    remote = hostfile_command(Path("/h"), [Node("far-away", (0,))], [], 29500, ["/r/run.yaml"], run_dir=Path("/r"))
     assert "--force_multi" in remote
-    assert "--no_ssh_check" not in remote
-    local = hostfile_command(Path("/h"), [TWO], [], 29500, ["/r/run.yaml"])
-    assert "--no_ssh_check" in local
+    assert "launcher.ssh_rank" in remote
+    local = hostfile_command(Path("/h"), [TWO], [], 29500, ["/r/run.yaml"], run_dir=Path("/r"))
     assert "--force_multi" not in local
+    assert "launcher.ssh_rank" not in local
 
 
 @pytest.mark.parametrize("word", ["/r/$(touch x)/run.yaml", "/r/a;b/run.yaml", "/r/a b/run.yaml", "/r/`x`/run.yaml"])
@@ -103,7 +103,9 @@ def test_words_a_remote_shell_would_read_are_refused(word: str) -> None:
 def test_unsafe_environment_is_refused_for_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG_FILE", "$(touch canary)")
     with pytest.raises(ConfigError, match="NCCL_DEBUG_FILE"):
-        hostfile_command(Path("/h"), [Node("n1", (0,)), Node("n2", (0,))], [], 29500, ["/r/run.yaml"])
+        hostfile_command(
+            Path("/h"), [Node("n1", (0,)), Node("n2", (0,))], [], 29500, ["/r/run.yaml"], run_dir=Path("/r")
+        )
 
 
 def test_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
