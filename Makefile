@@ -33,7 +33,7 @@ test: $(STAMP) ## all tests; real DeepSpeed on 2 CPU ranks where ranks matter
 test-unit: $(STAMP) ## the tests that start no ranks (a few minutes)
 	@$(BIN)/python -m pytest -m "not ranks and not cluster and not faults"
 
-test-cluster: $(STAMP) ## the tests on a real Slurm of two nodes, started here (needs root; installs slurm-wlm)
+test-cluster: $(STAMP) ## the tests on a real Slurm and on hosts with sshd, made here (needs root; installs slurm-wlm, openssh-server, pdsh)
 	@FULLTUNE_CLUSTER=required $(BIN)/python -m pytest -m cluster
 
 test-cluster-short: $(STAMP) ## the shorter of them, skipped where no cluster can be started
