@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from engine.errors import COMPLETE, INTERNAL, STOPPED_WITH_CHECKPOINT, ConfigError
+from engine.file_modes import set_umask
 from engine.liveness import end_with_parent, remove_shared_memory, supervisor
 from engine.rank_record import write_json
 from launcher.marks import OVER, alive_path, heard, is_told, killed_path, say, supervisor_path
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, token = int(os.environ.get("RANK", "0")), supervisor()[1]
     parent = _Parent(arguments.run_dir, rank, token)  # first of all: until here a signal kills
     end_with_parent(parent.ask)
+    set_umask()
     record = arguments.run_dir / "ranks" / f"exit-{rank:05d}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     if os.environ.get("WORLD_SIZE") != str(arguments.ranks):
