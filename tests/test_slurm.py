@@ -216,6 +216,7 @@ def test_the_time_limit_changes_nothing(calm: Path, cluster: SlurmCluster, folde
     assert_same(run_dir, calm, LONG_STEPS)
 
 
+@pytest.mark.long
 def test_a_cancelled_job_saves_and_stays_away(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
     path, run_dir = make_run(folder, "cancelled"), folder / "cancelled"
     job = submit(cluster, path)
@@ -231,6 +232,7 @@ def test_a_cancelled_job_saves_and_stays_away(undisturbed: Path, cluster: SlurmC
     assert_same(run_dir, undisturbed)
 
 
+@pytest.mark.long
 def test_stop_saves_and_stays_away(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
     path, run_dir = make_run(folder, "stopped"), folder / "stopped"
     job = submit(cluster, path)
@@ -255,6 +257,7 @@ def test_stop_saves_and_stays_away(undisturbed: Path, cluster: SlurmCluster, fol
     assert_same(run_dir, undisturbed)
 
 
+@pytest.mark.long
 def test_on_hold_it_stays_away_and_what_has_not_begun_is_cancelled(
     undisturbed: Path, cluster: SlurmCluster, folder: Path
 ) -> None:
@@ -352,6 +355,7 @@ def test_what_a_rank_refuses_is_told_once(cluster: SlurmCluster, folder: Path) -
     assert log_of(run_dir).count("vocabulary mismatch") == 1
 
 
+@pytest.mark.long
 def test_one_deepspeed_a_node_by_hand(undisturbed: Path, cluster: SlurmCluster, folder: Path) -> None:
     """slurm/train_deepspeed.sbatch as it is: preempted once, and the same bits."""
     path, run_dir = make_run(folder, "by-hand"), folder / "by-hand"
