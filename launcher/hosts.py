@@ -14,8 +14,8 @@ from engine.errors import ConfigError, MissingInputError
 
 CPU_RANKS = 2
 # What a host name may look like: names reach ssh and a remote shell through DeepSpeed, unquoted.
-_HOST = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
-_LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(#.*)?$")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})\s*(#.*)?")
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,19 @@ def local_node(ranks: int | None) -> tuple[Node, bool]:
 def read_hostfile(path: Path) -> list[Node]:
     """The hosts of a hostfile (``name slots=N`` a line), in its order. ConfigError names the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return parse_hostfile(path.read_text(encoding="utf-8"), path)
     except (FileNotFoundError, IsADirectoryError):
         raise MissingInputError(f"--hostfile {path}: no such file") from None
+
+
+def parse_hostfile(text: str, path: Path) -> list[Node]:
+    """The hosts in the text of a hostfile; `path` is for messages."""
     nodes: dict[str, Node] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # as DeepSpeed does; splitlines knows other line ends
         if not line.strip() or line.strip().startswith("#"):
             continue
-        match = _LINE.match(line.strip())
-        if match is None or not _HOST.match(match[1]) or int(match[2]) < 1:
+        match = _LINE.fullmatch(line.strip())
+        if match is None or not _HOST.fullmatch(match[1]) or int(match[2]) < 1:
             raise ConfigError(f"{path}:{number}: write `host slots=N`, not `{line.strip()}`")
         if match[1] in nodes:
             raise ConfigError(f"{path}:{number}: host {match[1]} is given twice")
@@ -112,7 +116,7 @@ def _parse_filter(text: str, option: str) -> dict[str, frozenset[int]]:
     wanted: dict[str, frozenset[int]] = {}
     for part in filter(None, text.split("@")):
         name, _, slots = part.partition(":")
-        if not _HOST.match(name) or not re.fullmatch(r"(\d+(,\d+)*)?", slots):
+        if not _HOST.fullmatch(name) or not re.fullmatch(r"([0-9]{1,6}(,[0-9]{1,6})*)?", slots):
             raise ConfigError(f"{option}: write host or host:0,2, joined by @; not `{part}`")
         wanted[name] = wanted.get(name, frozenset()) | frozenset(int(slot) for slot in slots.split(",") if slot)
     return wanted

@@ -1,5 +1,6 @@
 """``fulltune tensorboard``: the runs side by side, on this machine's own address only."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,16 @@ def show_runs(run_dirs: Sequence[Path], port: int) -> int:
 
 def name_runs(run_dirs: Sequence[Path]) -> dict[str, Path]:
     """Names to tell the runs apart by: the folders' own, with as much of their parents as it takes."""
-    absolute = list(dict.fromkeys(run_dir.absolute() for run_dir in run_dirs))
+    absolute = list(dict.fromkeys(Path(os.path.abspath(run_dir)) for run_dir in run_dirs))  # noqa: PTH100 (no `..`)
     for run_dir in absolute:
         if not (run_dir / "tensorboard").is_dir():
             raise MissingInputError(f"{run_dir}: has no TensorBoard events (log.tensorboard is off, or no run yet)")
     depth = 1
     while len({path.parts[-depth:] for path in absolute}) < len(absolute):
         depth += 1
-    return {"-".join(part.strip("/") for part in path.parts[-depth:]): path for path in absolute}
+    names: dict[str, Path] = {}
+    for number, path in enumerate(absolute, start=1):
+        name = "-".join(part.strip("/") for part in path.parts[-depth:])
+        # `a-b/c` and `a/b-c` would be one name, and a name of a file has 255 bytes at most.
+        names[f"{number}-{name[-50:]}" if name in names or len(os.fsencode(name)) > 255 else name] = path
+    return names
