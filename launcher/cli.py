@@ -1,7 +1,6 @@
 """The ``fulltune`` command: arguments in, exit code out. Heavy imports wait inside the commands."""
 
 import argparse
-import json
 import os
 import sys
 import traceback
@@ -12,10 +11,9 @@ from typing import NoReturn
 from engine.config import byte_count
 from engine.errors import INTERNAL, ConfigError
 from engine.file_modes import set_umask
+from launcher import commands as run
 from launcher.doctor_table import add_arguments as add_doctor_arguments
 from launcher.inspect_store import add_arguments as add_inspect_arguments
-from launcher.inspect_store import inspect_store
-from launcher.run_config import Run, load_run, run_file_schema
 from launcher.submit import add_arguments as add_submit_arguments
 
 _INTERRUPTED = 130
@@ -76,17 +74,17 @@ def build_parser() -> _Parser:
     parser = _Parser(prog="fulltune", description="Full-parameter fine-tuning of language models with DeepSpeed.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    prepare = _add(commands, "prepare", _prepare, "turn the run file's records into a token store")
+    prepare = _add(commands, "prepare", run.prepare, "turn the run file's records into a token store")
     _add_run_file(prepare)
     prepare.add_argument(
         "--part", type=_part, metavar="I/N", help="tokenise only this share of the input, on one of N machines;"
         " afterwards, prepare without it joins them (in a Slurm job array it is taken from the array)",
     )  # fmt: skip
 
-    inspect = _add(commands, "inspect", _inspect, "show what a token store holds: tokens, targets, sources, ledger")
+    inspect = _add(commands, "inspect", run.inspect, "show what a token store holds: tokens, targets, sources, ledger")
     add_inspect_arguments(inspect)
 
-    train = _add(commands, "train", _train, "prepare if needed, then train through `deepspeed`")
+    train = _add(commands, "train", run.train, "prepare if needed, then train through `deepspeed`")
     _add_run_file(train)
     train.add_argument("--dry-run", action="store_true", help="print what would happen; write and start nothing")
     train.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: every GPU, or 2 on CPU)")
@@ -107,26 +105,26 @@ def build_parser() -> _Parser:
     )  # fmt: skip
     train.add_argument("--fresh", action="store_true", help="start over even if the run folder holds a checkpoint")
 
-    submit = _add(commands, "submit", _submit, "write a Slurm batch script for a run and submit it")
+    submit = _add(commands, "submit", run.submit, "write a Slurm batch script for a run and submit it")
     _add_run_file(submit)
     add_submit_arguments(submit)
 
-    status = _add(commands, "status", _status, "where runs stand, local ones and Slurm jobs")
+    status = _add(commands, "status", run.status, "where runs stand, local ones and Slurm jobs")
     status.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders (default: those found here)")
 
-    logs = _add(commands, "logs", _logs, "what a run has printed")
+    logs = _add(commands, "logs", run.logs, "what a run has printed")
     logs.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
 
     logs.add_argument("--rank", type=int, metavar="N", help="of one rank (default: of the job, or of rank 0)")
 
-    stop = _add(commands, "stop", _stop, "have a run save a checkpoint and end, for good")
+    stop = _add(commands, "stop", run.stop, "have a run save a checkpoint and end, for good")
     stop.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
 
     summary = "would a run work on these machines: versions, GPUs, memory, disks, ports, ssh"
-    add_doctor_arguments(_add(commands, "doctor", _doctor, summary))
+    add_doctor_arguments(_add(commands, "doctor", run.doctor, summary))
 
-    export = _add(commands, "export", _export, "turn a checkpoint into a Hugging Face folder (no GPU needed)")
+    export = _add(commands, "export", run.export, "turn a checkpoint into a Hugging Face folder (no GPU needed)")
     export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     export.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; must not exist")
     which = export.add_mutually_exclusive_group()
@@ -134,7 +132,12 @@ def build_parser() -> _Parser:
     which.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
     _add_output_options(export)
 
-    take = _add(commands, "import", _import, "turn a checkpoint that DeepSpeed itself saved into a Hugging Face folder")
+    take = _add(
+        commands,
+        "import",
+        run.import_deepspeed,
+        "turn a checkpoint that DeepSpeed itself saved into a Hugging Face folder",
+    )
     take.add_argument("checkpoint_dir", type=Path, metavar="CHECKPOINT", help="folder with the file `latest`")
     take.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; must not exist")
     take.add_argument(
@@ -144,14 +147,14 @@ def build_parser() -> _Parser:
     take.add_argument("--tag", metavar="NAME", help="such as global_step12 (default: the one that `latest` names)")
     _add_output_options(take)
 
-    verify = _add(commands, "verify", _verify, "read a run's checkpoints and say whether they are what was written")
+    verify = _add(commands, "verify", run.verify, "read a run's checkpoints and say whether they are what was written")
     verify.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
 
-    tensorboard = _add(commands, "tensorboard", _tensorboard, "show runs side by side in TensorBoard, on localhost")
+    tensorboard = _add(commands, "tensorboard", run.tensorboard, "show runs side by side in TensorBoard, on localhost")
     tensorboard.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
     tensorboard.add_argument("--port", type=int, default=6006, metavar="PORT", help="default 6006; 0: a free one")
 
-    generate = _add(commands, "generate", _generate, "continue prompts with a Hugging Face folder")
+    generate = _add(commands, "generate", run.generate, "continue prompts with a Hugging Face folder")
     generate.add_argument("model", metavar="MODEL", help="folder of a causal language model")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: one prompt on stdin)")
     generate.add_argument("--chat", action="store_true", help="the prompt is a user's turn: use the chat template")
@@ -163,10 +166,10 @@ def build_parser() -> _Parser:
 
     _add_tokenizer(commands)
 
-    demo = _add(commands, "demo", _demo, "train a small model from nothing on this machine, start to finish")
+    demo = _add(commands, "demo", run.demo, "train a small model from nothing on this machine, start to finish")
     demo.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes (default: ./demo)")
 
-    _add(commands, "schema", _schema, "print the JSON schema of a run file, for editors")
+    _add(commands, "schema", run.schema, "print the JSON schema of a run file, for editors")
     return parser
 
 
@@ -174,8 +177,10 @@ def _add_tokenizer(commands: "argparse._SubParsersAction[_Parser]") -> None:
     summary = "train a tokenizer, or add pieces to one"
     tokenizer = commands.add_parser("tokenizer", help=summary, description=f"{summary.capitalize()}.")
     actions = tokenizer.add_subparsers(metavar="ACTION", required=True)
-    train = _add(actions, "train", _train_tokenizer, "train a tokenizer on text or record files")
-    extend = _add(actions, "extend", _extend_tokenizer, "add pieces learned from new text; old pieces keep their ids")
+    train = _add(actions, "train", run.train_tokenizer, "train a tokenizer on text or record files")
+    extend = _add(
+        actions, "extend", run.extend_tokenizer, "add pieces learned from new text; old pieces keep their ids"
+    )
     extend.add_argument("base", metavar="BASE", help="folder or file of the tokenizer, or its name on the Hub")
     for action in (train, extend):
         action.add_argument("files", type=Path, nargs="+", metavar="FILES")
@@ -249,152 +254,6 @@ def _byte_count(text: str) -> int:
         return byte_count(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _load(arguments: argparse.Namespace) -> Run:
-    """The checked run file; from here on what it says about the group holds."""
-    run = load_run(arguments.run_file, arguments.overrides)
-    set_umask(run.config.share_with_group)
-    return run
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from launcher.train import array_part, prepare_store
-
-    prepare_store(_load(arguments), arguments.part or array_part(os.environ))
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    return inspect_store(arguments)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from launcher.train import plan_job, start
-
-    run = _load(arguments)
-    job = plan_job(
-        run,
-        ranks=arguments.ranks,
-        ranks_per_node=arguments.ranks_per_node,
-        hostfile=arguments.hostfile,
-        include=arguments.include,
-        exclude=arguments.exclude,
-        master_port=arguments.master_port,
-        engine_flags=[f"--{flag}" for flag in ("fresh", "debug") if getattr(arguments, flag)],
-        hang_seconds=arguments.hang_seconds,
-    )
-    if arguments.dry_run:
-        from launcher.plan import describe_plan
-
-        print(describe_plan(run, job))
-        return 0
-    code, message = start(run, job, arguments.restarts, arguments.master_port)
-    if message:
-        print(f"fulltune: {message}", file=sys.stderr)
-    return code
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from launcher.submit import check_request, submit
-
-    run = _load(arguments)
-    return submit(run, check_request(arguments, run.config.run_dir), arguments.dry_run)
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from launcher.runs import show_status
-
-    return show_status(arguments.runs)
-
-
-def _logs(arguments: argparse.Namespace) -> int:
-    from launcher.runs import show_logs
-
-    return show_logs(arguments.run_dir, arguments.follow, arguments.rank)
-
-
-def _stop(arguments: argparse.Namespace) -> int:
-    from launcher.runs import stop_run
-
-    return stop_run(arguments.run_dir)
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from launcher.doctor import doctor
-
-    return doctor(arguments)
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from launcher.export import export_run
-
-    export_run(
-        arguments.run_dir, arguments.out_dir, arguments.step, arguments.best, arguments.dtype, arguments.max_shard_size
-    )
-    return 0
-
-
-def _import(arguments: argparse.Namespace) -> int:
-    from engine.deepspeed_import import import_checkpoint  # brings torch along
-
-    found = import_checkpoint(
-        arguments.checkpoint_dir, arguments.out_dir, arguments.model, arguments.tag, arguments.dtype,
-        arguments.max_shard_size,
-    )  # fmt: skip
-    facts = f"step {found.step}, ZeRO-{found.stage}, {found.world_size} ranks, DeepSpeed {found.version}"
-    print(f"{found.path} ({facts}) imported to {arguments.out_dir} ({arguments.dtype})")
-    return 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from launcher.verify import verify_run
-
-    return verify_run(arguments.run_dir)
-
-
-def _tensorboard(arguments: argparse.Namespace) -> int:
-    from launcher.tensorboard import show_runs
-
-    return show_runs(arguments.run_dirs, arguments.port)
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from launcher.generate import generate
-
-    prompts = arguments.prompt if arguments.prompt is not None else [sys.stdin.read().rstrip("\n")]
-    if not all(prompts):
-        raise ConfigError("the prompt is empty: give --prompt TEXT, or text on stdin")
-    for text in generate(
-        arguments.model, prompts, arguments.chat, arguments.max_new_tokens, arguments.temperature, arguments.seed
-    ):
-        print(text, flush=True)
-    return 0
-
-
-def _train_tokenizer(arguments: argparse.Namespace) -> int:
-    from launcher.tokenizer_commands import train
-
-    train(arguments.files, arguments.out_dir, arguments.vocab_size, arguments.kind)
-    return 0
-
-
-def _extend_tokenizer(arguments: argparse.Namespace) -> int:
-    from launcher.tokenizer_commands import extend
-
-    extend(arguments.base, arguments.files, arguments.out_dir, arguments.add)
-    return 0
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from launcher.demo import run_demo
-
-    return run_demo(arguments.dir)
-
-
-def _schema(_arguments: argparse.Namespace) -> int:
-    print(json.dumps(run_file_schema(), indent=2))
-    return 0
 
 
 if __name__ == "__main__":

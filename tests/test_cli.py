@@ -14,7 +14,7 @@ from data_fixtures import byte_level_folder
 from data_prep.config import comparable_section
 from engine.errors import ConfigError
 from engine.run_file import load_run_file
-from launcher import cli
+from launcher import cli, commands
 from launcher.run_config import load_run, run_file_schema, write_resolved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +137,7 @@ def test_unexpected_errors_are_70_with_a_hint(
     def broken() -> dict[str, object]:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(cli, "run_file_schema", broken)
+    monkeypatch.setattr(commands, "run_file_schema", broken)
     assert cli.main(["schema"]) == 70
     assert capsys.readouterr().err == "fulltune: error: ZeroDivisionError: two lines (--debug shows where)\n"
 
@@ -146,7 +146,7 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> dict[str, object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_file_schema", interrupted)
+    monkeypatch.setattr(commands, "run_file_schema", interrupted)
     assert cli.main(["schema"]) == 130
 
 
