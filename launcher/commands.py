@@ -68,21 +68,21 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Say where runs stand."""
-    from launcher.runs import show_status
+    from launcher.run_status import show_status
 
     return show_status(arguments.runs)
 
 
 def logs(arguments: argparse.Namespace) -> int:
     """Show what a run has printed."""
-    from launcher.runs import show_logs
+    from launcher.run_status import show_logs
 
     return show_logs(arguments.run_dir, arguments.follow, arguments.rank)
 
 
 def stop(arguments: argparse.Namespace) -> int:
     """Ask a run to save and end."""
-    from launcher.runs import stop_run
+    from launcher.run_status import stop_run
 
     return stop_run(arguments.run_dir)
 

@@ -1,4 +1,4 @@
-"""What became of a run: a record of who runs it, kept in the run folder; ``fulltune status``, ``logs`` and ``stop``.
+"""Who runs a run folder, and what was completed in it: records in the folder itself, and what Slurm says.
 
 ``run_dir/job.json`` names the local process or the Slurm job, ``run_dir/complete.json`` what was
 completed. Nothing is kept outside of run folders.
@@ -9,25 +9,20 @@ import hashlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingInputError
+from engine.errors import CannotWriteError, ConfigError, FulltuneError
 from engine.file_modes import FILE_MODE, FOLDER_MODE
 from launcher.run_config import Run
-from launcher.verdict import judge, read_exits, read_starts
+from launcher.verdict import read_exits, read_starts
 
 RECORD, COMPLETE = "job.json", "complete.json"
 _ENDED = ("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT").split()
 _NUMBERS = ("job_id", "prepare_job_id", "pid", "started_ticks")
-_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +45,10 @@ def record_start(run_dir: Path, is_slurm_job: bool, environment: Mapping[str, st
     host = socket.gethostname()
     if is_slurm_job and job_id.isdecimal():
         before = read_record(run_dir)
-        log = before.log if before is not None and before.job_id == int(job_id) else _slurm_facts(int(job_id)).log
+        log = before.log if before is not None and before.job_id == int(job_id) else slurm_facts(int(job_id)).log
         write_record(run_dir, JobRecord(host=host, job_id=int(job_id), log=log))
     else:
-        write_record(run_dir, JobRecord(host=host, pid=os.getpid(), started_ticks=_start_ticks(os.getpid())))
+        write_record(run_dir, JobRecord(host=host, pid=os.getpid(), started_ticks=start_ticks(os.getpid())))
 
 
 def write_record(run_dir: Path, record: JobRecord) -> None:
@@ -88,7 +83,7 @@ def write_private(path: Path, text: str) -> None:
 
 def record_complete(run: Run) -> None:
     """Note that exactly this run file was trained to its end."""
-    values = {"digest": _digest(run), "checkpoint": _newest(run.config.run_dir)}
+    values = {"digest": _digest(run), "checkpoint": newest_checkpoint(run.config.run_dir)}
     write_private(run.config.run_dir / COMPLETE, json.dumps(values, indent=2) + "\n")
 
 
@@ -96,7 +91,7 @@ def is_complete(run: Run) -> bool:
     """Whether this run file, as it is, was trained to its end and the checkpoint is still there."""
     try:
         values = json.loads((run.config.run_dir / COMPLETE).read_text(encoding="utf-8"))
-        return bool(values == {"digest": _digest(run), "checkpoint": _newest(run.config.run_dir)})
+        return bool(values == {"digest": _digest(run), "checkpoint": newest_checkpoint(run.config.run_dir)})
     except (OSError, ValueError):
         return False
 
@@ -106,7 +101,7 @@ def _digest(run: Run) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _newest(run_dir: Path) -> str | None:
+def newest_checkpoint(run_dir: Path) -> str | None:
     """The committed checkpoint of the highest step."""
     return max((path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")), default=None)
 
@@ -127,7 +122,7 @@ class SlurmFacts:
         return bool(self.state) and self.state not in _ENDED
 
 
-def _slurm_facts(job_id: int) -> SlurmFacts:
+def slurm_facts(job_id: int) -> SlurmFacts:
     """Ask `scontrol`. ConfigError when there is none, or when it does not answer."""
     done = ask_slurm("scontrol", "show", "job", "-o", str(job_id), check=False)
     if done.returncode:
@@ -159,12 +154,12 @@ def ask_slurm(*words: str, check: bool = True) -> "subprocess.CompletedProcess[s
 def is_alive(record: JobRecord) -> bool:
     """Whether the process or job of a record runs or waits to run."""
     if record.job_id is not None:
-        return _slurm_facts(record.job_id).is_alive
+        return slurm_facts(record.job_id).is_alive
     if record.host != socket.gethostname():
         raise ConfigError(
             f"it was started on {record.host}: ask there, or remove {RECORD} in the run folder if that host is gone"
         )
-    return record.pid is not None and _start_ticks(record.pid) == record.started_ticks is not None
+    return record.pid is not None and start_ticks(record.pid) == record.started_ticks is not None
 
 
 def has_ended_elsewhere(run_dir: Path, record: JobRecord) -> bool:
@@ -175,7 +170,7 @@ def has_ended_elsewhere(run_dir: Path, record: JobRecord) -> bool:
     return bool(starts) and all(start.rank in exits for start in starts)
 
 
-def _start_ticks(pid: int) -> int | None:
+def start_ticks(pid: int) -> int | None:
     """When a process started, in the kernel's ticks: with its number, an identity. None if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -184,151 +179,6 @@ def _start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def find_runs(named: list[Path]) -> list[Path]:
-    """The run folders named, or those in and below the current folder that somebody has run."""
-    if named:
-        for path in named:
-            if not path.is_dir():
-                raise MissingInputError(f"{path}: no such run folder")
-        return [path.absolute() for path in named]
-    here = Path.cwd()
-    return sorted(record.parent for depth in ("", "*/", "*/*/") for record in here.glob(f"{depth}{RECORD}"))
-
-
-def show_status(named: list[Path]) -> int:
-    """``fulltune status``: a line a run; returns the exit code."""
-    folders = find_runs(named)
-    if not folders:
-        print("no run in this folder or in the two levels below it; name one: fulltune status RUN")
-        return MissingInputError.exit_code
-    lines = [("RUN", "STATE", "STEP", "LOSS", "CHECKPOINT", "WHERE")]
-    for folder in folders:
-        name = str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
-        state, where = _state(folder)
-        step, loss = _last_step(folder)
-        lines.append(
-            (name, state, step, loss, (_newest(folder) or "-").removeprefix("step-").lstrip("0") or "0", where)
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return 0
-
-
-def _state(folder: Path) -> tuple[str, str]:
-    """(state, where) of a run in words."""
-    record = read_record(folder)
-    if record is None:
-        return "unknown", "-"
-    if record.job_id is not None:
-        where = f"Slurm job {record.job_id}"
-        try:
-            facts = _slurm_facts(record.job_id)
-        except FulltuneError as error:
-            return "unknown", f"{where}: {error}"
-        if facts.is_alive:
-            more = [facts.nodes] if facts.nodes not in ("", "(null)") else []
-            more += [facts.reason] if facts.state == "PENDING" else []
-            more += [f"requeued {facts.restarts}x"] if facts.restarts not in ("", "0") else []
-            return facts.state.lower(), ", ".join([where, *more])
-        return _outcome(folder), where + (f" ({facts.state})" if facts.state else "")
-    where = f"process {record.pid} on {record.host}"
-    if record.host != socket.gethostname():
-        return "unknown", where
-    return ("running", where) if is_alive(record) else (_outcome(folder), record.host)
-
-
-def _outcome(folder: Path) -> str:
-    """How a run that has ended did, by its ranks' records."""
-    ranks = len(read_starts(folder))
-    if (folder / COMPLETE).exists():  # removed by the next start
-        return "complete"
-    if not ranks:
-        return "never started"
-    code, _ = judge(folder, ranks, 1)
-    return {0: "complete", 75: "stopped"}.get(code, f"failed ({code})")
-
-
-def _last_step(folder: Path) -> tuple[str, str]:
-    """(step, loss) of the last training line of metrics.jsonl."""
-    try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return "-", "-"
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            values: dict[str, Any] = json.loads(line)
-            if values["kind"] == "train":
-                return str(values["step"]), f"{values['loss']:.4f}"
-    return "-", "-"
-
-
-def show_logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:
-    """``fulltune logs``: what the job has printed, or one of its ranks; with `follow`, until it has ended.
-
-    A local run prints where it was started: of that, rank 0's log is shown. Returns the exit code.
-    """
-    record = read_record(find_runs([run_dir])[0])
-    if record is None:
-        raise MissingInputError(f"{run_dir}: nobody has run it yet")
-    path = run_dir / "ranks" / f"rank-{rank or 0:05d}.log"
-    if rank is None and record.log is not None:
-        path = Path(record.log)
-    for text in _lines(path, record, follow):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    if not path.exists():
-        print(f"fulltune: {path}: not there (yet)", file=sys.stderr)
-    return 0
-
-
-def _lines(path: Path, record: JobRecord, follow: bool) -> Iterator[str]:
-    """The text of a log, and what is added to it while its job lives."""
-    position = 0
-    while True:
-        try:
-            alive = follow and is_alive(record)  # asked before reading, so that last words are not lost
-        except FulltuneError:
-            alive = True  # a controller that is restarted answers again later
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(position)
-            while block := file.read(1 << 20):
-                position += len(block)
-                yield block.decode("utf-8", errors="replace")
-        if not alive:
-            return
-        time.sleep(_POLL_SECONDS)
-
-
 def forbid_requeue(job_id: int) -> None:
     """Take from a Slurm job the right to come back: a preemption or `scontrol requeue` then ends it."""
     ask_slurm("scontrol", "update", f"JobId={job_id}", "Requeue=0")
-
-
-def stop_run(run_dir: Path) -> int:
-    """``fulltune stop``: have a run save a checkpoint and end, for good; returns the exit code."""
-    record = read_record(find_runs([run_dir])[0])
-    if record is None or not is_alive(record):
-        raise MissingInputError(f"{run_dir}: it does not run")
-    if record.job_id is None:
-        assert record.pid is not None
-        os.kill(record.pid, signal.SIGTERM)
-        print(f"process {record.pid} was asked to save a checkpoint and end")
-        return 0
-    job = str(record.job_id)
-    if _slurm_facts(record.job_id).state == "PENDING":
-        first = record.prepare_job_id
-        also = [str(first)] if first is not None and _slurm_facts(first).is_alive else []
-        ask_slurm("scancel", job, *also)
-        print(f"Slurm job {job} had not started; cancelled" + (f", with the preparing job {first}" if also else ""))
-        return 0
-    # First it loses the right to come back, then it is asked to end: Slurm refuses to requeue it. The file is for a
-    # job that has no ranks yet, whose store is being prepared.
-    forbid_requeue(record.job_id)
-    with contextlib.suppress(OSError):
-        (run_dir / "STOP").touch()
-    ask_slurm("scancel", "--signal=TERM", job)
-    print(f"Slurm job {job} was asked to save a checkpoint and end; it does not come back")
-    return 0

@@ -15,7 +15,7 @@ import pytest
 from test_cli import RUN_FILE
 
 from engine.errors import ConfigError, MissingInputError
-from launcher import cli, runs, slurm, slurm_rank, submit
+from launcher import cli, run_status, runs, slurm, slurm_rank, submit
 from launcher.launch import Job
 from launcher.run_config import load_run
 from launcher.supervise import Stop, Supervision
@@ -377,7 +377,7 @@ def test_a_local_run_is_known_by_more_than_its_number(tmp_path: Path) -> None:
     record = runs.read_record(tmp_path)
     assert record is not None
     assert runs.is_alive(record)
-    assert runs._state(tmp_path)[0] == "running"
+    assert run_status._state(tmp_path)[0] == "running"
     reused = runs.JobRecord(host=record.host, pid=record.pid, started_ticks=1)
     assert not runs.is_alive(reused), "another process has the number now"
     with pytest.raises(ConfigError, match="elsewhere"):
@@ -388,7 +388,7 @@ def test_a_local_run_is_known_by_more_than_its_number(tmp_path: Path) -> None:
 def test_status_without_slurm_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.write_record(tmp_path, runs.JobRecord(host="n", job_id=7))
     monkeypatch.setenv("PATH", str(tmp_path))
-    state, where = runs._state(tmp_path)
+    state, where = run_status._state(tmp_path)
     assert state == "unknown"
     assert "there is no `scontrol` here" in where
 
@@ -396,7 +396,7 @@ def test_status_without_slurm_is_unknown(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_local_run_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.Popen(["sleep", "60"])
     try:
-        ticks, host = runs._start_ticks(process.pid), os.uname().nodename
+        ticks, host = runs.start_ticks(process.pid), os.uname().nodename
         runs.write_record(tmp_path, runs.JobRecord(host=host, pid=process.pid, started_ticks=ticks))
         assert cli.main(["status", str(tmp_path)]) == 0
         assert "running" in capsys.readouterr().out
@@ -413,7 +413,7 @@ def test_logs_follow_a_local_run_to_its_end(tmp_path: Path) -> None:
     log = tmp_path / "ranks" / "rank-00000.log"
     log.parent.mkdir()
     log.write_text("first\n")
-    ticks, host = runs._start_ticks(process.pid), os.uname().nodename
+    ticks, host = runs.start_ticks(process.pid), os.uname().nodename
     runs.write_record(tmp_path, runs.JobRecord(host=host, pid=process.pid, started_ticks=ticks))
     command = [sys.executable, "-m", "launcher.cli", "logs", "-f", str(tmp_path)]
     following = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
