@@ -9,6 +9,8 @@ import ipaddress
 import json
 import os
 import secrets
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from engine.errors import CannotWriteError, ConfigError
 from launcher.far_ranks import SSH_OPTIONS
-from launcher.host_facts import PACKAGES
+from launcher.host_facts import PACKAGES, boot_id
 from launcher.hosts import Node
 from launcher.launch import refuse_unsafe
 
@@ -46,6 +48,8 @@ def check_hosts(nodes: Sequence[Node], run_dir: Path, environment: Mapping[str, 
 
     Returns the address at which the others reach the first host, and a port that is free there.
     """
+    if shutil.which("pdsh") is None:
+        raise ConfigError("--hostfile: DeepSpeed starts several hosts through `pdsh`, which is not installed here")
     secret, path = secrets.token_hex(8), run_dir / "ranks" / f"shared-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +106,9 @@ def _check_alike(nodes: Sequence[Node], facts: Sequence[HostFacts]) -> None:
     """Every name another machine, with a host name of its own, and the same versions everywhere."""
     seen: dict[str, tuple[str, str]] = {}
     for node, found in zip(nodes, facts, strict=True):
+        # Ranks know by the name whether the supervisor runs on their own host.
+        if found.name == socket.gethostname() and found.boot != boot_id():
+            raise ConfigError(f"host {node.name} calls itself {found.name}, as this one does: they need two names")
         if found.name in seen:
             other, boot = seen[found.name]
             if boot == found.boot:

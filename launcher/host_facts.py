@@ -27,7 +27,7 @@ def main() -> None:
         port = int(probe.getsockname()[1])
     facts = {
         "name": socket.gethostname(),
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "boot": boot_id(),
         "gpus": len(local_gpus()),
         "read": read,
         "port": port,
@@ -38,9 +38,10 @@ def main() -> None:
     print(json.dumps(facts), flush=True)
 
 
-def _text(path: str) -> str:
+def boot_id() -> str:
+    """What the kernel calls this start of the machine; "" if it does not say."""
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

@@ -136,6 +136,12 @@ class SshHosts:
         """The process that listens."""
         return children_of(self.init(host))[0]
 
+    def ssh_server_of(self, pid: int) -> int:
+        """The sshd process that serves the connection through which `pid` was started."""
+        while not _is_sshd(pid):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return pid
+
     def restore(self) -> None:
         """Every host is on, connected, and runs nothing."""
         for host in ADDRESSES:
