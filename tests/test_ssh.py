@@ -284,6 +284,7 @@ def test_hosts_that_are_not_there_are_refused(hosts: SshHosts, folder: Path, hos
     assert nothing_is_left(hosts)
 
 
+@pytest.mark.long
 def test_a_host_that_is_not_what_it_should_be_is_refused(hosts: SshHosts, folder: Path) -> None:
     """Without the run folder; with fewer devices than slots (h1 believes in two GPUs); connected, but silent."""
     job = start(hosts, make_run(folder, "refused", run_dir="/run/tmp/refused"))
