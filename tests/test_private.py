@@ -23,6 +23,7 @@ from engine.run_file import load_run_file
 from engine.secrets_in_text import is_secret_value, names_a_secret
 from launcher import cli
 from launcher.environment import remote_environment
+from launcher.launch import refuse_unsafe
 
 NOBODY = 65534
 
@@ -275,3 +276,11 @@ def test_far_hosts_get_no_secrets_on_a_command_line(tmp_path: Path, monkeypatch:
             remote_environment(tmp_path, {})
         assert CANARY not in str(caught.value)
         assert "which everybody can read" in str(caught.value)
+    (tmp_path / ".deepspeed_env").unlink()
+    refuse_unsafe([])
+    for name, value in (("MLFLOW_TRACKING_PASSWORD", CANARY), ("NCCL_NET_PLUGIN", f"http://me:{CANARY}@host/")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(ConfigError, match=rf"{name} looks like a secret.*which everybody can read") as caught:
+                refuse_unsafe([])
+            assert CANARY not in str(caught.value)

@@ -128,6 +128,7 @@ def test_trained_to_the_end_as_on_one_machine(hosts: SshHosts, folder: Path) -> 
     assert code == 0, output
     assert nothing_is_left(hosts)
     assert [record["host"] for record in job.exits().values()] == ["h1", "h2"]
+    assert not (folder / "far" / "deepspeed_env").exists(), "what far hosts were handed is gone with the job"
     assert "starting: " in output
     assert " --master_addr 10.77.0.1 " in output, "not the address that h1's own name means on h1"
     assert state_bytes(folder / "far", 4) == state_bytes(folder / "local", 4)
