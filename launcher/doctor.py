@@ -6,6 +6,7 @@ Facts come from `launcher.node_facts` on every node (`launcher.gather`); what th
 
 import argparse
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -113,7 +114,7 @@ def examine(arguments: argparse.Namespace) -> Checkup:
         checkup.folders = {SHARED: given.absolute()}
     # Where ranks would run is not known: this machine can be looked at all the same.
     place = checkup.place or Place((Node("localhost", (0,)),), False, None)
-    if place.over_ssh and len(place.nodes) > 1:
+    if place.over_ssh:
         checkup.findings.append(_pdsh())
     answers = _ask(place, checkup.folders)
     checkup.facts = {answer.node: answer.facts for answer in answers if answer.facts is not None}
@@ -177,6 +178,7 @@ def _needs(node: Node, place: Place, checkup: Checkup) -> Needs:
         host_bytes=None if memory is None else memory.bytes,
         host_rule="" if memory is None else memory.sum_text,
         uses_nvme=NVME in checkup.folders,
+        cpu_on_purpose=os.environ.get("DS_ACCELERATOR") == "cpu",
     )
 
 

@@ -55,7 +55,9 @@ def _verdict(row: Finding, colours: bool) -> str:
 
 
 def _text(row: Finding) -> str:
-    return f"{row.found}; {row.to_do}" if row.to_do else row.found
+    text = f"{row.found}; {row.to_do}" if row.to_do else row.found
+    # Other machines and files have a say in it: nothing in it may act on the terminal.
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def merged(findings: Sequence[Finding], nodes: Sequence[str]) -> list[Finding]:

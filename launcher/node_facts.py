@@ -120,7 +120,21 @@ def _limits() -> dict[str, Any]:
     soft = {name: resource.getrlimit(number)[0] for name, number in _LIMITS.items()}
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    return soft | {"capabilities": [name for name, bit in _CAPABILITIES.items() if effective >> bit & 1]}
+    return soft | {
+        "capabilities": [name for name, bit in _CAPABILITIES.items() if effective >> bit & 1],
+        "is_root": os.getuid() == 0,
+        "threads": None if os.getuid() == 0 or soft["processes"] == -1 else _threads_of_mine(),
+    }
+
+
+def _threads_of_mine() -> int:
+    """What counts against the limit of processes already: every thread of this user."""
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid():
+                count += sum(1 for _ in (folder / "task").iterdir())
+    return count
 
 
 def _shared_memory() -> dict[str, Any]:

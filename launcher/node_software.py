@@ -58,7 +58,10 @@ def _source_digest() -> str:
 
 def op_facts(uses_nvme: bool) -> dict[str, Any]:
     """DeepSpeed's ops: which are compiled, what compiling needs and is not here, locks that builds left."""
-    folder = extensions_dir()
+    try:
+        folder = extensions_dir()
+    except importlib.metadata.PackageNotFoundError:
+        return {"folder": None}  # said of the packages
     above = next(path for path in (folder, *folder.parents) if path.exists())
     uses_gpus = bool(accelerator_facts()["gpus"]) and os.environ.get("DS_ACCELERATOR") != "cpu"
     return {

@@ -22,7 +22,7 @@ from typing import Any
 from data_fixtures import byte_level_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-# Without these even root obeys permissions, limits on processes and limits on locked memory.
+# Without these even root obeys permissions and limits on locked memory.
 PLAIN_USER = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--")
 RUN_FILE = """\
 run_dir: run
@@ -240,9 +240,9 @@ def _words(*words: str) -> Callable[[Setting], None]:
     return plant
 
 
-def _limits(*options: str, plain: bool = False) -> Callable[[Setting], None]:
+def _limits(*options: str) -> Callable[[Setting], None]:
     def plant(setting: Setting) -> None:
-        setting.before += ["prlimit", *options, *(PLAIN_USER if plain else ())]
+        setting.before += ["prlimit", *options]
 
     return plant
 
@@ -285,12 +285,12 @@ FAULTS: dict[str, tuple[Callable[[Setting], None], str, str, str]] = {
     "NVMe folder missing": (lambda s: _nvme(s, "/no-such-disk"), "NVMe folder", "error", "there is no folder"),
     "NVMe folder unfit": (lambda s: _nvme(s, "/proc"), "NVMe folder", "error", "takes no direct writes"),
     "locked memory limited": (_locked_memory, "locked memory", "error", "65536 bytes"),
-    "few open files": (_limits("--nofile=64:64"), "open files", "error", "limited to 64"),
-    "open files below the usual": (_limits("--nofile=512:512"), "open files", "warning", "limited to 512"),
-    "few processes": (_limits("--nproc=100:100", plain=True), "processes", "error", "limited to 100"),
-    "address space limited": (_limits("--as=3000000000"), "address space", "error", "2.79 GiB"),
-    "file size limited": (_limits("--fsize=100000000"), "file size", "error", "0.09 GiB"),
-    "shared memory small": (lambda s: s.mount("/dev/shm", "size=64m"), "shared memory", "error", "takes 132"),
+    "few open files": (_limits("--nofile=40:40"), "open files", "error", "limited to 40, and about 48 are needed"),
+    "open files below the usual": (_limits("--nofile=64:64"), "open files", "warning", "limited to 64"),
+    "address space limited": (_limits("--as=3000000000"), "address space", "warning", "2.79 GiB"),
+    "file size limited": (_limits("--fsize=100000000"), "file size", "warning", "0.09 GiB"),
+    "shared memory small": (lambda s: s.mount("/dev/shm", "size=64m"), "shared memory", "warning", "takes up to 132"),
+    "shared memory unusable": (lambda s: s.mount("/dev/shm", "nr_inodes=1"), "shared memory", "error", "No space left"),
     "shared memory left": (_left_in_shared_memory, "shared memory left", "warning", "rm /dev/shm/deepspeed_test"),
     "stale build lock": (_stale_lock, "build lock", "warning", "ops/cpu_adam/lock is left of a killed build"),
     "no compiler": (lambda s: only_programs(s, "hostname", "make"), "compiler", "error", r"g\+\+"),

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from doctor_cases import FAULTS, Setting, make_setting
+from doctor_cases import FAULTS, Setting, hostfile, make_setting, only_programs, use_model
+from test_supervise import memory_limit
 
 NEEDS_ROOT = ("unshare", "setpriv")
 
@@ -26,6 +27,25 @@ def test_a_sound_run_passes_without_a_warning(setting: Setting) -> None:
     wrong = [each for each in found if each["verdict"] != "ok" and each["name"] != "shared memory left"]
     assert wrong == []
     assert sorted(setting.folder.rglob("*")) == before, "the doctor left something behind"
+
+
+def test_a_memory_limit_of_a_cgroup_counts(setting: Setting) -> None:
+    use_model(setting, 60_000_000)
+    assert setting.run()[0] == 0
+    with memory_limit(1 << 30) as cgroup:
+        setting.before = ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(cgroup)]
+        code, found = setting.run()
+    (memory,) = [each for each in found if each["name"] == "host memory"]
+    assert (code, memory["verdict"]) == (78, "error")
+    assert "limit 1.0 GiB by the cgroup" in memory["found"]
+
+
+def test_hosts_need_pdsh(setting: Setting) -> None:
+    hostfile(setting, "a.invalid slots=1\nb.invalid slots=1\n")
+    only_programs(setting, "ssh", "hostname")
+    _, found = setting.run()
+    (pdsh,) = [each for each in found if each["name"] == "pdsh"]
+    assert pdsh["verdict"] == "error"
 
 
 @pytest.mark.parametrize("case", FAULTS)

@@ -73,6 +73,42 @@ def test_a_node_with_other_source(tmp_path: Path) -> None:
     assert ": the source of fulltune differs: " in named(found, "error")["versions"]
 
 
+def test_a_node_without_our_packages() -> None:
+    request = {"first": "one"}
+    (answer,) = ask(
+        [Target((sys.executable, "-S", "-m", "launcher.node_facts"), ("two",), request | {"node": "two"})], "one", None
+    )
+    assert answer.facts is not None, answer.error
+    found = named(judge_node(answer.facts, Needs(1, 1, False, (0,))), "error")
+    assert list(found) == ["packages"]
+    assert "not installed: torch, deepspeed" in found["packages"]
+
+
+@pytest.mark.parametrize(("limit", "threads", "verdict"), [(200, 150, "error"), (200, 5, "warning"), (-1, None, "ok")])
+def test_processes_are_counted_against_their_limit(
+    limit: int, threads: int | None, verdict: Verdict, facts: dict[str, Any]
+) -> None:
+    plain = copy.deepcopy(facts)
+    plain["limits"] |= {"processes": limit, "threads": threads, "is_root": False, "capabilities": []}
+    plain["machine"]["cores"] = 2
+    assert "processes" in named(judge_node(plain, Needs(2, 2, False, (0, 1))), verdict)
+
+
+def test_gpus_that_would_lie_idle_are_told(facts: dict[str, Any]) -> None:
+    plain = copy.deepcopy(facts) | {"gpus": TWO_GPUS}
+    assert "2 here, and not used" in named(judge_node(plain, Needs(2, 2, False, (0, 1))), "warning")["GPUs"]
+    assert "GPUs" in named(judge_node(plain, Needs(2, 2, False, (0, 1), cpu_on_purpose=True)), "ok")
+
+
+def test_a_host_that_takes_the_connection_and_says_nothing(ssh: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        (ssh / "ssh_config").write_text(f"Host *\nPort {server.getsockname()[1]}\n")
+        (answer,) = ask([ssh_target("127.0.0.1", {})], "127.0.0.1", None)
+    (found,) = judge_job([answer], "127.0.0.1", None, over_ssh=True)
+    assert (found.name, found.verdict, found.node) == ("ssh", "error", "127.0.0.1")
+    assert "timed out" in found.found
+
+
 def test_a_node_with_other_limits() -> None:
     found = ask_two(("prlimit", "--nofile=4000:4000"))
     assert re.fullmatch(r": the limit of open files: \d+ on one; 4000 on two", named(found, "warning")["differences"])
