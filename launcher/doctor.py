@@ -116,7 +116,7 @@ def examine(arguments: argparse.Namespace) -> Checkup:
     place = checkup.place or Place((Node("localhost", (0,)),), False, None)
     if place.over_ssh:
         checkup.findings.append(_pdsh())
-    answers = _ask(place, checkup.folders)
+    answers = _ask(place, checkup.folders, arguments.wait_seconds)
     checkup.facts = {answer.node: answer.facts for answer in answers if answer.facts is not None}
     checkup.findings += judge_job(answers, place.names[0], place.port, place.over_ssh)
     for node in place.nodes:
@@ -182,7 +182,7 @@ def _needs(node: Node, place: Place, checkup: Checkup) -> Needs:
     )
 
 
-def _ask(place: Place, folders: dict[str, Path]) -> list[Answer]:
+def _ask(place: Place, folders: dict[str, Path], limit_seconds: float) -> list[Answer]:
     """Have all nodes look, with files in the folders that must be shared for them to find."""
     shared = {name: _nearest(folders[name]) for name in (RUN_DIR, STORE_DIR, SHARED) if name in folders}
     here = {CURRENT_DIR: Path.cwd()} if place.over_ssh else {}
@@ -197,7 +197,7 @@ def _ask(place: Place, folders: dict[str, Path]) -> list[Answer]:
             "token": secrets.token_hex(8),
             "ssh_back": place.names[0] if place.over_ssh and len(place.nodes) > 1 else None,
         }
-        return ask(_targets(place, request), place.names[0], place.port, place.address)
+        return ask(_targets(place, request), place.names[0], place.port, place.address, limit_seconds)
 
 
 def _targets(place: Place, request: Mapping[str, Any]) -> Sequence[Target]:

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measure", action="store_true",
         help="then measure, for about a minute: arithmetic, memory, CPU Adam, copies, collectives, storage",
     )  # fmt: skip
+    parser.add_argument(
+        "--wait-seconds",
+        type=float,
+        default=8.0,
+        metavar="S",
+        help="how long to wait for the nodes' answers (default 8)",
+    )
     parser.add_argument("--json", action="store_true", help="print everything found as JSON")
 
 

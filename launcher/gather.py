@@ -2,7 +2,7 @@
 
 A node is a process that runs `launcher.node_facts` and talks over its stdin and stdout, so nothing
 but the name of the Python program reaches a remote shell, and no answer is waited for longer than
-`LIMIT_SECONDS`. What a node prints besides (greetings of a login shell or a module system) is skipped.
+the limit. What a node prints besides (greetings of a login shell or a module system) is skipped.
 """
 
 import collections
@@ -118,10 +118,10 @@ class _Talk:
                 return
             yield line
 
-    def why_silent(self) -> str:
+    def why_silent(self, limit_seconds: float) -> str:
         """What the process said on its way out, for the nodes that did not answer."""
         if self.process.poll() is None:
-            return f"no answer within {LIMIT_SECONDS:.0f} s"
+            return f"no answer within {limit_seconds:.0f} s"
         self._readers[1].join(0.5)
         useful = [line for line in self._errors if not line.startswith(("Warning:", "srun: error: task"))]
         return useful[-1] if useful else f"ended with code {self.process.returncode} and no answer"
@@ -185,7 +185,13 @@ def nonces(folders: Mapping[str, Path]) -> Iterator[dict[str, str]]:
             Path(path_text).unlink(missing_ok=True)
 
 
-def ask(targets: Sequence[Target], first: str, port: int | None, address: str | None = None) -> list[Answer]:
+def ask(
+    targets: Sequence[Target],
+    first: str,
+    port: int | None,
+    address: str | None = None,
+    limit_seconds: float = LIMIT_SECONDS,
+) -> list[Answer]:
     """Ask all targets at once; an answer for every node, in order.
 
     Then, if there are several nodes and the first could take `port`, whether the others reach it
@@ -199,14 +205,14 @@ def ask(targets: Sequence[Target], first: str, port: int | None, address: str | 
         except OSError as error:
             for node in target.nodes:
                 answers[node].error = f"cannot run {target.command[0]}: {error.strerror}"
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + limit_seconds
     try:
         for talk in talks:
             for line in talk.answers(deadline):
                 _take(answers, talk, line)
             for node in talk.target.nodes:
                 if answers[node].facts is None:
-                    answers[node].error = talk.why_silent()
+                    answers[node].error = talk.why_silent(limit_seconds)
         if port is not None and len(answers) > 1:
             _try_to_meet(answers, talks, first, port, address)
         for talk in talks:

@@ -189,7 +189,7 @@ def _ssh_back(host: str | None) -> str | None:
     words = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}", "--", host, "true"]
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=_SSH_SECONDS + 1, check=False, stdin=subprocess.DEVNULL
+            words, capture_output=True, text=True, timeout=_SSH_SECONDS + 2.5, check=False, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError:
         return "no ssh here"

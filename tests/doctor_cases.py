@@ -51,7 +51,17 @@ class Setting:
 
     def run(self) -> "tuple[int, list[dict[str, Any]]]":
         """`fulltune doctor --json`: its exit code and what it found."""
-        command = [*self.before, sys.executable, "-m", "launcher.cli", "doctor", "--json", *self.words]
+        command = [
+            *self.before,
+            sys.executable,
+            "-m",
+            "launcher.cli",
+            "doctor",
+            "--json",
+            "--wait-seconds",
+            "60",
+            *self.words,
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | self.environment
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
