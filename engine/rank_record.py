@@ -109,10 +109,13 @@ class _Tee(io.TextIOBase):
         if "\r" not in text:
             with contextlib.suppress(OSError):  # a log on a full disk ends no run
                 self._log.write(text)
-        return self._terminal.write(text)
+        with contextlib.suppress(BrokenPipeError):  # nor does a terminal, or an ssh, that is gone
+            self._terminal.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._terminal.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._terminal.flush()
 
     def isatty(self) -> bool:
         return self._terminal.isatty()

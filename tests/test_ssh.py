@@ -214,14 +214,15 @@ def test_a_network_that_breaks(hosts: SshHosts, folder: Path) -> None:
 
 
 @pytest.mark.long
-def test_ranks_that_lose_only_their_ssh_save_and_end(hosts: SshHosts, folder: Path) -> None:
-    job = start(hosts, make_run(folder, "no-ssh", **LONG_RUN))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_lose_only_their_ssh_save_and_end(hosts: SshHosts, folder: Path, rank: int) -> None:
+    """Also rank 0, which prints into it."""
+    job = start(hosts, make_run(folder, f"no-ssh-{rank}", **LONG_RUN))
     job.wait_for_step(20)
-    (server,) = {hosts.ssh_server_of(job.rank(1))}
-    os.kill(server, signal.SIGKILL)
+    os.kill(hosts.ssh_server_of(job.rank(rank)), signal.SIGKILL)
     code, output = job.wait()
     assert code == 75, output
-    assert "fulltune: ssh to h2 has ended: ranks save a checkpoint and end" in output
+    assert f"fulltune: ssh to h{rank + 1} has ended: ranks save a checkpoint and end" in output
     assert nothing_is_left(hosts)
 
 
