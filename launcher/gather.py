@@ -120,6 +120,10 @@ class _Talk:
 
     def why_silent(self, limit_seconds: float) -> str:
         """What the process said on its way out, for the nodes that did not answer."""
+        # Its output may have ended a moment before it has.
+        if not self._readers[0].is_alive():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_LEAVE_SECONDS)
         if self.process.poll() is None:
             return f"no answer within {limit_seconds:.0f} s"
         self._readers[1].join(0.5)

@@ -48,6 +48,12 @@ def test_hosts_need_pdsh(setting: Setting) -> None:
     assert pdsh["verdict"] == "error"
 
 
+def test_why_a_host_is_silent_is_told_however_it_ends(setting: Setting) -> None:
+    hostfile(setting, "".join(f"{name}.invalid slots=1\n" for name in "abcdef"))
+    _, found = setting.run()
+    assert {each["found"].partition(":")[0] for each in found if each["name"] == "ssh"} == {"ssh"}
+
+
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_planted_fault_is_named(case: str, setting: Setting) -> None:
     plant, name, verdict, words = FAULTS[case]
