@@ -121,6 +121,7 @@ class _Talk:
     def why_silent(self, limit_seconds: float) -> str:
         """What the process said on its way out, for the nodes that did not answer."""
         # Its output may have ended a moment before it has.
+        self._readers[0].join(0.2)
         if not self._readers[0].is_alive():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_LEAVE_SECONDS)
