@@ -150,7 +150,6 @@ LONG_RUN = {"steps": 100_000, "checkpoint": {"save_every_steps": 50_000}}
 
 @pytest.mark.long
 def test_ctrl_c_and_a_killed_rank_end_their_own_job_alone(hosts: SshHosts, folder: Path) -> None:
-    """DeepSpeed would end every job of this user on these hosts."""
     (hosts.home / ".deepspeed_env").write_text("FROM_HOME=1\n")
     (folder / ".deepspeed_env").write_text("FROM_HERE=1\n")
     other = start(hosts, make_run(folder, "other", **LONG_RUN))
@@ -228,7 +227,9 @@ def test_ranks_that_lose_only_their_ssh_save_and_end(hosts: SshHosts, folder: Pa
 
 @pytest.mark.long
 def test_a_far_rank_that_cannot_move_is_killed(hosts: SshHosts, folder: Path) -> None:
-    """All ranks are on h2, so that none hears h1's signals; a second Ctrl-C does not wait for any."""
+    """All ranks are on h2, so that none hears h1's signals; a second Ctrl-C does not wait, and spares other jobs."""
+    other = start(hosts, make_run(folder, "spared", **LONG_RUN))
+    other.wait_for_step(1)
     run_file = make_run(folder, "stuck", **LONG_RUN)
     job = start(hosts, run_file, "h1 slots=1\nh2 slots=2\n", "--include", "h2")
     job.wait_for_step(20)
@@ -238,6 +239,9 @@ def test_a_far_rank_that_cannot_move_is_killed(hosts: SshHosts, folder: Path) ->
     job.signal(signal.SIGINT)
     code, output = job.wait()
     assert code == 130, output
+    other.wait_for_step(other.step() + 3)
+    other.signal(signal.SIGINT)
+    assert other.wait()[0] == 75
     assert nothing_is_left(hosts)
 
 
