@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine.errors import LOST_PEER
+from engine.errors import LOST_PEER, STOPPED_WITH_CHECKPOINT
 from launcher.far_ranks import FarRanks
 from launcher.hang import Hang
 from launcher.memory_kill import machine_limit_bytes
@@ -30,6 +30,8 @@ def conclude(
         text = _hang_text(run_dir, findings.hang, findings.culprit, findings.hang_file)
         _write_records(run_dir, supervision, {findings.culprit: None}, text)
         return LOST_PEER, text
+    if findings.stopped_starting:
+        return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting, nothing to save: start again"
     if findings.missing:
         return LOST_PEER, f"{named(findings.missing)} never started, {MISSING_SECONDS:.0f} s after the first one did"
     # What we ended ourselves says nothing about how it would have ended.

@@ -25,7 +25,7 @@ from launcher.launch import Job, free_port
 from launcher.marks import killed_path
 from launcher.slurm_nodes import lost_nodes, wait_for_slurm
 from launcher.supervise import Stop, Supervision, liveness
-from launcher.verdict import clear_records, read_exits, read_starts
+from launcher.verdict import RankExit, clear_records, read_exits, read_starts
 
 _ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
 # A rank that ended well waits this long for the others before `srun` ends the step.
@@ -157,7 +157,11 @@ def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, 
             found = (float(note["time"]), int(note["rank"]), int(note["signal"]))
             (asked if note["asked"] else crashed).append(found)
     findings, exits = supervision.findings, read_exits(job.run_dir)
-    failed = [record.time for record in exits.values() if record.code not in (0, STOPPED_WITH_CHECKPOINT)]
+    failed = [
+        record.time
+        for record in exits.values()
+        if record.code not in (0, STOPPED_WITH_CHECKPOINT) and not _lost_its_peer(record)
+    ]
     is_asked = bool(supervision.stop.requests) or srun_code == 128 + signal.SIGTERM
     too_early = (asked and not failed) or (is_asked and not read_starts(job.run_dir))
     if asked:  # `srun` kills the others after the first that could not listen
@@ -168,6 +172,11 @@ def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, 
     findings.died_first = [rank for moment, rank, _ in sorted(crashed)[:1] if not failed or moment <= min(failed)]
     findings.signals = {rank: number for _, rank, number in crashed}
     return conclude(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
+
+
+def _lost_its_peer(record: RankExit) -> bool:
+    """Whether a rank failed in a collective: as a peer's death makes it, before anybody can have noted that death."""
+    return record.code == INTERNAL and "torch/distributed/" in record.traceback
 
 
 def _silent_nodes(job: Job) -> list[str]:

@@ -38,6 +38,9 @@ _GRACE_SECONDS = 30.0
 _AFTER_FAILURE_SECONDS = 5.0
 # What Slurm needs to end a step on all nodes.
 _END_OF_STEP_SECONDS = 15.0
+#: Phases in which there is nothing to save, and how long ranks may stay in them when they were asked to stop.
+STARTING = ("start", "run file", "import", "rendezvous", "set-up")
+_STARTING_SECONDS = 60.0
 #: A rank that comes up so much later than the first one does not come at all.
 MISSING_SECONDS = 900.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -112,6 +115,8 @@ class Findings:
     signals: dict[int, int] = field(default_factory=dict)
     hang: Hang | None = None
     hang_file: Path | None = None
+    #: Whether the ranks were asked to stop while they were starting, and did not come to a place where they could.
+    stopped_starting: bool = False
     #: Ranks that never came up although others did.
     missing: list[int] = field(default_factory=list)
     #: Who hung, after a look at all stacks.
@@ -152,6 +157,7 @@ class Supervision:
         self._announced = False
         self._told: set[int] = set()
         self._first_start = 0.0
+        self._asked_since = 0.0
         self._starts: list[RankStart] = []
         self.hangs = HangWatch(run_dir, hang_seconds or 1e9)
         self.memory = MemoryWatch()
@@ -181,14 +187,17 @@ class Supervision:
                     self.findings.signals[rank] = number
             if self.stop.requests:
                 self._pass_on()
+                if self._is_stuck_starting(now):
+                    self.findings.stopped_starting = True
+                    return
             time.sleep(_POLL_SECONDS)
         self._look(looked, time.monotonic())
 
-    def end(self, is_hopeless: bool = False) -> None:
+    def end(self) -> None:
         """Leave no survivor: TERM, time to save, KILL. Without that time where nothing can be saved any more."""
         findings = self.findings
         is_failed = self._failed_since is not None or findings.hang is not None
-        hopeless = is_hopeless or is_failed or bool(findings.missing)
+        hopeless = is_failed or findings.stopped_starting or bool(findings.missing)
         self.gave_up = self._process.poll() is None
         if self.gave_up and self._is_srun:
             # It ends the ranks of all nodes, which would outlive it if it were killed.
@@ -267,6 +276,13 @@ class Supervision:
         self._first_start = self._first_start or (now if started else 0.0)
         if self._first_start and now - self._first_start >= MISSING_SECONDS:
             self.findings.missing = [rank for rank in range(self._num_ranks) if rank not in started]
+
+    def _is_stuck_starting(self, now: float) -> bool:
+        """Whether no rank has got as far as its first step, where it would stop, long after it was asked to."""
+        self._asked_since = self._asked_since or now
+        beats = [beat for rank, beat in self.hangs.beats.items() if rank in {start.rank for start in self._starts}]
+        is_starting = all(beat.phase in STARTING for beat in beats)
+        return is_starting and now - self._asked_since >= _STARTING_SECONDS
 
     def _pass_on(self) -> None:
         """Tell every rank to stop, also those of this machine that have come up since."""

@@ -1,6 +1,6 @@
 """A real rank, `python -m engine`, that does what FAULT says at a place of the program; also `fulltune` with such ranks.
 
-FAULT is words ``what:rank:step``: ``slow`` micro-batches (0.25 s), ``slow_save`` (2 s a file); and at the
+FAULT is words ``what:rank:step``: ``slow`` micro-batches (0.25 s), ``slow_save`` (2 s a file), ``stuck_start``; and at the
 data of one rank's step: ``raise``, ``raise_once`` (not at the next start), ``segv``, ``gil`` (busy with the GIL held), ``pipe`` (reads what nobody
 writes), ``lock`` (waits for itself), ``alone`` (a collective that the others are not in), ``eat`` (all memory).
 
@@ -82,6 +82,9 @@ def as_rank() -> None:
     train = rank._train
 
     def with_faults(*arguments: Any) -> None:
+        if os.environ.get("FAULT") == "stuck_start":
+            while True:
+                time.sleep(1)
         install(os.environ.get("FAULT", ""))
         train(*arguments)
 

@@ -297,6 +297,15 @@ def test_the_verdict_is_the_ranks_own(tmp_path: Path) -> None:
     note = {"rank": 1, "signal": 9, "asked": False, "host": "n", "time": 51.0}
     slurm.killed_path(tmp_path, 1).write_text(json.dumps(note))
     assert conclude(job, 137)[0] == 79, "rank 1 was ended because rank 0 had failed"
+    ended(tmp_path, 0, 70)
+    ranks = tmp_path / "ranks"
+    lost = json.loads((ranks / "exit-00000.json").read_text()) | {
+        "traceback": 'File "x/torch/distributed/y.py", line 1'
+    }
+    (ranks / "exit-00000.json").write_text(json.dumps(lost))
+    (ranks / "exit-00001.json").unlink(missing_ok=True)
+    code, message = conclude(job, 137)
+    assert (code, "rank 1 was killed (signal 9, SIGKILL)" in message) == (76, True), "its peer was faster to say so"
     for rank in range(2):
         ended(tmp_path, rank, 0)
     slurm.killed_path(tmp_path, 1).unlink()
