@@ -94,7 +94,7 @@ def build_parser() -> _Parser:
     train.add_argument("--hostfile", type=Path, metavar="HOSTS", help="several machines: lines `host slots=N`")
     train.add_argument("--include", metavar="SPEC", help="with --hostfile: use only host1@host2:0,2")
     train.add_argument("--exclude", metavar="SPEC", help="with --hostfile: leave out host1@host2:0,2")
-    train.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet (default: a free one)")
+    train.add_argument("--master-port", type=_port, metavar="PORT", help="port where ranks meet (default: a free one)")
     train.add_argument(
         "--restarts", type=_number, default=0, metavar="N",
         help="after a crash or a hang, go on from the newest checkpoint by itself, at most N times",
@@ -232,6 +232,12 @@ def _count(text: str) -> int:
 def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"write a number, not {text}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"write a port from 1 to 65535, not {text}")
     return int(text)
 
 

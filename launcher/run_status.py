@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import FulltuneError, MissingInputError
+from engine.errors import STOPPED_WITH_CHECKPOINT, FulltuneError, MissingInputError
 from launcher.runs import (
     COMPLETE,
     RECORD,
@@ -20,6 +20,7 @@ from launcher.runs import (
     forbid_requeue,
     is_alive,
     newest_checkpoint,
+    read_outcome,
     read_record,
     slurm_facts,
 )
@@ -90,14 +91,17 @@ def _state(folder: Path) -> tuple[str, str]:
 
 
 def _outcome(folder: Path) -> str:
-    """How a run that has ended did, by its ranks' records."""
+    """How a run that has ended did, by what its start noted, else by its ranks' records."""
+    words = {0: "complete", STOPPED_WITH_CHECKPOINT: "stopped", 130: "interrupted"}
+    if (outcome := read_outcome(folder)) is not None:
+        return words.get(outcome[0], f"failed ({outcome[0]})")
     ranks = len(read_starts(folder))
     if (folder / COMPLETE).exists():  # removed by the next start
         return "complete"
     if not ranks:
         return "never started"
     code, _ = judge(folder, ranks, 1)
-    return {0: "complete", 75: "stopped"}.get(code, f"failed ({code})")
+    return words.get(code, f"failed ({code})")
 
 
 def _last_step(folder: Path) -> tuple[str, str]:
@@ -130,6 +134,9 @@ def show_logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:
     for text in _lines(path, record, follow):
         sys.stdout.write(text)
         sys.stdout.flush()
+    outcome = read_outcome(run_dir)
+    if rank is None and record.log is None and outcome is not None and outcome[1]:
+        print(f"fulltune: {outcome[1]}", flush=True)  # a batch job's log has it already
     if not path.exists():
         print(f"fulltune: {path}: not there (yet)", file=sys.stderr)
     return 0

@@ -20,7 +20,7 @@ from engine.file_modes import FILE_MODE, FOLDER_MODE
 from launcher.run_config import Run
 from launcher.verdict import read_exits, read_starts
 
-RECORD, COMPLETE = "job.json", "complete.json"
+RECORD, COMPLETE, OUTCOME = "job.json", "complete.json", "outcome.json"
 _ENDED = ("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT").split()
 _NUMBERS = ("job_id", "prepare_job_id", "pid", "started_ticks")
 
@@ -39,8 +39,8 @@ class JobRecord:
 
 def record_start(run_dir: Path, is_slurm_job: bool, environment: Mapping[str, str] = os.environ) -> None:
     """Note that this process runs the folder, or that the Slurm job does whose ranks it starts through `srun`."""
-    with contextlib.suppress(FileNotFoundError):
-        (run_dir / COMPLETE).unlink()
+    for name in (COMPLETE, OUTCOME):
+        (run_dir / name).unlink(missing_ok=True)
     job_id = environment.get("SLURM_JOB_ID", "")
     host = socket.gethostname()
     if is_slurm_job and job_id.isdecimal():
@@ -79,6 +79,21 @@ def write_private(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         raise CannotWriteError(f"cannot write {path}: {error.strerror}") from error
+
+
+def record_outcome(run_dir: Path, code: int, message: str) -> None:
+    """Note how this start of the run ended, in the words that its terminal got."""
+    with contextlib.suppress(CannotWriteError):  # a full disk: the ranks' records tell as much
+        write_private(run_dir / OUTCOME, json.dumps({"code": code, "message": message}, indent=2) + "\n")
+
+
+def read_outcome(run_dir: Path) -> tuple[int, str] | None:
+    """(exit code, words) of the last start that has ended; None if it was killed, or started without our command."""
+    try:
+        values = json.loads((run_dir / OUTCOME).read_text(encoding="utf-8"))
+        return int(values["code"]), str(values["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def record_complete(run: Run) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import slurm
 from engine.ds_config import resolve_ds_config
-from engine.errors import CannotWriteError, ConfigError, FulltuneError
+from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingInputError
 from engine.file_modes import FOLDER_MODE, refuse_foreign, umask_for
 from engine.run_file import dump_yaml
 from launcher import runs
+from launcher.judge_run import judge_run
 from launcher.run_config import Run
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -239,6 +240,7 @@ def submit(run: Run, request: Request, dry_run: bool) -> int:
             print(f"# {run_dir / name}\n{text}")
         return 0
     _refuse_running(run_dir)
+    _refuse_what_is_not_there(run)
     refuse_foreign(run_dir, run.config.share_with_group)
     try:
         run_dir.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
@@ -261,6 +263,14 @@ def submit(run: Run, request: Request, dry_run: bool) -> int:
     print(f"training: Slurm job {job_ids[-1]}{after}, log {log}")
     print(f"look with: fulltune status {shlex.quote(str(run_dir))}; fulltune logs -f {shlex.quote(str(run_dir))}")
     return 0
+
+
+def _refuse_what_is_not_there(run: Run) -> None:
+    """MissingInputError for records, a tokenizer or a model that would be missed only after the queue."""
+    wrong = next((finding for finding in judge_run(run) if finding.verdict == "error"), None)
+    if wrong is not None:
+        advice = f"; {wrong.to_do}" if wrong.to_do else ""
+        raise MissingInputError(f"{wrong.name}: {wrong.found}{advice} (`fulltune doctor` tells more)")
 
 
 def _refuse_running(run_dir: Path) -> None:
@@ -299,6 +309,8 @@ def _sbatch(words: list[str], environment: dict[str, str], umask: int) -> int:
         raise FulltuneError(
             "`sbatch` did not answer within two minutes; look with squeue before trying again"
         ) from None
+    if any(words in done.stderr for words in ("contact slurm controller", "resolve_ctls", "Could not establish")):
+        raise ConfigError("no Slurm controller answers here: submit on a login node of the cluster")
     job_id = done.stdout.strip().partition(";")[0]
     if done.returncode or not job_id.isdecimal():
         raise FulltuneError(f"`sbatch` refused: {' '.join((done.stderr or done.stdout).split())}")

@@ -113,29 +113,41 @@ def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None)
         return 0, ""
     with owned_run_dir(run.config.run_dir, run.config.share_with_group):
         runs.record_start(run.config.run_dir, job.starts_through_srun)
-        if job.starts_through_ssh:
-            job = _on_hosts(job, master_port)
-        prepare_store(run)
-        write_resolved(run)
-        if job.starts_through_srun:
-            _tell_command(job)
-            code, message = run_with_restarts(job, restarts)
-            if code == 0:
-                runs.record_complete(run)
-            elif code == STOPPED_WITH_CHECKPOINT and is_held(run.config.run_dir):
-                # Brought back it could only refuse to start.
-                runs.forbid_requeue(int(os.environ["SLURM_JOB_ID"]))
-                message += f"; on hold: remove {run.config.run_dir / 'HOLD'} and submit it again"
-            return code, message
-        _prebuild(job.environment, needs_async_io(run.config))
-        if job.starts_through_ssh:
-            ours = job.environment | remote_environment(job.run_dir, job.environment)
-            job = dataclasses.replace(job, environment=ours)
-        _tell_command(job)
         try:
-            return run_with_restarts(job, restarts)
-        finally:
-            (job.run_dir / "deepspeed_env").unlink(missing_ok=True)
+            code, message = _prepare_and_run(run, job, restarts, master_port)
+        except FulltuneError as error:
+            runs.record_outcome(run.config.run_dir, error.exit_code, str(error))
+            raise
+        runs.record_outcome(run.config.run_dir, code, message)
+    if code == 0:
+        print(f"{run.config.run_dir}: complete", flush=True)
+    return code, message
+
+
+def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None) -> tuple[int, str]:
+    if job.starts_through_ssh:
+        job = _on_hosts(job, master_port)
+    prepare_store(run)
+    write_resolved(run)
+    if job.starts_through_srun:
+        _tell_command(job)
+        code, message = run_with_restarts(job, restarts)
+        if code == 0:
+            runs.record_complete(run)
+        elif code == STOPPED_WITH_CHECKPOINT and is_held(run.config.run_dir):
+            # Brought back it could only refuse to start.
+            runs.forbid_requeue(int(os.environ["SLURM_JOB_ID"]))
+            message += f"; on hold: remove {run.config.run_dir / 'HOLD'} and submit it again"
+        return code, message
+    _prebuild(job.environment, needs_async_io(run.config))
+    if job.starts_through_ssh:
+        ours = job.environment | remote_environment(job.run_dir, job.environment)
+        job = dataclasses.replace(job, environment=ours)
+    _tell_command(job)
+    try:
+        return run_with_restarts(job, restarts)
+    finally:
+        (job.run_dir / "deepspeed_env").unlink(missing_ok=True)
 
 
 def _on_hosts(job: Job, master_port: int | None) -> Job:

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import INTERNAL, LOST_PEER, OTHER_RANK_FAILED, CannotWriteError, FulltuneError
+from engine.errors import (
+    INTERNAL,
+    LOST_PEER,
+    OTHER_RANK_FAILED,
+    STOPPED_WITH_CHECKPOINT,
+    CannotWriteError,
+    FulltuneError,
+)
 from engine.file_modes import refuse_foreign, set_umask
 from engine.run_file import load_run_file
 
@@ -148,6 +155,8 @@ def signal_number(code: int) -> int | None:
 
 
 def _describe(record: RankExit) -> str:
+    if record.code == STOPPED_WITH_CHECKPOINT:
+        return record.message or "stopped on request"
     phase = f" in phase {record.phase}" if record.phase else ""
     return f"rank {record.rank} ended with exit code {record.code}{phase}: {record.message or 'no message'}"
 

@@ -219,7 +219,7 @@ def test_verdict_by_hand(tmp_path: Path) -> None:
     end = [*arguments, "end", str(tmp_path), "--ranks", "1", "--code", "0"]
     result = subprocess.run(end, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 75
-    assert "rank 0 ended with exit code 75" in result.stderr
+    assert result.stderr == "fulltune: stopped\n"
     run_file = tmp_path / "run.yaml"
     run_file.write_text(
         "run_dir: elsewhere\ntask: causal_lm\ndata: {store_dir: s, row_tokens: 8}\nmodel: {path: m}\n"

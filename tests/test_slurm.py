@@ -226,7 +226,7 @@ def test_a_cancelled_job_saves_and_stays_away(undisturbed: Path, cluster: SlurmC
     time.sleep(3)
     assert cluster.job(job)["JobState"] == "CANCELLED", "a cancelled job came back"
     assert facts["Restarts"] == "0"
-    assert "ended with exit code 75" in log_of(run_dir)
+    assert "stopped on request after step" in log_of(run_dir)
     again = submit(cluster, path)
     wait_until(cluster, again, run_dir, "COMPLETED")
     assert_same(run_dir, undisturbed)

@@ -130,7 +130,10 @@ def test_a_canary_would_have_been_noticed(tmp_path: Path) -> None:
 
 
 def make_run_file(tmp_path: Path) -> Path:
-    (tmp_path / "run.yaml").write_text(RUN_FILE.replace("run_dir: run", f"run_dir: {tmp_path}/run"))
+    text = RUN_FILE.replace("run_dir: run", f"run_dir: {tmp_path}/run")
+    text = text.replace("more/*.jsonl", "records.jsonl").replace("records.jsonl", f"{tmp_path}/records.jsonl")
+    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "records.jsonl").write_text('{"text": "some words"}\n')
     return tmp_path / "run.yaml"
 
 
@@ -139,7 +142,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     words = ["submit", str(path), "--nodes", "2", "--gpus-per-node", "4", "--dry-run", "seed=5"]
     assert cli.main(words) == 0
     assert "#SBATCH --nodes=2" in capsys.readouterr().out
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["records.jsonl", "run.yaml"]
 
 
 def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
@@ -165,6 +168,19 @@ def test_a_refused_training_job_takes_its_preparation_along(
     assert "`sbatch` refused: no such account" in capsys.readouterr().err
     assert (tmp_path / "calls").read_text().splitlines()[-1] == "scancel 41"
     assert not (tmp_path / "run" / "job.json").exists()
+
+
+def test_what_would_be_missed_after_the_queue_is_named_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sbatch(tmp_path, monkeypatch, "echo 42\n")
+    words = ["submit", str(make_run_file(tmp_path)), "--ranks-per-node", "1"]
+    assert cli.main([*words, "data.train=recrods.jsonl"]) == MissingInputError.exit_code
+    assert "train records: recrods.jsonl: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "calls").exists()
+    fake_sbatch(tmp_path, monkeypatch, "echo 'Unable to contact slurm controller' >&2; exit 1\n")
+    assert cli.main(words) == ConfigError.exit_code
+    assert "no Slurm controller answers here" in capsys.readouterr().err
 
 
 def test_overrides_go_into_the_file_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +408,27 @@ def test_a_local_run_is_known_by_more_than_its_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="elsewhere"):
         runs.is_alive(runs.JobRecord(host="elsewhere", pid=1, started_ticks=1))
     assert {field.name for field in fields(record)} == json.loads((tmp_path / "job.json").read_text()).keys()
+
+
+def test_a_run_that_has_ended_is_told_in_the_words_of_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not in those of the ranks that lost a peer."""
+    runs.write_record(tmp_path, runs.JobRecord(host=os.uname().nodename, pid=1, started_ticks=0))
+    ended(tmp_path, 0, 70)
+    ended(tmp_path, 1, 76)
+    (tmp_path / "ranks" / "rank-00000.log").write_text("Connection reset\n")
+    runs.record_outcome(tmp_path, 76, "rank 1 was killed")
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert "failed (76)" in capsys.readouterr().out
+    assert cli.main(["logs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "Connection reset\nfulltune: rank 1 was killed\n"
+    for code, word in ((0, "complete"), (75, "stopped"), (130, "interrupted")):
+        runs.record_outcome(tmp_path, code, "")
+        cli.main(["status", str(tmp_path)])
+        assert word in capsys.readouterr().out
+    runs.record_start(tmp_path, False)
+    assert runs.read_outcome(tmp_path) is None
 
 
 def test_status_without_slurm_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
