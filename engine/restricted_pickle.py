@@ -84,6 +84,17 @@ class _Stage(_Inert):
         return number
 
 
+class _StageByName(_Inert):
+    """For getattr, of ZeroStageEnum and nothing else: so some versions of Python 3.11 write its members down."""
+
+    __slots__ = ()
+
+    def __new__(cls, owner: Any, name: Any) -> Any:
+        if owner is not _Stage or name not in _STAGES:
+            raise _RefusedError("builtins.getattr")
+        return _STAGES.index(name)
+
+
 class _StorageType(_Inert):
     """For torch.FloatStorage and its kin: the name of the elements' type. An object, so it cannot be called."""
 
@@ -155,6 +166,8 @@ def _storage_type(dtype: str) -> _StorageType:
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+#: Members of DeepSpeed's ZeroStageEnum, in the order of their numbers.
+_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
 #: All that a pickle may name: what DeepSpeed 0.19.8 saves for ZeRO 1, 2 and 3, and what becomes of it.
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Dict,
@@ -166,6 +179,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _RebuildParameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _RebuildFromType,
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _Stage,
+    ("builtins", "getattr"): _StageByName,
+    ("__builtin__", "getattr"): _StageByName,
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"): _Inert,
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"): _Inert,
     ("deepspeed.utils.tensor_fragment", "fragment_address"): _Inert,

@@ -90,7 +90,7 @@ def test_a_slow_save_is_no_hang_and_neither_is_waiting_for_it(tmp_path: Path) ->
         assert watch.judge(set()) is None
     rank, seconds = silent_until_found(watch, {0: after(300, 201), 1: after(299, 201, phase="save")})
     assert rank == 1
-    assert seconds < 1800
+    assert 600 < seconds < 7200 + 60
 
 
 def test_time_in_which_nobody_looked_does_not_count(tmp_path: Path) -> None:
