@@ -108,7 +108,7 @@ def test_restarted_by_itself_as_long_as_it_gets_further(folder: Path) -> None:
 
 
 HANGS = {
-    "pipe:1:24": "in misbehave", "lock:0:24": "in misbehave", "gil:1:24": "in misbehave", "alone:1:24": "in barrier",
+    "pipe:1:200": "in misbehave", "lock:0:200": "in misbehave", "gil:1:200": "in misbehave", "alone:1:200": "in barrier",
 }  # fmt: skip
 
 
@@ -118,17 +118,17 @@ HANGS = {
 )
 def test_a_rank_that_hangs_is_named_with_all_stacks(folder: Path, fault: str) -> None:
     what, rank, _ = fault.split(":")
-    run_file = make_run(folder, f"hang-{what}", steps=40, checkpoint={"save_every_steps": 100})
+    run_file = make_run(folder, f"hang-{what}", steps=400, checkpoint={"save_every_steps": 100})
     with started(run_file, fault, "--hang-seconds", "6") as run:
         code, output = run.wait()
         assert code == 76, output
         run.assert_nothing_is_left()
         last = output.rstrip().splitlines()[-1]
-        assert f"rank {rank} on {os.uname().nodename} hangs in step 24" in last
+        assert f"rank {rank} on {os.uname().nodename} hangs in step 200" in last
         stacks = (run.run_dir / "ranks" / "hang.txt").read_text()
         assert HANGS[fault] in stacks.partition(f"=== rank {rank}:")[2].partition("=== rank")[0]
         assert stacks.count("in train_step") == 2, "the stacks of both ranks"
-        assert run.exits()[int(rank)]["step"] == 24
+        assert run.exits()[int(rank)]["step"] == 200
 
 
 @pytest.mark.parametrize(
