@@ -31,6 +31,8 @@ _MULTIPLE = 3.0
 #: A look counts for no more than this: nobody hangs because the supervisor itself, or the whole machine, stood still.
 _LONGEST_LOOK_SECONDS = 1.0
 _STACKS_SECONDS = 3.0
+#: A stopped process is no slow one: it need not be waited for as long, and all is told before the limit is over.
+_STOPPED_SHARE = 2 / 3
 
 
 def limit_seconds(phase: str, step_seconds: Sequence[float], least_seconds: float = LEAST_SECONDS) -> float:
@@ -99,8 +101,8 @@ class HangWatch:
         """The rank that hangs, or None. Ranks that have `ended` are judged by others."""
         living = {rank: beat for rank, beat in self._beats.items() if rank not in ended}
         for rank, seconds in self._stopped.items():
-            if rank in living and seconds >= self._least_seconds:
-                return Hang(rank, living[rank], seconds, self._least_seconds, is_stopped=True)
+            if rank in living and seconds >= self._least_seconds * _STOPPED_SHARE:
+                return Hang(rank, living[rank], seconds, self._least_seconds * _STOPPED_SHARE, is_stopped=True)
         if not living:
             return None
         last = min(living, key=lambda rank: (living[rank].count, rank))
