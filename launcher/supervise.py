@@ -181,7 +181,8 @@ class Supervision:
             has_waited = self._failed_since is not None and now - self._failed_since >= _AFTER_FAILURE_SECONDS
             if has_waited or self.findings.hang or self.findings.missing or (self.far and self.far.lost):
                 return
-            self._starts = read_starts(self._run_dir)
+            if len(self._starts) < self._num_ranks:  # one that dies at once shall be known before it is gone
+                self._starts = read_starts(self._run_dir)
             for rank, pid in self.pids.items():
                 if number := death_signal(pid):
                     self.findings.signals[rank] = number
