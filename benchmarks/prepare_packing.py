@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.pack import pack_rows
-from data_prep.rows import RowSource, open_rows
+from data_prep.rows.pack import pack_rows
 from data_prep.token_store import TokenStore
+from data_prep.token_store.rows import RowSource, open_rows
 
 FILL_ROWS = 4500
 ROWS_READ = 400

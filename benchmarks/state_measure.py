@@ -113,7 +113,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _environment(world_size: int) -> dict[str, str]:
-    from engine.prebuild import tool_environment
+    from engine.zero.prebuild import tool_environment
 
     return (
         os.environ
@@ -131,7 +131,7 @@ def _environment(world_size: int) -> dict[str, str]:
 
 def prebuild() -> None:
     """Compile DeepSpeed's ops where that has not been done; says so."""
-    subprocess.run([sys.executable, "-m", "engine.prebuild"], cwd=ROOT, env=_environment(1), check=True)
+    subprocess.run([sys.executable, "-m", "engine.zero.prebuild"], cwd=ROOT, env=_environment(1), check=True)
 
 
 def run_process(phase: str, arguments: dict[str, Any]) -> dict[str, Any]:

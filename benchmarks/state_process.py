@@ -26,7 +26,7 @@ def phase_model(arguments: Arguments) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from engine.safetensors_writer import TensorSource, write_safetensors
+    from engine.tensor_files.writer import TensorSource, write_safetensors
 
     folder = Path(arguments["model"])
     folder.mkdir(parents=True)
@@ -67,7 +67,7 @@ def phase_export(arguments: Arguments) -> dict[str, Any]:
 
     The first time gives the memory, what is imported on the way included; the others the time.
     """
-    from engine.export import export_checkpoint
+    from engine.export.from_checkpoint import export_checkpoint
 
     checkpoint, model_dir, out = Path(arguments["checkpoint"]), Path(arguments["model_dir"]), Path(arguments["out"])
 
@@ -97,16 +97,16 @@ def phase_export(arguments: Arguments) -> dict[str, Any]:
 @contextmanager
 def without_verification() -> Iterator[None]:
     """Neither the checkpoint's hashes are compared, nor is what was written read back and computed with."""
-    import engine.export
-    import engine.hf_folder
-    from engine.checkpoint_reader import CheckpointReader
-    from engine.range_reader import read_ranges
+    import engine.export.folder
+    import engine.export.from_checkpoint
+    from engine.checkpoint.reader import CheckpointReader
+    from engine.tensor_files.range_reader import read_ranges
 
     replaced: list[tuple[Any, str, Any]] = [
         (CheckpointReader, "read_into", lambda _self, wanted: read_ranges(wanted)),
         (CheckpointReader, "verify_rest", lambda *_: None),
-        (engine.hf_folder, "_read_back", lambda *_: None),
-        (engine.export, "check_forward", lambda *_: None),
+        (engine.export.folder, "_read_back", lambda *_: None),
+        (engine.export.from_checkpoint, "check_forward", lambda *_: None),
     ]
     real = [getattr(owner, name) for owner, name, _ in replaced]
     for owner, name, value in replaced:

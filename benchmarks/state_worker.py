@@ -21,19 +21,20 @@ import torch
 import torch.distributed as dist
 from state_measure import Meter, folder_bytes, write_report
 
-from engine import restore, zero_state
 from engine.batches import Batch
-from engine.checkpoint import Owner, save_checkpoint
-from engine.checkpoint_reader import CheckpointReader
+from engine.checkpoint import restore
+from engine.checkpoint.reader import CheckpointReader
+from engine.checkpoint.save import Owner, save_checkpoint
+from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
-from engine.distributed import Ranks, leave, start_ranks
-from engine.ds_config import resolve_ds_config
-from engine.model import StoreFacts, build_model
-from engine.prebuild import load_ops_once
-from engine.range_reader import read_ranges
-from engine.saves import Saves
+from engine.model.build import StoreFacts, build_model
+from engine.model.starting_weights import StartingWeights
+from engine.ranks.distributed import Ranks, leave, start_ranks
 from engine.setup import build_engine, quiet_libraries
-from engine.starting_weights import StartingWeights
+from engine.tensor_files.range_reader import read_ranges
+from engine.zero import zero_state
+from engine.zero.ds_config import resolve_ds_config
+from engine.zero.prebuild import load_ops_once
 
 Arguments = dict[str, Any]
 

@@ -185,7 +185,7 @@ def expect(running: Job, code: int) -> None:
 
 
 def beat_microseconds(folder: Path) -> float:
-    from engine import heartbeat
+    from engine.ranks import heartbeat
 
     heartbeat.open_page(folder / "page")
     began = time.perf_counter()

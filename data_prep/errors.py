@@ -52,3 +52,11 @@ class DataConfigError(PreparationError):
     """The ``data`` section asks for something impossible."""
 
     exit_code = 78
+
+
+def overlong_message(where: str, num_tokens: int, row_tokens: int) -> str:
+    """The one line for a record that fits no row."""
+    return (
+        f"{where}: {num_tokens} tokens do not fit a row of {row_tokens} (data.row_tokens);"
+        " raise it, or set data.overlong to drop, split or truncate"
+    )

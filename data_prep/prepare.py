@@ -14,20 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.build_store import build, discard_work, encode_parts, find_donor, find_store
+from data_prep.chat.plain_template import plain_template
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
-from data_prep.inputs import Encoding, Group, Input, Split, work_dir
-from data_prep.ledger import ledger_table
-from data_prep.plain_template import plain_template
-from data_prep.records import Record, SourceFile
-from data_prep.shapes import Shape, recognise
-from data_prep.sources import find_sources, read_records
-from data_prep.store_folder import exclusive, remove_leftovers, remove_work, storage_errors, write_text_atomically
+from data_prep.pipeline.build_store import build, discard_work, encode_parts, find_donor, find_store
+from data_prep.pipeline.inputs import Encoding, Group, Input, Split, work_dir
+from data_prep.pipeline.store_folder import (
+    exclusive,
+    remove_leftovers,
+    remove_work,
+    storage_errors,
+    write_text_atomically,
+)
+from data_prep.pipeline.work import HashRange, Task
+from data_prep.rows.ledger import ledger_table
+from data_prep.shapes.recognise import Shape, recognise
+from data_prep.sources.records import Record, SourceFile
+from data_prep.sources.sources import find_sources, read_records
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
-from data_prep.tokenizer import Tokenizer
-from data_prep.tokenizer_files import open_tokenizer
-from data_prep.work import HashRange, Task
+from data_prep.tokenizer.open import open_tokenizer
+from data_prep.tokenizer.tokenizer import Tokenizer
 
 _RECOGNISED_FROM_RECORDS = 100
 _MUCH_UNKNOWN = 0.03

@@ -1,7 +1,7 @@
 """One rank of a training job: ``deepspeed --module engine RUN.yaml [key=value ...]``.
 
 The launcher starts this once a rank. What it did is written into ``run_dir/ranks`` (see
-`engine.rank_record`), because a launcher's exit code does not always tell the truth.
+`engine.ranks.rank_record`), because a launcher's exit code does not always tell the truth.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from engine import heartbeat
 from engine.config import RunConfig
 from engine.errors import (
     COMPLETE,
@@ -24,11 +23,12 @@ from engine.errors import (
     StoppedError,
 )
 from engine.file_modes import set_umask
-from engine.liveness import Watch, end_with_parent, remove_shared_memory
-from engine.placement import describe, place_rank
-from engine.rank_record import RankRecord
+from engine.ranks import heartbeat
+from engine.ranks.liveness import Watch, end_with_parent, remove_shared_memory
+from engine.ranks.placement import describe, place_rank
+from engine.ranks.rank_record import RankRecord
+from engine.ranks.stop import StopSignal
 from engine.run_file import RunFile, load_run_file, with_absolute_paths
-from engine.stop import StopSignal
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     record.end(code, message, trace, stop.reason)
     if "torch" not in sys.modules:
         sys.exit(code)
-    from engine.distributed import leave
+    from engine.ranks.distributed import leave
 
     leave(code)
 
@@ -88,8 +88,8 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal, 
     placement = place_rank(os.environ)  # before torch starts its threads
     import torch
 
-    from engine.ds_config import needs_async_io
-    from engine.prebuild import extensions_dir, load_ops_once
+    from engine.zero.ds_config import needs_async_io
+    from engine.zero.prebuild import extensions_dir, load_ops_once
 
     uses_gpus = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     load_ops_once(uses_gpus, needs_async_io(config))
@@ -98,10 +98,10 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal, 
         print(placed, flush=True)
     else:
         record.log(placed)
-    from engine.distributed import start_ranks
-    from engine.nvme_state import remove_swap_files
+    from engine.ranks.distributed import start_ranks
     from engine.setup import quiet_libraries, set_up
     from engine.train import train
+    from engine.zero.nvme_state import remove_swap_files
 
     quiet_libraries()
     heartbeat.enter("rendezvous")

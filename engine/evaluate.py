@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import heartbeat
 from engine.batches import MicroBatches, RowIndex, Store, split_rows
 from engine.config import TaskName
-from engine.distributed import Ranks
 from engine.errors import NumericalStopError
-from engine.stop import StopSignal
+from engine.ranks import heartbeat
+from engine.ranks.distributed import Ranks
+from engine.ranks.stop import StopSignal
 from engine.tasks import build_batch
 
 

@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from engine.ds_config import shipped_ds_configs
 from engine.errors import ConfigError, MissingInputError
 from engine.secrets_in_text import find_secrets
+from engine.zero.ds_config import shipped_ds_configs
 
 Model = TypeVar("Model", bound=BaseModel)
 

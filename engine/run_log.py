@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import heartbeat
 from engine.goodput import CAUSES, Goodput, useful_seconds
+from engine.ranks import heartbeat
 
 PHASES = ("data", "forward", "backward", "optimizer")
 GIB = 2.0**30

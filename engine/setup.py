@@ -19,25 +19,32 @@ from typing import Any
 import torch
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
-from engine.agreement import from_rank_0
-from engine.checkpoint import Owner, finish_replacing
-from engine.checkpoint_files import list_checkpoints
-from engine.checkpoint_reader import CheckpointReader
+from engine.checkpoint.format import list_checkpoints
+from engine.checkpoint.reader import CheckpointReader
+from engine.checkpoint.restore import restore_newest
+from engine.checkpoint.save import Owner, finish_replacing
+from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
-from engine.distributed import Ranks, RunFolder
-from engine.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path, offloads_optimizer, resolve_ds_config, with_nvme_path
 from engine.errors import DataError, MissingInputError, StorageError
-from engine.model import StoreFacts, build_model, decay_groups, model_folder
-from engine.nvme_state import prepare_swap_folder, swap_folder
-from engine.rank_record import write_json
-from engine.restore import restore_newest
+from engine.model.build import StoreFacts, build_model, decay_groups, model_folder
+from engine.model.starting_weights import StartingWeights
+from engine.ranks.agreement import from_rank_0
+from engine.ranks.distributed import Ranks
+from engine.ranks.rank_record import write_json
 from engine.run_file import RunFile, dump_yaml
+from engine.run_folder import RunFolder
 from engine.run_log import RunLog
-from engine.saves import Saves
-from engine.starting_weights import StartingWeights
 from engine.tasks import TaskModel
 from engine.train import Progress, Training
-from engine.zero_state import begin_swapping
+from engine.zero.ds_config import (
+    NVME_BYTES_PER_PARAMETER,
+    nvme_path,
+    offloads_optimizer,
+    resolve_ds_config,
+    with_nvme_path,
+)
+from engine.zero.nvme_state import prepare_swap_folder, swap_folder
+from engine.zero.zero_state import begin_swapping
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def build_engine(
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    from engine.sliced_weights import fill_engine, partition, place_parameters
+    from engine.zero.sliced_weights import fill_engine, partition, place_parameters
 
     source = [StartingWeights.of(model) if weights is None else weights]
     place_parameters(model, ds_config)

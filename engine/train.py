@@ -12,18 +12,18 @@ import xxhash
 from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
-from engine import heartbeat
 from engine.batches import MicroBatches, split_rows, stream_rows
+from engine.checkpoint.schedule import Best, Saves
 from engine.config import RunConfig
-from engine.distributed import Ranks
 from engine.errors import NumericalStopError, StoppedError
 from engine.evaluate import evaluate
+from engine.export.while_training import export_end, export_step
+from engine.ranks import heartbeat
+from engine.ranks.distributed import Ranks
+from engine.ranks.stop import StopSignal
 from engine.run_log import RunLog, Stopwatch, memory_gib
-from engine.saves import Best, Saves
 from engine.schedule import learning_rate
-from engine.stop import StopSignal
 from engine.tasks import build_batch
-from engine.weights_only import export_end, export_step
 
 
 @dataclass

@@ -11,10 +11,10 @@ from typing import NoReturn
 from engine.config import byte_count
 from engine.errors import INTERNAL, ConfigError
 from engine.file_modes import set_umask
-from launcher import commands as run
-from launcher.doctor_table import add_arguments as add_doctor_arguments
-from launcher.inspect_store import add_arguments as add_inspect_arguments
-from launcher.submit import add_arguments as add_submit_arguments
+from launcher.commands import verbs as run
+from launcher.commands.inspect import add_arguments as add_inspect_arguments
+from launcher.commands.submit import add_arguments as add_submit_arguments
+from launcher.doctor.table import add_arguments as add_doctor_arguments
 
 _INTERRUPTED = 130
 

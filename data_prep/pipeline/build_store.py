@@ -1,0 +1,260 @@
+"""Makes the store of one split, or finds it made: encode all spans, join their parts, arrange rows, publish."""
+
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_prep.chat.child import Proof, start_proof
+from data_prep.config import DataConfig
+from data_prep.errors import BadDataError
+from data_prep.pipeline.deduplicate import keep_first
+from data_prep.pipeline.inputs import Encoding, Group, Split, num_bytes, parts_dir, store_path, work_dir
+from data_prep.pipeline.parallel import encode_spans
+from data_prep.pipeline.parts import Part, PartAccount, read_account
+from data_prep.pipeline.store_folder import link_content, publish
+from data_prep.pipeline.store_writer import count_id, describe_files, write_content
+from data_prep.pipeline.work import Job, SplitJob, Task
+from data_prep.progress import Progress
+from data_prep.rows.arrange import RowPlan, write_rows
+from data_prep.sources.sources import check_unchanged
+from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
+
+Say = Callable[[str], None]
+_ABANDONED_SECONDS = 3600.0
+
+
+def encode_parts(
+    config: DataConfig, group: Group, splits: Sequence[Split], encoding: Encoding, part: tuple[int, int],
+    progress: bool,
+) -> int:  # fmt: skip
+    """Make the missing parts of share ``part`` = (i, n) of the spans, i from 0. Returns how many were made.
+
+    Any number of machines may do this at once with different shares, or with the same one.
+    """
+    job = _open_job(config, group, splits, encoding)
+    todo = [
+        work
+        for work in group.work[part[0] :: part[1]]
+        if any(read_account(split.parts_dir, work.part) is None for split in job.splits)
+    ]
+    sizes = [sum(num_bytes(*piece) for piece in work.pieces) for work in todo]
+    label = " and ".join(split.name for split in splits)
+    proof = _start_proof(encoding, job.now) if todo and job.chats else None
+    with proof or nullcontext(), Progress(f"tokenising {label}", sum(sizes), progress) as bar:
+        for size, _ in zip(sizes, encode_spans(job, todo, config.workers, encoding.tokenizer, proof), strict=True):
+            bar.advance(size)
+    return len(todo)
+
+
+def _start_proof(encoding: Encoding, now: datetime) -> Proof:
+    tokenizer = encoding.tokenizer
+    assert encoding.chat_template is not None
+    strings = tokenizer.control_strings, tokenizer.plain_added_strings
+    return start_proof(encoding.chat_template, tokenizer.special_tokens, *strings, now)
+
+
+def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encoding: Encoding) -> Job:
+    """The job of a work folder, which the first to come sets up: tokenizer files and the clock of templates."""
+    folder = work_dir(config, group)
+    tokenizer_dir = folder / "tokenizer"
+    if not tokenizer_dir.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / f".tokenizer.{uuid.uuid4().hex}.partial"  # machines may come at once
+        try:
+            encoding.tokenizer.save(staged, encoding.chat_template)
+            (staged / "now.txt").write_text(datetime.now().isoformat(), encoding="ascii")
+            staged.rename(tokenizer_dir)
+        except OSError:
+            if not tokenizer_dir.exists():  # else another preparation was first
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    jobs = tuple(SplitJob(split.name, split.chosen, parts_dir(config, group, split)) for split in splits)
+    for job in jobs:
+        job.parts_dir.mkdir(exist_ok=True)
+    now = datetime.fromisoformat((tokenizer_dir / "now.txt").read_text(encoding="ascii"))
+    chats = encoding.chat_template is not None and any(one.shape.gives_chats for one in group.inputs)
+    return Job(encoding.task, config, tokenizer_dir, encoding.chat_template, now, chats, jobs)
+
+
+def find_store(config: DataConfig, split: Split, say: Say) -> TokenStore | None:
+    """The finished store of `split` if it is there and sound; a damaged one is removed. Only with the lock held."""
+    final = store_path(config, split)
+    if not final.exists():
+        return None
+    try:
+        store = TokenStore.open(final)
+        store.verify()
+    except StoreError as error:
+        say(f"{error}; building it again")
+        shutil.rmtree(final)
+        return None
+    return store
+
+
+def find_donor(store_dir: Path, split: Split) -> TokenStore | None:
+    """A sound store of the same documents in rows of another length."""
+    for manifest_path in sorted(store_dir.glob(f"*/{MANIFEST_NAME}")):
+        try:
+            store = TokenStore.open(manifest_path.parent)
+            if store.manifest.get("content_key") == split.content_key:
+                store.verify()
+                return store
+        except StoreError:
+            continue
+    return None
+
+
+def build(
+    config: DataConfig, group: Group, split: Split, encoding: Encoding, label_names: Sequence[str] | None,
+    donor: TokenStore | None, progress: bool,
+) -> TokenStore:  # fmt: skip
+    """Join the parts of `split`, or take over the documents of `donor`, arrange rows and publish the store.
+
+    `label_names`: labels in their order; None: those that the parts hold, sorted. Raises PreparationError;
+    then no folder is left behind.
+    """
+    final = store_path(config, split)
+    folder = config.store_dir / f".{final.name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        if donor is not None:
+            content = link_content(donor, folder)
+        else:
+            content = _join_content(config, group, split, encoding, label_names, folder)
+        plan = RowPlan(config.row_tokens, config.packing, config.overlong, config.min_targets or 1)
+        mixture = [one.config for one in group.inputs] if split.name == "train" else None
+        total = content["num_documents"]
+        with Progress(f"arranging {split.name}", total, progress, unit="documents") as bar:
+            rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), plan, mixture, bar.advance)
+        if rows["num_rows"] == 0:
+            where = group.inputs[0].files[0].label
+            raise BadDataError(f"{where}: no {split.name} record is left to train on")
+        files = {**content["files"], **rows.pop("files")}
+        publish(folder, final, {**content, "split": split.name, "store_key": split.store_key, **rows, "files": files})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return TokenStore.open(final)
+
+
+def _join_content(
+    config: DataConfig, group: Group, split: Split, encoding: Encoding, label_names: Sequence[str] | None,
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """The columns of all parts of `split` in `folder`; returns the manifest without rows."""
+    tokenizer = encoding.tokenizer
+    parts = [Part(parts_dir(config, group, split), work.part) for work in group.work]
+    accounts = [part.account for part in parts]
+    names = _final_names(accounts, label_names, encoding.task)
+    kept = keep_first(parts) if config.deduplicate else None
+    number_of = {name: number for number, name in enumerate(names)}
+    files, columns, remaining = write_content(folder, parts, tokenizer.id_type, number_of, kept)
+    sources = _account_sources(group, accounts, remaining)
+    tokenizer.save(folder / "tokenizer", encoding.chat_template)
+    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(encoding.chat_template))])
+    content = {
+        "format": FORMAT_VERSION,
+        "task": encoding.task,
+        "content_key": split.content_key,
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad_id,
+        "eos_id": tokenizer.eos_id,
+        "bos_id": tokenizer.bos_id,
+        "label_names": names,
+        "columns": columns,
+        "num_documents": sum(account.num_documents for account in remaining),
+        "num_tokens": sum(account.num_tokens for account in remaining),
+        "num_targets": sum(account.num_targets for account in remaining),
+        "num_unknown": 0 if tokenizer.unk_id is None else count_id(folder / "input_ids.npy", tokenizer.unk_id),
+        "num_answers": sum(account.num_answers for account in accounts),
+        "num_trained_stops": sum(account.num_stops for account in accounts),
+        "sources": sources,
+        "files": files,
+    }
+    return {**content, "digest": content_digest(content)}
+
+
+def _final_names(accounts: Sequence[PartAccount], given: Sequence[str] | None, task: Task) -> list[str]:
+    """Labels in the order of their numbers: those given, else those found, numbers by value, texts sorted."""
+    found = {name: where for one in accounts for name, where in zip(one.names, one.first_seen, strict=True)}
+    if given is not None:
+        unknown = next((name for name in found if name not in given), None)
+        if unknown is not None:
+            known = ", ".join(list(given)[:8])
+            raise BadDataError(
+                f"{found[unknown]}: label {unknown!r} is not one of {known} (data.label_names, or those of train)"
+            )
+        return list(given)
+    scored = task == "sequence_classification" and not found
+    if task in ("sequence_classification", "token_classification") and len(found) < 2 and not scored:
+        where = next(iter(found.values()), "data.train")
+        raise BadDataError(f"{where}: only {len(found)} different labels in train; classification needs two")
+    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
+    return sorted(found, key=int) if numeric else sorted(found)
+
+
+def _account_sources(
+    group: Group, accounts: Sequence[PartAccount], remaining: Sequence[PartAccount]
+) -> list[dict[str, Any]]:
+    """What every source and file came to, after checking that no file changed meanwhile."""
+    pairs = zip(accounts, remaining, strict=True)
+    first_document = 0
+    result = []
+    for one in group.inputs:
+        first_of_source = first_document
+        files = []
+        own = list(islice(pairs, len(one.work)))
+        pieces = iter([counts for _, left in own for counts in left.pieces])
+        for file in one.files:
+            counts = list(islice(pieces, len(file.spans)))
+            check_unchanged(file)
+            if not any(read for read, _ in counts):
+                raise BadDataError(f"{file.label}: the file holds no records")
+            documents = sum(made for _, made in counts)
+            files.append(
+                {
+                    "path": file.label, "xxh3_128": file.xxh3_128, "size_bytes": file.size_bytes,
+                    "first_document": first_document, "num_documents": documents,
+                }
+            )  # fmt: skip
+            first_document += documents
+        dropped: dict[str, int] = {}
+        for account, _ in own:
+            for reason, count in account.dropped.items():
+                dropped[reason] = dropped.get(reason, 0) + count
+        result.append(
+            {
+                "name": one.name,
+                "shape": one.shape.name,
+                "weight": one.config.weight,
+                "epochs": one.config.epochs,
+                "first_document": first_of_source,
+                "num_documents": first_document - first_of_source,
+                "records_read": sum(account.num_read for account, _ in own),
+                "records_of_other_split": sum(account.num_other_split for account, _ in own),
+                "duplicates": sum(account.num_documents - left.num_documents for account, left in own),
+                "dropped": dropped,
+                "extra_documents": sum(account.num_extra for account, _ in own),
+                "records_truncated": sum(account.num_truncated for account, _ in own),
+                "answers_moved": sum(account.num_moved for account, _ in own),
+                "files": files,
+            }
+        )
+    return result
+
+
+def discard_work(config: DataConfig, keys: Iterable[str]) -> None:
+    """Remove the work folders of other data that nobody has touched for an hour. Only with the lock held."""
+    wanted = {f".{key[:16]}.work" for key in keys}
+    for folder in config.store_dir.glob(".*.work"):
+        newest = max((path.stat().st_mtime for path in (folder, *folder.iterdir())), default=0.0)
+        if folder.name not in wanted and time.time() - newest > _ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)

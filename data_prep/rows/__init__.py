@@ -1,0 +1,5 @@
+"""Documents become rows: packed, truncated, mixed, and counted in the ledger.
+
+May import token_store.
+Read first: arrange.py.
+"""

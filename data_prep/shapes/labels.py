@@ -1,0 +1,165 @@
+"""Records of the tasks that are not generation: labels, scores, tags, and answers inside a context."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from data_prep.errors import BadDataError
+from data_prep.shapes.examples import LabelledExample, QuestionExample, ScoredExample, TaggedExample
+from data_prep.shapes.fields import required_field, shown, text_at
+from data_prep.sources.records import Record, checked_text, kind
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NUMBER_CHARACTERS = 64
+
+
+def number_of(value: Any) -> float | None:
+    """The finite number that a value is or, as in CSV, that its text says; None for anything else."""
+    if isinstance(value, str):
+        if len(value) > _NUMBER_CHARACTERS or not _NUMBER.fullmatch(value.strip(" ")):
+            return None
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def labelled(record: Record, fields: Mapping[str, str], many: bool) -> LabelledExample:
+    """A text or pair with its label; with `many`, with a list of labels, which may be empty. Raises BadDataError."""
+    name, where = fields["label"], record.where
+    value, what = required_field(record.value, name, where), f"field {shown(name)!r}"
+    if many != isinstance(value, list):
+        wanted = "a list of labels, as" if many else "one label, as"
+        raise BadDataError(f"{where}: {what} must be {wanted} in the first records of this source, not {kind(value)}")
+    if many:
+        labels = tuple(_label(item, f"{what}[{index}]", where) for index, item in enumerate(value))
+    else:
+        labels = (_label(value, what, where),)
+    return LabelledExample(text_at(record.value, fields["text"], where), labels, _pair(record, fields), many)
+
+
+def _label(value: Any, what: str, where: str) -> str:
+    """The name of a label: text as it is; whole numbers and booleans as JSON writes them."""
+    if isinstance(value, bool | int):
+        return _written(value, what, where)
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise BadDataError(f"{where}: {what} is {value}, not a whole number; for regression write `shape: score`")
+        return _written(int(value), what, where)  # tables with gaps hold whole numbers as floats
+    if not checked_text(value, what, where):
+        raise BadDataError(f"{where}: {what} is empty")
+    return str(value)
+
+
+def _written(value: int, what: str, where: str) -> str:
+    try:
+        return json.dumps(value)
+    except ValueError:  # Python refuses to write numbers of thousands of digits
+        raise BadDataError(f"{where}: {what} is too long a number") from None
+
+
+def _pair(record: Record, fields: Mapping[str, str]) -> str | None:
+    return text_at(record.value, fields["pair"], record.where) if "pair" in fields else None
+
+
+def scored(record: Record, fields: Mapping[str, str]) -> ScoredExample:
+    """A text or pair with a number. Raises BadDataError."""
+    name, where = fields["score"], record.where
+    value = required_field(record.value, name, where)
+    number = number_of(value)
+    if number is None:
+        raise BadDataError(f"{where}: field {shown(name)!r} must be a finite number, not {_said(value)}")
+    return ScoredExample(text_at(record.value, fields["text"], where), number, _pair(record, fields))
+
+
+def _said(value: Any) -> str:
+    return f"the text {shown(value)!r}" if isinstance(value, str) else kind(value)
+
+
+def tagged(record: Record, fields: Mapping[str, str]) -> TaggedExample:
+    """Words and as many tags, each a list or one text with blanks between them. Raises BadDataError."""
+    words_name, tags_name, where = fields["words"], fields["tags"], record.where
+    words_value = _items(required_field(record.value, words_name, where), words_name, where)
+    tags_value = _items(required_field(record.value, tags_name, where), tags_name, where)
+    words = tuple(
+        checked_text(word, f"field {shown(words_name)!r}[{index}]", where) for index, word in enumerate(words_value)
+    )
+    if not all(words):
+        raise BadDataError(f"{where}: field {shown(words_name)!r}[{words.index('')}] is an empty word")
+    tags = tuple(_label(tag, f"field {shown(tags_name)!r}[{index}]", where) for index, tag in enumerate(tags_value))
+    if len(words) != len(tags):
+        raise BadDataError(
+            f"{where}: {len(words)} words in field {shown(words_name)!r},"
+            f" but {len(tags)} tags in field {shown(tags_name)!r}"
+        )
+    return TaggedExample(words, tags)
+
+
+def _items(value: Any, name: str, where: str) -> list[Any]:
+    # Only the blank separates: other white space (U+3000 in Chinese text) can be a word.
+    items = value.split(" ") if isinstance(value, str) and value else value
+    if not isinstance(items, list) or not items:
+        state = "empty" if value in ("", []) else kind(value)
+        raise BadDataError(f"{where}: field {shown(name)!r} must be a list, or text with blanks between, not {state}")
+    return items
+
+
+def questioned(record: Record, fields: Mapping[str, str]) -> QuestionExample:
+    """A question, its context, and where in it the answers stand.
+
+    Answers are a list of ``{"text", "answer_start"}`` or SQuAD's object of two lists; an empty list means
+    that there is none. Starts count characters. An answer that does not stand at its start is looked for:
+    the occurrence nearest to that start is taken (the earlier of two equally near) and counted in
+    `num_moved`; without any the record is wrong. Raises BadDataError.
+    """
+    value, where = record.value, record.where
+    question = text_at(value, fields["question"], where)
+    context = text_at(value, fields["context"], where)
+    name = fields["answers"]
+    what, found, moved = f"field {shown(name)!r}", [], 0
+    for index, (text, start) in enumerate(_answers(required_field(value, name, where), what, where)):
+        answer = checked_text(text, f"{what}[{index}].text", where)
+        if not answer:
+            raise BadDataError(f"{where}: {what}[{index}].text is empty; a question without answer has an empty list")
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise BadDataError(f"{where}: {what}[{index}].answer_start must be a whole number, not {kind(start)}")
+        place = _nearest(context, answer, start)
+        if place < 0:
+            raise BadDataError(f"{where}: {what}[{index}].text {shown(answer)!r} does not stand in the context")
+        found.append((place, answer))
+        moved += place != start
+    return QuestionExample(question, context, tuple(found), moved)
+
+
+def _answers(value: Any, what: str, where: str) -> list[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        texts, starts = value.get("text"), value.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise BadDataError(f"{where}: {what} must hold lists `text` and `answer_start` of equal length")
+        return list(zip(texts, starts, strict=True))
+    if not isinstance(value, list):
+        raise BadDataError(f"{where}: {what} must be a list of answers, not {kind(value)}")
+    for index, answer in enumerate(value):
+        if not isinstance(answer, dict):
+            raise BadDataError(f"{where}: {what}[{index}] must be an object, not {kind(answer)}")
+        if missing := [name for name in ("text", "answer_start") if answer.get(name) is None]:
+            raise BadDataError(f"{where}: {what}[{index}] lacks {missing[0]!r}")
+    return [(answer["text"], answer["answer_start"]) for answer in value]
+
+
+def _nearest(context: str, answer: str, start: int) -> int:
+    """Where `answer` stands in `context`, as near to `start` as it does; -1 if it stands nowhere."""
+    if start >= 0 and context.startswith(answer, start):
+        return start
+    start = min(max(start, 0), len(context))
+    before = context.rfind(answer, 0, max(start + len(answer) - 1, 0))
+    after = context.find(answer, start)
+    if before < 0 or after < 0:
+        return max(before, after)
+    return before if start - before <= after - start else after

@@ -1,0 +1,308 @@
+"""What the records of a source are: recognised by the fields of its first ones, then read as examples.
+
+Nothing is guessed: records that two shapes fit, or that differ among themselves, are an error which says
+how to decide (`shape:` and `fields:` of the source), and what was recognised is a line for people.
+The result of reading:
+
+    text                      TextExample
+    prompt, parallel          PromptExample
+    alpaca                    PromptExample, prompt = instruction and input with an empty line between;
+                              ChatExample if the source has a field for a system prompt or history
+    sharegpt, messages        ChatExample
+    label, score              LabelledExample, ScoredExample
+    tags                      TaggedExample
+    question                  QuestionExample
+
+A prompt's response and a text may be empty (the ledger counts what has nothing to train); a turn may not.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+from data_prep.config import ShapeName, SourceConfig
+from data_prep.errors import BadDataError, DataConfigError
+from data_prep.shapes.chat import TURN_FIELDS, chat_from_messages, chat_from_sharegpt
+from data_prep.shapes.examples import ChatExample, Example, QuestionExample, TextExample
+from data_prep.shapes.fields import field_names, lookup, required_field, shown, shown_list, text_at
+from data_prep.shapes.forms import (
+    FIELDS_TO_LEAVE_OUT,
+    OPTIONAL,
+    TASK_SHAPES,
+    Reading,
+    candidates_of,
+    known_fields,
+    readings,
+)
+from data_prep.shapes.labels import labelled, number_of, questioned, scored, tagged
+from data_prep.shapes.prompt import alpaca, parallel_pair, prompt_pair
+from data_prep.sources.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What every record of a source is. `fields`: our name -> the name in the records, dotted where nested."""
+
+    name: ShapeName
+    fields: Mapping[str, str] = field(hash=False)
+    many: bool = False  # label: each record has a list of them
+    refused: tuple[str, ...] = ()  # alpaca: fields that no first record had, but that would change its reading
+    summary: str = field(default="", compare=False)
+
+    @property
+    def gives_chats(self) -> bool:
+        """Whether its records may be conversations, which need a chat template."""
+        return self.name in ("messages", "sharegpt") or bool({"system", "history"} & set(self.fields))
+
+    def describe(self) -> str:
+        """One line for people: what the records were taken for."""
+        return f"{self.name}: {self.summary}"
+
+    def key(self) -> dict[str, Any]:
+        """What of this changes the examples, as JSON values; part of a store's content key."""
+        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many}
+
+
+def to_example(shape: Shape, record: Record) -> Example:
+    """What a record means. Raises BadDataError naming file:line and the place in the record."""
+    fields = shape.fields
+    match shape.name:
+        case "messages":
+            return chat_from_messages(record, fields)
+        case "text":
+            text = record.value.get(fields["text"]) if record.sound else None
+            return TextExample(text if type(text) is str else text_at(record.value, fields["text"], record.where))
+        case "prompt":
+            return prompt_pair(record, fields)
+        case "sharegpt":
+            return chat_from_sharegpt(record, fields)
+        case "alpaca":
+            return alpaca(record, fields, shape.refused)
+        case "parallel":
+            return parallel_pair(record, fields)
+        case "label":
+            return labelled(record, fields, shape.many)
+        case "score":
+            return scored(record, fields)
+        case "tags":
+            return tagged(record, fields)
+        case "question":
+            return questioned(record, fields)
+
+
+def recognise(records: Sequence[Record], config: SourceConfig, task: str) -> Shape:
+    """The one shape that all of `records`, the first of a source, have among those that `task` takes.
+
+    ``shape:`` and ``fields:`` of the source decide over what the records look like. The records are also
+    read as examples, so that a fault in them is known before work begins. Raises BadDataError naming
+    file:line (nothing fits, two shapes fit, records differ, a record is faulty), DataConfigError for a
+    ``shape:`` or ``fields:`` that cannot be meant.
+    """
+    shapes = _shapes_asked(config, task)
+    if not records:
+        raise BadDataError(f"{config.path or config.hub or config.name or 'a source'}: holds no records")
+    candidates = candidates_of(shapes, config.fields, config.shape is not None)
+    found = readings(records[0].value, candidates)
+    if len(found) != 1:
+        _refuse(records[0], found, config, task, shapes)
+    for record in records[1:]:
+        others = readings(record.value, candidates)
+        if not others:
+            for _, theirs in found[0].names:
+                required_field(record.value, theirs, record.where)
+        if others != found:
+            raise BadDataError(
+                f"{record.where}: the records of a source must agree: this one fits {_said(others)},"
+                f" {records[0].where} is {_said(found)}; split the source, or say which with `shape:` and `fields:`"
+            )
+    shape = _shape_of(found[0], records, config, task)
+    examples = [to_example(shape, record) for record in records]
+    return replace(shape, summary=_summary(shape, records, examples))
+
+
+def _shapes_asked(config: SourceConfig, task: str) -> tuple[ShapeName, ...]:
+    """The shapes to look for: the one asked for, else those of the task that have all the given fields."""
+    of_task = TASK_SHAPES[task]
+    given = list(config.fields)
+    for ours, theirs in config.fields.items():
+        if not theirs and ours not in FIELDS_TO_LEAVE_OUT:
+            raise DataConfigError(f"fields: {shown(ours)} must be the name of a field, not empty")
+    if config.shape is not None:
+        if config.shape not in of_task:
+            raise DataConfigError(f"shape: {config.shape} does not go with task {task}, which takes {_or(of_task)}")
+        known = known_fields(config.shape)
+        if unknown := [name for name in given if name not in known]:
+            raise DataConfigError(
+                f"fields: {shown(unknown[0])!r} is not a field of shape {config.shape};"
+                f" its fields are {', '.join(known)}"
+            )
+        return (config.shape,)
+    shapes = tuple(shape for shape in of_task if set(given) <= set(known_fields(shape)))
+    if not shapes:
+        listed = "; ".join(f"{shape}: {', '.join(known_fields(shape))}" for shape in of_task)
+        raise DataConfigError(f"fields: no shape of task {task} has {shown_list(given)} (known are {listed})")
+    return shapes
+
+
+def _shape_of(reading: Reading, records: Sequence[Record], config: SourceConfig, task: str) -> Shape:
+    """The shape of records that all have `reading`: optional fields, and what only values tell."""
+    name, fields = reading.shape, dict(reading.names)
+    optional, refused = _optional_fields(name, records, config.fields)
+    if task == "seq2seq_lm" and (later := [ours for ours in ("system", "history") if ours in optional]):
+        raise DataConfigError(
+            f"task seq2seq_lm takes prompts, not conversations, but the records have {shown(optional[later[0]])!r}"
+            f' ({records[0].where}); leave it out with an empty name: `fields: {{{later[0]}: ""}}`'
+        )
+    many = False
+    if name == "label":
+        values = [lookup(record.value, fields["label"]) for record in records]
+        many = isinstance(values[0], list)
+        if config.shape is None and _are_scores(values, fields["label"], records[0].where):
+            name, fields = "score", {"score": fields.pop("label"), **fields}
+    return Shape(name, {**fields, **optional}, many, refused)
+
+
+def _optional_fields(
+    name: ShapeName, records: Sequence[Record], given: Mapping[str, str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The optional fields that records have or may still have; and those that must not come unasked."""
+    chosen: dict[str, str] = {}
+    refused: list[str] = []
+    for ours, candidates in OPTIONAL.get(name, {}).items():
+        names = (given[ours],) if ours in given else candidates
+        have = [theirs for theirs in names if _have(records, theirs)]
+        if len(have) > 1:
+            how = " or ".join(f"`fields: {{{ours}: {theirs}}}`" for theirs in have)
+            raise BadDataError(
+                f"{records[0].where}: {' and '.join(have)} could both be the {ours}; say which with {how}"
+            )
+        if not have and names[0] not in ("", *candidates):
+            raise BadDataError(
+                f"{records[0].where}: no record seen has field {shown(names[0])!r}, which `fields:` gives for {ours}"
+                f" (fields: {field_names(records[0].value)})"
+            )
+        # A conversation and a prompt become different text: the records of a source must all be one or the other.
+        if names[0] and (have or ours in given or ours not in ("system", "history") or name != "alpaca"):
+            chosen[ours] = have[0] if have else names[0]
+        if ours not in given and name == "alpaca":
+            refused += [theirs for theirs in candidates if theirs != chosen.get(ours)]
+    return chosen, tuple(refused)
+
+
+def _have(records: Sequence[Record], name: str) -> bool:
+    return any(lookup(record.value, name) is not None for record in records)
+
+
+def _are_scores(values: Sequence[Any], name: str, where: str) -> bool:
+    """Whether what stands in a label field are scores: all numbers, and one of them not whole."""
+    numbers = [number_of(value) for value in values]
+    if any(number is None for number in numbers):
+        return False
+    if any(number is not None and not number.is_integer() for number in numbers):
+        return True
+    if any(not isinstance(value, int) and not str(value).strip(" ").lstrip("+-").isdigit() for value in values):
+        raise BadDataError(
+            f"{where}: field {shown(name)!r} holds whole numbers written with a decimal point; say with"
+            " `shape: label` or `shape: score` what they are"
+        )
+    return False
+
+
+def _summary(shape: Shape, records: Sequence[Record], examples: Sequence[Example]) -> str:
+    """The line that describe() shows, after the shape's name."""
+    fields = {ours: theirs for ours, theirs in shape.fields.items() if _have(records, theirs)}
+    notes = [f"{len(records)} records seen agree" if len(records) > 1 else "1 record seen", *_notes(shape, records)]
+    if any(isinstance(example, ChatExample) and example.trained for example in examples):
+        notes.append("some turns say themselves whether they are trained")
+    if moved := sum(example.num_moved for example in examples if isinstance(example, QuestionExample)):
+        notes.append(f"answers that stand elsewhere than they say: {moved}")
+    present = dict.fromkeys(name for record in records for name in record.value)
+    heads = {name if name in present else name.split(".")[0] for name in fields.values()}
+    if others := [name for name in present if name not in heads]:
+        notes.append(f"not used: {shown_list(others)}")
+    return f"{_mapping_line(shape.name, fields)} ({'; '.join(notes)})"
+
+
+def _notes(shape: Shape, records: Sequence[Record]) -> list[str]:
+    """What else people should know about how the records are read."""
+    values = {ours: [lookup(record.value, theirs) for record in records] for ours, theirs in shape.fields.items()}
+    if shape.many:
+        return ["several labels a record"]
+    if shape.name == "tags" and any(isinstance(value, str) for column in values.values() for value in column):
+        return ["texts are split at blanks"]
+    notes = []
+    if shape.name == "parallel":
+        if any(isinstance(value, list) for value in values["source"]):
+            notes.append("the sentences of a source are joined with blanks")
+        if any(isinstance(value, list) and len(value) > 1 for value in values["target"]):
+            notes.append("of several targets the first is taken")
+    for ours in ("messages", "conversations"):
+        fields = dict.fromkeys(name for turns in values.get(ours, ()) for turn in turns for name in turn)
+        if others := [name for name in fields if name not in TURN_FIELDS]:
+            notes.append(f"left to the template: {shown_list(others)}")
+    return notes
+
+
+def _mapping_line(name: ShapeName, names: Mapping[str, str]) -> str:
+    """Where the parts of an example come from."""
+    theirs = {ours: shown(name) for ours, name in names.items()}
+    match name:
+        case "alpaca":
+            prompt = " + ".join(theirs[ours] for ours in ("instruction", "input") if ours in theirs)
+            before = [f"{ours} = {theirs[ours]}" for ours in ("system", "history") if ours in theirs]
+            return ", ".join([*before, f"prompt = {prompt}", f"response = {theirs['output']}"])
+        case "parallel":
+            return f"prompt = {theirs['source']}, response = {theirs['target']}"
+        case "messages":
+            theirs["messages"] += " (role, content)"
+        case "sharegpt":
+            theirs["conversations"] += " (from, value)"
+    return ", ".join(f"{ours.replace('conversations', 'messages')} = {name}" for ours, name in theirs.items())
+
+
+def _or(shapes: Iterable[str]) -> str:
+    *most, last = shapes
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _said(found: Sequence[Reading]) -> str:
+    said = [f"{one.shape} ({', '.join(f'{ours} = {shown(theirs)}' for ours, theirs in one.names)})" for one in found]
+    return " and ".join(said[:4]) or "no shape"
+
+
+def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: str,
+            shapes: Sequence[ShapeName]) -> NoReturn:  # fmt: skip
+    """The error for a record that no shape fits, or more than one."""
+    where, names = record.where, field_names(record.value)
+    if found:
+        how = " or ".join(_how_to_ask(one, found) for one in found[:3])
+        raise BadDataError(f"{where}: {len(found)} readings fit, {_said(found)}; say which with {how}")
+    if config.shape is not None or config.fields:
+        shape = shapes[0]
+        example = ", ".join(f"{name}: ..." for name in known_fields(shape) if name not in FIELDS_TO_LEAVE_OUT)
+        what = f"shape {shape} with these names" if config.fields else f"shape {shape}"
+        raise BadDataError(f"{where}: {what} does not fit (fields: {names}); name them with `fields: {{{example}}}`")
+    others = {
+        other: found[0].shape
+        for other, its_shapes in TASK_SHAPES.items()
+        if other != task and (found := readings(record.value, candidates_of(its_shapes, {}, False)))
+    }
+    table = (config.path or "").lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
+    header = "; if the file has no header line, name its `columns:`" if table.endswith((".csv", ".tsv", ".tab")) else ""
+    hint = "".join(f"; for task {other} it would be {shape}" for other, shape in list(others.items())[:2])
+    raise BadDataError(
+        f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names});"
+        f" say which with `shape:`, and what its fields are called with `fields:`{header}{hint}"
+    )
+
+
+def _how_to_ask(one: Reading, found: Sequence[Reading]) -> str:
+    """What to write in a run file for this reading and none of the others."""
+    rivals = [other for other in found if other.shape == one.shape and other != one]
+    if not rivals:
+        return f"`shape: {one.shape}`"
+    names = {ours: shown(theirs) for ours, theirs in one.names}
+    left_out = {ours: '""' for other in rivals for ours, _ in other.names if ours not in names}
+    fields = ", ".join(f"{ours}: {theirs}" for ours, theirs in {**names, **left_out}.items())
+    shape = "" if len(rivals) + 1 == len(found) else f"`shape: {one.shape}` and "
+    return f"{shape}`fields: {{{fields}}}`"

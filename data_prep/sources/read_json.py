@@ -1,0 +1,175 @@
+"""JSON arrays of records, alone or as values of one outer object."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from json import JSONDecodeError
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import BadDataError, DataConfigError
+from data_prep.sources.json_items import find_items
+from data_prep.sources.lines import LINE_LIMIT_BYTES, with_whole_mark
+from data_prep.sources.records import Record, Span, kind
+from data_prep.sources.spans import SPAN_BYTES, spans_between
+from data_prep.sources.strict_json import has_surrogate_escape, refuse_lone_surrogates, scan_value
+
+_blanks = re.compile(r"[ \t\r\n]*").match
+
+
+def cut_json(
+    blocks: Iterable[bytes],
+    path: str,
+    key: str | None,
+    span_bytes: int = SPAN_BYTES,
+    limit_bytes: int = LINE_LIMIT_BYTES,
+) -> list[Span]:
+    """Spans of whole items of the outer array, or of the array at `key` of the outer object (None: the only one).
+
+    Bytes; a span begins behind the item before it. Raises BadDataError, or DataConfigError for a key that is not there.
+    """
+    borders: dict[str | None, list[tuple[int, int]]] = {}
+    closed: dict[str | None, int] = {}
+    for items in find_items(blocks, path, limit_bytes):
+        if items.opened is not None:
+            borders[items.key] = [(items.opened, 1)]
+        found = borders[items.key]
+        while (index := int(np.searchsorted(items.stops, found[-1][0] + span_bytes))) < len(items.stops):
+            found.append((int(items.stops[index]), items.num_before + index + 2))
+        if items.closed is not None:
+            closed[items.key] = items.closed
+    chosen = _chosen(list(closed), key, path)
+    return spans_between(borders[chosen], closed[chosen])
+
+
+def _chosen(keys: list[str | None], key: str | None, path: str) -> str | None:
+    if keys == [None]:
+        if key is not None:
+            raise DataConfigError(f"{path}: is one array, so `split: {key}` names nothing; leave it out")
+        return None
+    known = ", ".join(map(repr, keys[:8])) or "none"
+    if key is not None and key in keys:
+        return key
+    if key is None and len(keys) == 1:
+        return keys[0]
+    fault = f"holds no array {key!r}" if key is not None else f"holds {len(keys)} arrays; say which with `split`"
+    raise DataConfigError(f"{path}: {fault} (arrays: {known})")
+
+
+def read_json(
+    blocks: Iterable[bytes], path: str, first_item: int, columns: Sequence[str] | None, begins_array: bool
+) -> Iterator[Record]:
+    """The records of one span of `cut_json`. Items that are lists become objects with `columns` as their keys.
+
+    `line` counts the items of the array from 1. Raises BadDataError naming the item.
+    """
+    for value, item in _items(b"".join(blocks), path, first_item, begins_array):
+        where = f"{path}: item {item}"
+        yield Record(_object(value, columns, where), where, item)
+
+
+def stream_json(
+    blocks: Iterable[bytes],
+    path: str,
+    key: str | None,
+    columns: Sequence[str] | None,
+    limit_bytes: int = LINE_LIMIT_BYTES,
+) -> Iterator[Record]:
+    """`read_json` of a whole stream, whose array is found on the way. Raises BadDataError, DataConfigError."""
+    for content, item, begins in _streamed(blocks, path, key, limit_bytes):
+        yield from read_json([content], path, item, columns, begins)
+
+
+def _streamed(
+    blocks: Iterable[bytes], path: str, key: str | None, limit_bytes: int
+) -> Iterator[tuple[bytes, int, bool]]:
+    """Bytes of whole items, the number of the first, and whether the array begins with them."""
+    held = bytearray()
+    held_from = 0
+    reading = False
+
+    def hold() -> Iterator[bytes]:
+        nonlocal held_from
+        for block in with_whole_mark(blocks):
+            if not reading:
+                held_from += len(held)
+                held.clear()
+            held.extend(block)
+            yield block
+
+    keys: list[str | None] = []
+    for items in find_items(hold(), path, limit_bytes):
+        if items.opened is not None:
+            keys.append(items.key)
+        if items.key not in (keys[0] if key is None else key, None):
+            continue
+        if items.opened is not None:
+            del held[: items.opened - held_from]
+            held_from, reading = items.opened, True
+        stop = items.closed if items.closed is not None else int(items.stops[-1]) if len(items.stops) else held_from
+        yield bytes(held[: stop - held_from]), items.num_before + 1, items.num_before == 0
+        del held[: stop - held_from]
+        held_from = stop
+        reading = items.closed is None
+    _chosen(keys, key, path)
+
+
+def _items(content: bytes, path: str, item: int, begins_array: bool) -> Iterator[tuple[Any, int]]:
+    """Values separated by one comma each; before the first of an array there is none."""
+    broken: UnicodeDecodeError | None = None
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text, broken = content[: error.start].decode("utf-8"), error
+    may_hold_surrogates = has_surrogate_escape(text)
+    index = _stop_of_blanks(text, 0)
+    while index < len(text):
+        where = f"{path}: item {item}"
+        if not begins_array:
+            if text[index] != ",":
+                raise BadDataError(f"{where}: not valid JSON: no comma before it (or the item before it ends early)")
+            index = _stop_of_blanks(text, index + 1)
+        begins_array = False
+        try:
+            value, stop = scan_value(text, index)
+        except (StopIteration, ValueError, RecursionError) as error:
+            raise _fault(broken or error, index, where) from error
+        if may_hold_surrogates:
+            refuse_lone_surrogates(value, where)
+        yield value, item
+        index = _stop_of_blanks(text, stop)
+        item += 1
+    if broken is not None:
+        raise _fault(broken, index, f"{path}: item {item}")
+
+
+def _fault(error: Exception, index: int, where: str) -> BadDataError:
+    """What is wrong with the item at `index`."""
+    match error:
+        case UnicodeDecodeError():
+            return BadDataError(f"{where}: not UTF-8: {error.reason}")
+        case RecursionError():
+            return BadDataError(f"{where}: JSON nested too deeply")
+        case JSONDecodeError():
+            return BadDataError(f"{where}: not valid JSON (character {error.pos - index + 1} of the item): {error.msg}")
+        case StopIteration():
+            return BadDataError(f"{where}: not valid JSON (character {error.value - index + 1} of the item)")
+    return BadDataError(f"{where}: not valid JSON: {error}")
+
+
+def _stop_of_blanks(text: str, index: int) -> int:
+    match = _blanks(text, index)
+    assert match is not None
+    return match.end()
+
+
+def _object(value: Any, columns: Sequence[str] | None, where: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, list):
+        raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}')
+    if columns is None:
+        raise BadDataError(f"{where}: is a list; name its parts in order, such as `columns: [text, label]`")
+    if len(value) != len(columns):
+        raise BadDataError(f"{where}: a list of {len(value)}, but `columns` names {len(columns)}")
+    return dict(zip(columns, value, strict=True))

@@ -1,0 +1,88 @@
+"""What reading is about: records, and the files and spans they come from."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from data_prep.config import Format, SourceConfig
+from data_prep.errors import BadDataError
+from data_prep.sources.decompress import Compression
+
+
+class Record(NamedTuple):
+    """One input object, where it stands for people (``file:line``), and the line, row or item as a number from 1.
+
+    `num_characters`: roughly what its texts take in memory, where the reader knows. `sound`: the reader has seen to
+    it that UTF-8 can hold all its texts.
+    """
+
+    value: dict[str, Any]
+    where: str
+    line: int
+    num_characters: int = 0
+    sound: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of one source: [start, stop) in bytes, row groups, batches or lines, whatever its format counts in.
+
+    `first_line` is the number (from 1) of its first line, row or item.
+    """
+
+    start: int
+    stop: int
+    first_line: int
+
+
+#: The span of what cannot be cut: compressed, not in UTF-8, or a stream whose batches need those before them.
+WHOLE_FILE = Span(0, 0, 1)
+
+
+@dataclass(frozen=True)
+class AlignedFile:
+    """One of the text files whose equal lines belong together."""
+
+    field: str
+    path: str
+    compression: Compression
+    size_bytes: int
+    modified_ns: int
+    xxh3_128: str
+    offsets: tuple[int, ...]  # byte where each span begins; none for WHOLE_FILE
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file: what it is, its identity, and the spans it is worked on in, the same for any number of workers.
+
+    Of aligned files `path` is the first, `size_bytes` the sum, `xxh3_128` a hash of all and their field names.
+    """
+
+    path: str  # what is opened; of a data set on the Hub, where its records lie on this machine
+    label: str  # what people are shown
+    format: Format | Literal["aligned"]
+    compression: Compression
+    config: SourceConfig
+    size_bytes: int
+    modified_ns: int
+    xxh3_128: str
+    spans: tuple[Span, ...]
+    aligned: tuple[AlignedFile, ...] = ()
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def checked_text(value: Any, what: str, where: str) -> str:
+    """`value` if it is a text that UTF-8 can hold; else a BadDataError beginning with `where` and `what`."""
+    if not isinstance(value, str):
+        raise BadDataError(f"{where}: {what} must be text, not {kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadDataError(f"{where}: {what} holds half of a surrogate pair at character {error.start}") from error
+    return value

@@ -1,0 +1,126 @@
+"""Hashes a file and cuts it into spans in one pass with constant memory. Spans depend on the bytes alone."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import xxhash
+
+from data_prep.config import Format, SourceConfig
+from data_prep.errors import DataConfigError, MissingInputError
+from data_prep.sources.decompress import Compression, file_blocks, find_compression, stat_file
+from data_prep.sources.read_aligned import unequal
+from data_prep.sources.read_csv import Dialect, cut_csv
+from data_prep.sources.read_json import cut_json
+from data_prep.sources.read_tables import cut_arrow, cut_parquet
+from data_prep.sources.records import WHOLE_FILE, AlignedFile, SourceFile, Span
+from data_prep.sources.spans import cut_at_blank_lines, cut_at_lines, find_lines
+
+Advance = Callable[[int], None]
+
+
+class HashedBlocks:
+    """The blocks of a whole file, hashed and counted as they are taken."""
+
+    def __init__(self, path: str, advance: Advance):
+        self.path = path
+        self.advance = advance
+        self.status = stat_file(path)
+        self.digest = xxhash.xxh3_128()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for block in file_blocks(self.path, 0, self.status.st_size):
+            self.digest.update(block)
+            self.advance(len(block))
+            yield block
+
+    def hash_all(self) -> None:
+        """Take all blocks, for nothing but their hash."""
+        for _ in self:
+            pass
+
+
+def scan_file(
+    path: str, label: str, name: Format, compression: Compression, config: SourceConfig, advance: Advance
+) -> SourceFile:
+    """Hash a file and cut it, in one pass with constant memory. `advance` is told the bytes that were read."""
+    hashed = HashedBlocks(path, advance)
+    if name in ("parquet", "arrow"):
+        hashed.hash_all()
+        cut = cut_parquet if name == "parquet" else cut_arrow
+        spans = tuple(cut(path)) if compression == "none" else (WHOLE_FILE,)
+    elif compression != "none" or config.encoding is not None:
+        hashed.hash_all()
+        spans = (WHOLE_FILE,)
+    else:
+        spans = tuple(_cut(hashed, name, config))
+    size, modified = hashed.status.st_size, hashed.status.st_mtime_ns
+    return SourceFile(path, label, name, compression, config, size, modified, hashed.digest.hexdigest(), spans)
+
+
+def _cut(hashed: HashedBlocks, name: Format, config: SourceConfig) -> list[Span]:
+    path, size = hashed.path, hashed.status.st_size
+    match name:
+        case "csv" | "tsv":
+            return cut_csv(hashed, path, dialect_of(name, config.quoting))
+        case "json" | "squad":
+            return cut_json(hashed, path, "data" if name == "squad" else config.split)
+        case "conll" | "conllu":
+            return cut_at_blank_lines(hashed)
+        case "text" if config.document == "blank_line":
+            return cut_at_blank_lines(hashed)
+        case "text" if config.document == "file":
+            hashed.hash_all()
+            return [Span(0, size, 1)] if size else []
+    return cut_at_lines(hashed)[0]
+
+
+def aligned_paths(paths: dict[str, str], dotted_key: str) -> dict[str, str]:
+    """The file of each field. Raises MissingInputError, DataConfigError."""
+    if len(paths) < 2:
+        raise DataConfigError(f"{dotted_key}.aligned needs at least two files")
+    names = {field: str(Path(path).expanduser()) for field, path in paths.items()}
+    for path in names.values():
+        if not Path(path).is_file():
+            raise MissingInputError(f"{path}: no such file ({dotted_key}.aligned)")
+    return names
+
+
+def scan_aligned(config: SourceConfig, names: dict[str, str], advance: Advance) -> SourceFile:
+    """Hash aligned files and cut them at the same lines. A compressed file cannot be cut, nor can its companions."""
+    compressions = [find_compression(path) for path in names.values()]
+    hashes = [HashedBlocks(path, advance) for path in names.values()]
+    cut: tuple[Span, ...]
+    offsets: list[tuple[int, ...]]
+    if config.encoding is not None or any(compression != "none" for compression in compressions):
+        for hashed in hashes:
+            hashed.hash_all()
+        cut, offsets = (WHOLE_FILE,), [() for _ in hashes]
+    else:
+        cut, offsets = _cut_aligned(hashes)
+    files = tuple(
+        AlignedFile(field, hashed.path, compression, hashed.status.st_size, hashed.status.st_mtime_ns, digest, starts)
+        for field, hashed, compression, starts in zip(names, hashes, compressions, offsets, strict=True)
+        for digest in [hashed.digest.hexdigest()]
+    )
+    identity = xxhash.xxh3_128("".join(f"{file.field}\0{file.xxh3_128}\0" for file in files).encode()).hexdigest()
+    size, modified = sum(file.size_bytes for file in files), max(file.modified_ns for file in files)
+    return SourceFile(files[0].path, files[0].path, "aligned", "none", config, size, modified, identity, cut, files)
+
+
+def _cut_aligned(hashes: list[HashedBlocks]) -> tuple[tuple[Span, ...], list[tuple[int, ...]]]:
+    """Numbered spans, and for each file the offsets where they begin. Raises BadDataError for unequal lengths."""
+    spans, num_lines = cut_at_lines(hashes[0])
+    first_lines = [span.first_line for span in spans]
+    counts = {hashes[0].path: num_lines}
+    offsets = [tuple(span.start for span in spans)]
+    for hashed in hashes[1:]:
+        found, counts[hashed.path] = find_lines(hashed, first_lines)
+        offsets.append(tuple(found))
+    if len(set(counts.values())) > 1:
+        raise unequal(counts)
+    return tuple(Span(index, index + 1, line) for index, line in enumerate(first_lines)), offsets
+
+
+def dialect_of(name: str, quoting: bool) -> Dialect:
+    """How the fields of a csv or tsv file are told apart."""
+    return Dialect("," if name == "csv" else "\t", quoting)

@@ -1,0 +1,240 @@
+"""Inside a Slurm allocation: one task a rank through `srun`, no ssh, no hostfile; and staying with it.
+
+`srun` starts `launcher.batch.rank_parent` in every task, which becomes the parent of one rank. Signals:
+Slurm sends TERM to every task by itself when it wants the job to end; what reaches us is handed on.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError
+from engine.ranks.stop import END_TIME_VARIABLES
+from launcher.batch.nodes import lost_nodes, wait_for_slurm
+from launcher.job.environment import job_environment, remove_shared_memory
+from launcher.job.hosts import Node, is_host_name
+from launcher.job.job import Job, free_port
+from launcher.job.records import RankExit, clear_records, read_exits, read_starts
+from launcher.ssh.mailbox import killed_path
+from launcher.supervision.explain import conclude
+from launcher.supervision.supervisor import Stop, Supervision, liveness
+
+_ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
+# A rank that ended well waits this long for the others before `srun` ends the step.
+_WAIT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm gave to this job. `cpus` and `gpus` are those of one node, the fewest where nodes differ.
+
+    `end_time`: when its time limit ends it, in seconds since 1970; None without a limit.
+    """
+
+    job_id: int
+    nodes: tuple[str, ...]
+    address: str
+    cpus: int
+    gpus: int
+    tasks_per_node: int | None
+    is_first_node: bool
+    end_time: int | None = None
+
+
+def is_inside(environment: Mapping[str, str]) -> bool:
+    """Whether this process runs inside a Slurm job."""
+    return bool(environment.get("SLURM_JOB_ID"))
+
+
+def read_allocation(environment: Mapping[str, str]) -> Allocation:
+    """The allocation this process runs in. ConfigError for what Slurm would not say, or for one task of many."""
+    if int(_number(environment, "SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError("`fulltune train` was started once in every task: start it once a job, without srun")
+    job_id = int(_number(environment, "SLURM_JOB_ID"))
+    names = _ask("scontrol", "show", "hostnames", "--", environment.get("SLURM_JOB_NODELIST", "")).split()
+    if not names or not all(map(is_host_name, names)):
+        raise ConfigError(f"SLURM_JOB_NODELIST: `{environment.get('SLURM_JOB_NODELIST')}` names no hosts")
+    per_task = environment.get("SLURM_NTASKS_PER_NODE")
+    return Allocation(
+        job_id,
+        tuple(names),
+        _address(names[0]),
+        _fewest(environment, "SLURM_JOB_CPUS_PER_NODE"),
+        _gpus(environment),
+        int(_number(environment, "SLURM_NTASKS_PER_NODE")) if per_task else None,
+        environment.get("SLURMD_NODENAME") == names[0],
+        _end_time(job_id),
+    )
+
+
+def plan_slurm_job(
+    allocation: Allocation,
+    run_dir: Path,
+    run_file: Path,
+    engine_flags: list[str],
+    ranks_per_node: int | None = None,
+    master_port: int | None = None,
+) -> Job:
+    """The `srun` that starts every rank of the allocation. ConfigError for more ranks than it has devices or cores."""
+    ranks = ranks_per_node or allocation.gpus or allocation.tasks_per_node or 1
+    uses_gpus = allocation.gpus > 0 and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if ranks < 1 or (uses_gpus and ranks > allocation.gpus):
+        raise ConfigError(f"--ranks-per-node {ranks}: the job has {allocation.gpus} GPU(s) a node")
+    cpus = allocation.cpus // ranks
+    if cpus < 1:
+        raise ConfigError(
+            f"--ranks-per-node {ranks}: the job has {allocation.cpus} CPU(s) a node, and a rank needs one: "
+            "ask for more with --cpus-per-task"
+        )
+    # The port is asked of the machine where rank 0 will run, if this is it; else it follows from the job.
+    port = master_port or (free_port() if allocation.is_first_node else 15000 + allocation.job_id % 15000)
+    count = len(allocation.nodes)
+    command = (
+        "srun", "--kill-on-bad-exit=1", f"--wait={_WAIT_SECONDS}", f"--nodes={count}", f"--ntasks={count * ranks}",
+        f"--ntasks-per-node={ranks}", f"--cpus-per-task={cpus}", "--distribution=block", "--input=none",
+        "--overlap", "--export=ALL", sys.executable, "-m", "launcher.batch.rank_parent", f"--ranks={count * ranks}",
+        f"--ranks-per-node={ranks}", f"--master-addr={allocation.address}", f"--master-port={port}",
+        f"--run-dir={run_dir}", str(run_file), *engine_flags,
+    )  # fmt: skip
+    environment = job_environment(ranks, uses_gpus)
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cpus))
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        del environment["TORCH_EXTENSIONS_DIR"]  # nodes may have other CPUs: every rank finds its own
+    if allocation.end_time is not None:
+        environment[END_TIME_VARIABLES[0]] = str(allocation.end_time)
+    nodes = tuple(Node(name, tuple(range(ranks))) for name in allocation.nodes)
+    return Job(run_dir, run_file, nodes, command, environment, port)
+
+
+def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
+    """Run `job` under `srun` to its end; (exit code, one line that explains it unless it is 0).
+
+    What `stop` remembers is handed to `srun`, which hands it to every task; a second INT kills the ranks.
+    A dead or hanging rank ends the job.
+    """
+    clear_records(job.run_dir)
+    with liveness() as alive:
+        # A session of its own: a terminal's Ctrl-C reaches us alone, and `srun` cannot take it for a second one.
+        process = subprocess.Popen(
+            job.command, env=os.environ | job.environment | alive.environment, start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        supervision = Supervision(
+            process, job.run_dir, job.run_file, stop, alive.token, job.hang_seconds, job.num_ranks, is_srun=True
+        )
+        try:
+            supervision.stay()
+        finally:
+            supervision.end()
+            remove_shared_memory("*", job.master_port)
+    silent_nodes = _silent_nodes(job)
+    code, message = _conclude(job, process.returncode, supervision)
+    if code in (INTERNAL, LOST_PEER) and not stop.requests and (lost := lost_nodes(silent_nodes)):
+        wait_for_slurm(lost, lambda: bool(stop.requests))
+        return LOST_PEER, f"lost {'node' if len(lost) == 1 else 'nodes'} {', '.join(lost)}: {message}"
+    return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
+
+
+def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, str]:
+    """The verdict: what ranks wrote, and of those that could not, what their parents saw.
+
+    `srun` kills the other ranks when one fails, so that its own code often is theirs and says nothing, nor does who
+    is gone. Ranks that were asked to stop before they could listen have lost nothing: a stop like any other.
+    """
+    asked: list[tuple[float, int, int]] = []
+    crashed: list[tuple[float, int, int]] = []
+    for path in (job.run_dir / "ranks").glob("killed-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            note = json.loads(path.read_text(encoding="utf-8"))
+            found = (float(note["time"]), int(note["rank"]), int(note["signal"]))
+            (asked if note["asked"] else crashed).append(found)
+    findings, exits = supervision.findings, read_exits(job.run_dir)
+    failed = [
+        record.time
+        for record in exits.values()
+        if record.code not in (0, STOPPED_WITH_CHECKPOINT) and not _lost_its_peer(record)
+    ]
+    is_asked = bool(supervision.stop.requests) or srun_code == 128 + signal.SIGTERM
+    too_early = (asked and not failed) or (is_asked and not read_starts(job.run_dir))
+    if asked:  # `srun` kills the others after the first that could not listen
+        crashed = [found for found in crashed if found[2] != signal.SIGKILL or found[0] < min(asked)[0]]
+    if too_early and not crashed and findings.hang is None:
+        return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting: start again"
+    # Whoever died after another rank had failed was ended because of it.
+    findings.died_first = [rank for moment, rank, _ in sorted(crashed)[:1] if not failed or moment <= min(failed)]
+    findings.signals = {rank: number for _, rank, number in crashed}
+    return conclude(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
+
+
+def _lost_its_peer(record: RankExit) -> bool:
+    """Whether a rank failed in a collective: as a peer's death makes it, before anybody can have noted that death."""
+    return record.code == INTERNAL and "torch/distributed/" in record.traceback
+
+
+def _silent_nodes(job: Job) -> list[str]:
+    """Nodes of which a rank has said nothing, nor its parent for it: `srun` killed both, or the node is gone."""
+    exits = read_exits(job.run_dir)
+    first, silent = 0, []
+    for node in job.nodes:
+        ranks = range(first, first + len(node.slots))
+        first += len(node.slots)
+        if any(rank not in exits and not killed_path(job.run_dir, rank).exists() for rank in ranks):
+            silent.append(node.name)
+    return silent
+
+
+def _ask(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise ConfigError(f"inside a Slurm job, but there is no `{words[0]}` here: load Slurm's module") from None
+    except subprocess.SubprocessError as error:
+        told = getattr(error, "stderr", None) or str(error)
+        raise ConfigError(f"`{' '.join(words)}` failed: {' '.join(told.split())}") from None
+    return done.stdout
+
+
+def _address(node: str) -> str:
+    """Where Slurm itself reaches a node: its name need not mean anything outside of Slurm."""
+    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", _ask("scontrol", "show", "node", "-o", node))
+    if match is None or not _ADDRESS.fullmatch(match[1]):
+        raise ConfigError(f"Slurm gives no usable address for node {node}")
+    return match[1]
+
+
+def _end_time(job_id: int) -> int | None:
+    match = re.search(r"\sEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", _ask("scontrol", "show", "job", "-o", str(job_id)))
+    return int(datetime.datetime.fromisoformat(match[1]).timestamp()) if match else None  # local time, as Slurm writes
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> str:
+    value = environment.get(name) or default
+    if not value.isascii() or not value.isdecimal():
+        raise ConfigError(f"{name}=`{value}` is not a number: this is no Slurm job's environment")
+    return value
+
+
+def _fewest(environment: Mapping[str, str], name: str) -> int:
+    """The smallest of a list such as `8(x2),4`."""
+    parts = environment.get(name, "").split(",")
+    matches = [re.fullmatch(r"(\d+)(\(x\d+\))?", part) for part in parts]
+    numbers = [int(match[1]) for match in matches if match is not None]
+    if len(numbers) < len(parts):
+        raise ConfigError(f"{name}=`{environment.get(name)}` is not a list of CPUs: this is no Slurm job's environment")
+    return min(numbers)
+
+
+def _gpus(environment: Mapping[str, str]) -> int:
+    """GPUs a node; on a login node (salloc) from what was asked for, `8` or `a100:8`."""
+    if environment.get("SLURM_GPUS_ON_NODE"):
+        return int(_number(environment, "SLURM_GPUS_ON_NODE"))
+    match = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", environment.get("SLURM_GPUS_PER_NODE", ""))
+    return int(match[1]) if match else 0

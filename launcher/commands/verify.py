@@ -1,0 +1,57 @@
+"""``fulltune verify``: whether a run's checkpoints still hold what was written, without starting anything."""
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.checkpoint.format import best_checkpoint, known_run_id, list_checkpoints
+from engine.checkpoint.reader import CheckpointReader
+from engine.errors import DataError, MissingInputError
+from engine.tensor_files.reader import verify_blocks
+
+_GB = 1000.0**3
+
+
+def verify_run(run_dir: Path) -> int:
+    """Read every byte of every checkpoint and print a verdict on each; returns the exit code.
+
+    0 when all are sound, DataError's when one is not, MissingInputError when there is none.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        raise MissingInputError(f"{run_dir}: there is no checkpoint in it")
+    best, run_id = best_checkpoint(run_dir), _run_id(run_dir)
+    damaged = 0
+    for path in checkpoints:
+        try:
+            size_bytes = _verify(path, run_id)
+        except DataError as error:
+            damaged += 1
+            print(f"{path.name}  REFUSED  {error}")
+            continue
+        print(f"{path.name}  sound  {size_bytes / _GB:.3f} GB{'  best' if path == best else ''}")
+    if damaged:
+        print(
+            f"{damaged} of {len(checkpoints)} cannot be used; a resume takes the newest that is sound", file=sys.stderr
+        )
+    return DataError.exit_code if damaged else 0
+
+
+def _verify(path: Path, run_id: str) -> int:
+    reader = CheckpointReader(path)
+    reader.check_no_extra_files()
+    if reader.manifest.run_id != run_id:
+        raise DataError(f"{path}: belongs to another run ({reader.manifest.run_id}, this one is {run_id})")
+    total = sum(record.size_bytes for record in reader.records.values())
+    with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for file, record in reader.records.items():
+            verify_blocks(file, record)
+            bar.update(record.size_bytes)
+    return total
+
+
+def _run_id(run_dir: Path) -> str:
+    from engine.run_folder import RunFolder  # brings torch along
+
+    return RunFolder(run_dir, 0).recorded_run_id() or known_run_id(run_dir)

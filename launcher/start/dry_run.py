@@ -1,0 +1,165 @@
+"""``fulltune train --dry-run``: everything the run would do, printed; nothing is written or started."""
+
+import json
+import math
+import shlex
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
+from engine.config import RunConfig
+from engine.zero.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path, resolve_ds_config
+from launcher.job.job import Job
+from launcher.job.run_config import Run
+
+_GIB = 2.0**30
+_PROCESS_GIB = 0.4
+
+
+def describe_plan(run: Run, job: Job) -> str:
+    """The plan of `job` in a few paragraphs. Raises what the run itself would raise on its configuration."""
+    ds_config = resolve_ds_config(run.config, job.num_ranks)
+    parts = [
+        *_batch_lines(run.config, job.num_ranks),
+        *_duration_lines(run),
+        *(rule for find in (memory_rule, swap_rule) if (rule := find(run.config, job, ds_config))),
+        "",
+        f"DeepSpeed configuration ({run.config.deepspeed}, resolved):",
+        json.dumps(ds_config, indent=2),
+        "",
+        *_node_lines(job),
+        "",
+        "command:",
+        "  " + " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(job.environment.items())) + " \\",
+        f"  {shlex.join(job.command)}",
+        f"  ({job.run_file} is {run.source} resolved; written when the run starts)",
+    ]
+    return "\n".join(parts)
+
+
+def _batch_lines(config: RunConfig, num_ranks: int) -> list[str]:
+    rows, micro_rows = config.global_rows, config.batch.micro_rows
+    if config.batch.micro_tokens is not None:
+        return [
+            f"batch: {rows} rows a step over {num_ranks} ranks, in micro-batches of similar lengths of up to "
+            f"{config.batch.micro_tokens:,} tokens a rank"
+        ]
+    micro_batches = -(-rows // (num_ranks * micro_rows))
+    tokens = rows * config.data.row_tokens
+    lines = [
+        f"batch: {rows} rows a step (up to {tokens:,} tokens) = {num_ranks} ranks x {micro_rows} rows "
+        f"x {micro_batches} micro-batches"
+    ]
+    last = rows - (micro_batches - 1) * num_ranks * micro_rows
+    if last < num_ranks * micro_rows:
+        held = [len(range(rank, last, num_ranks)) for rank in range(num_ranks)]
+        empty = sum(1 for count in held if count == 0)
+        lines.append(
+            f"  uneven: the last micro-batch has {last} rows for {num_ranks * micro_rows} places"
+            + ("" if not empty else "; 1 rank runs it empty" if empty == 1 else f"; {empty} ranks run it empty")
+            + ". Correct, but a multiple wastes nothing."
+        )
+    return lines
+
+
+def _duration_lines(run: Run) -> list[str]:
+    config = run.config
+    try:
+        folder = resolve_store(config.data.store_dir, "train", run.values["data"], config.task)
+        rows = None if folder is None else open_rows(TokenStore.open(folder), config.data.row_tokens).epoch_rows
+    except StoreError as error:
+        steps = f"{config.duration.steps} steps" if config.duration.steps else f"{config.duration.epochs:g} epochs"
+        return [f"duration: {steps}; the token store is prepared first ({str(error).partition(';')[0]})"]
+    if rows is None:
+        return [f"data: {config.data.store_dir} has no train split"]
+    if config.duration.steps is not None:
+        steps_total, epochs = config.duration.steps, config.duration.steps * config.global_rows / rows
+    else:
+        assert config.duration.epochs is not None
+        epochs = config.duration.epochs
+        steps_total = math.ceil(epochs * rows / config.global_rows)
+    return [f"duration: {steps_total} steps = {epochs:.3g} epochs of {rows:,} rows of {config.data.row_tokens} tokens"]
+
+
+def swap_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
+    """Room that optimizer states need on NVMe of the fullest node; "" where they are elsewhere."""
+    swap_dir, parameters = nvme_path(ds_config), count_parameters(config.model.path)
+    if swap_dir is None or parameters is None:
+        return ""
+    ranks = max(len(node.slots) for node in job.nodes)
+    share = parameters * NVME_BYTES_PER_PARAMETER * ranks / job.num_ranks / _GIB
+    return f"optimizer states: about {share:.1f} GiB a node in {swap_dir}, removed at the end"
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Memory that the fullest node needs by the measured rule for full CPU offload."""
+
+    parameters: int
+    bytes_each: int
+    ranks: int
+    num_ranks: int
+
+    @property
+    def bytes(self) -> float:
+        """Of all the node's ranks."""
+        share = self.parameters * self.bytes_each * self.ranks / self.num_ranks
+        return share + self.ranks * _PROCESS_GIB * _GIB
+
+    @property
+    def sum_text(self) -> str:
+        """How it comes about."""
+        return (
+            f"{self.parameters:,} parameters x {self.bytes_each} bytes x {self.ranks}/{self.num_ranks} ranks + "
+            f"{_PROCESS_GIB} GiB a process"
+        )
+
+
+def host_memory(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> HostMemory | None:
+    """What the rule says of a job; None where it does not apply, or the model's size is not known yet."""
+    zero = ds_config["zero_optimization"]
+    offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
+    parameters = count_parameters(config.model.path)
+    if offloads != ["cpu", "cpu"] or parameters is None:
+        return None
+    accumulates_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    ranks = max(len(node.slots) for node in job.nodes)
+    return HostMemory(parameters, 22 if accumulates_fp32 else 20, ranks, job.num_ranks)
+
+
+def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
+    """The same for people; "" where there is none."""
+    need = host_memory(config, job, ds_config)
+    return "" if need is None else f"host memory: about {need.bytes / _GIB:.1f} GiB a node ({need.sum_text})"
+
+
+def count_parameters(model_path: str | None) -> int | None:
+    """Elements of all tensors in a local folder's safetensors files, from their headers; None if unknown."""
+    files = sorted(Path(model_path).glob("*.safetensors")) if model_path else []
+    total = 0
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                (header_bytes,) = struct.unpack("<Q", file.read(8))
+                if header_bytes > 100_000_000:
+                    return None
+                header = json.loads(file.read(header_bytes))
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, struct.error):
+        return None  # the model's own loader says what is wrong with it
+    return total or None
+
+
+def _node_lines(job: Job) -> list[str]:
+    kind = "CPU ranks" if job.environment.get("DS_ACCELERATOR") == "cpu" else "GPUs"
+    lines = [f"nodes: {len(job.nodes)}, ranks: {job.num_ranks} ({kind})"]
+    first = 0
+    for node in job.nodes:
+        last = first + len(node.slots) - 1
+        ranks = f"rank {first}" if last == first else f"ranks {first}-{last}"
+        slots = ",".join(map(str, node.slots))
+        lines.append(f"  {node.name}: {ranks} on slots {slots}: python -m engine {job.run_file}")
+        first = last + 1
+    return lines

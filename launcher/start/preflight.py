@@ -1,0 +1,216 @@
+"""What a run file asks for and whether it is there: data, model, tokenizer, run folder, room for its checkpoints."""
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.config import SourceConfig
+from data_prep.errors import PreparationError
+from data_prep.sources.source_files import find_files
+from data_prep.token_store import StoreError, TokenStore, resolve_store
+from engine.zero.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path
+from launcher.job.finding import Finding
+from launcher.job.run_config import Run
+from launcher.start.dry_run import count_parameters
+
+_GIB = 2.0**30
+_CHECKPOINT_BYTES_PER_PARAMETER = 12
+_LEAST_INODES = 64
+_TIGHT_BYTES = 2**30
+_EXPORT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+#: Folders a run needs, by the names they are told by.
+RUN_DIR, STORE_DIR, MODEL, NVME = "run folder", "store folder", "model folder", "NVMe folder"
+CURRENT_DIR, SHARED = "current folder", "given folder"
+
+
+def folders_of(run: Run, ds_config: Mapping[str, Any] | None) -> dict[str, Path]:
+    """The folders every node is to look at."""
+    found = {RUN_DIR: run.config.run_dir, STORE_DIR: run.config.data.store_dir}
+    if run.config.model.path is not None and Path(run.config.model.path).is_dir():
+        found[MODEL] = Path(run.config.model.path)
+    swap = nvme_path(dict(ds_config)) if ds_config is not None else None
+    return found | ({NVME: swap} if swap is not None else {})
+
+
+def judge_run(run: Run) -> list[Finding]:
+    """What this machine alone can say of a run file that is valid."""
+    return [
+        Finding("run file", "ok", f"{run.source} is valid"),
+        *_records(run),
+        _tokenizer(run),
+        _store(run),
+        _model(run),
+        _in_use(run.config.run_dir),
+    ]
+
+
+def _records(run: Run) -> Iterator[Finding]:
+    for split, sources in (("train", run.data.train), ("validation", run.data.validation or ())):
+        names: list[str] = []
+        hub = [source.hub for source in sources if source.hub is not None and not Path(source.hub).exists()]
+        try:
+            for number, source in enumerate(sources):
+                names += _files(source, f"data.{split}[{number}]" if len(sources) > 1 else f"data.{split}")
+        except PreparationError as error:
+            yield Finding(
+                f"{split} records", "error", str(error), "correct the path; prepare reads them at every start"
+            )
+            continue
+        except OSError as error:
+            yield Finding(f"{split} records", "error", f"{error.filename}: {error.strerror}", "make it readable")
+            continue
+        if hub:
+            yield Finding(f"{split} records", "skipped", f"from the Hub: {', '.join(hub)}")
+        if names:
+            yield Finding(f"{split} records", "ok", f"{len(names)} file{'s' if len(names) > 1 else ''}")
+
+
+def _files(source: SourceConfig, key: str) -> list[str]:
+    """The files of a source, each opened once."""
+    paths = list((source.aligned or {}).values())
+    paths += find_files(source, key) if source.path is not None else []
+    for path in paths:
+        with Path(path).expanduser().open("rb"):
+            pass
+    return paths
+
+
+def _tokenizer(run: Run) -> Finding:
+    from data_prep.tokenizer.open import is_hub_name, open_tokenizer
+
+    name = run.data.tokenizer
+    if not Path(name).expanduser().exists() and is_hub_name(name):
+        return Finding("tokenizer", "skipped", f"{name} is no file or folder here; prepare asks the Hub for it")
+    try:
+        tokenizer = open_tokenizer(name)
+    except PreparationError as error:
+        return Finding("tokenizer", "error", str(error), "correct data.tokenizer")
+    return Finding("tokenizer", "ok", f"{tokenizer.vocab_size:,} tokens")
+
+
+def _store(run: Run) -> Finding:
+    config = run.config
+    try:
+        folder = resolve_store(config.data.store_dir, "train", run.values["data"], config.task)
+        if folder is None:
+            return Finding("token store", "error", f"{config.data.store_dir} has no train split", "prepare it again")
+        store = TokenStore.open(folder)
+    except StoreError as error:
+        said = str(error)
+        if error.exit_code == 66 or "prepared from other settings" in said or "prepared for task" in said:
+            return Finding("token store", "ok", f"not there yet, made first: {said.partition(';')[0]}")
+        return Finding("token store", "error", said, f"rm -r {config.data.store_dir} and prepare it again")
+    return Finding("token store", "ok", f"{store.num_documents:,} documents, {store.num_tokens:,} tokens")
+
+
+def _model(run: Run) -> Finding:
+    section = run.config.model
+    if section.path is None:
+        return Finding("model", "ok", "fresh weights from model.config")
+    folder = Path(section.path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            return Finding("model", "error", f"{folder} has no config.json", "correct model.path")
+        parameters = count_parameters(section.path)
+        if parameters is None and section.init == "pretrained":
+            return Finding("model", "error", f"{folder} has no readable safetensors", "convert the weights")
+        return Finding("model", "ok", f"{parameters:,} parameters" if parameters else f"configuration in {folder}")
+    if folder.is_absolute() or section.path.startswith(".") or section.path.count("/") != 1:
+        return Finding("model", "error", f"{section.path}: no such folder", "correct model.path")
+    return Finding("model", "skipped", f"{section.path} comes from the Hub")
+
+
+def _in_use(run_dir: Path) -> Finding:
+    """Whether another job holds one of the two locks of a run folder."""
+    for name, whose in (("launcher.lock", "`fulltune train`"), ("owner.lock", "job")):
+        try:
+            with (run_dir / name).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            advice = "wait for it, stop it, or choose another run_dir"
+            return Finding("run folder in use", "error", f"another {whose} is using {run_dir}", advice)
+        except OSError:
+            continue  # not there, or not ours: the folder's own findings tell
+    return Finding("run folder in use", "ok", "by nobody")
+
+
+def judge_folders(facts: Mapping[str, Any], run: Run | None, num_nodes: int) -> list[Finding]:
+    """The folders as one node sees them."""
+    node = str(facts["node"])
+    found = [_temporary(facts["temporary"], node)]
+    for name, folder in facts["folders"].items():
+        found += _folder(name, folder, node)
+        if name == NVME and facts["direct_error"] is not None:
+            found.append(Finding(name, "error", facts["direct_error"], node=node))
+        if folder.get("free_bytes") is not None and name != MODEL:
+            found += _room(name, folder, run, num_nodes, node)
+    return found
+
+
+def _temporary(folder: Mapping[str, Any], node: str) -> Finding:
+    """Most programs take another folder where this one is unusable, some do not."""
+    problem = folder["error"] or (folder["write_error"] if folder["is_dir"] else "no such folder")
+    if problem or folder["free_bytes"] < _TIGHT_BYTES:
+        found = f"{folder['path']}: " + (problem or f"{folder['free_bytes'] / 2**20:.0f} MiB free")
+        return Finding("temporary files", "warning", found, "make room, or set TMPDIR to another folder", node)
+    return Finding("temporary files", "ok", f"{folder['path']}, {folder['free_bytes'] / _GIB:.1f} GiB free", node=node)
+
+
+def _folder(name: str, folder: Mapping[str, Any], node: str) -> Iterator[Finding]:
+    path = folder["path"]
+    if folder["error"] is not None:
+        yield Finding(name, "error", f"{path}: {folder['error']}", "make it readable for this user", node)
+    elif folder["exists"] and not folder["is_dir"]:
+        yield Finding(name, "error", f"{path} is a file", "choose another path", node)
+    elif folder["exists"] and not folder["readable"]:
+        yield Finding(name, "error", f"{path} cannot be read", "make it readable for this user", node)
+    elif name in (MODEL, NVME, CURRENT_DIR) and not folder["exists"]:
+        yield Finding(name, "error", f"there is no folder {path}", "mount or make it on this node too", node)
+    elif name in (MODEL, CURRENT_DIR):
+        yield Finding(name, "ok", path, node=node)
+    elif folder["write_error"] is not None:
+        where = "" if folder["above"] == path else f" (in {folder['above']})"
+        advice = "make room, or choose another path" if "space" in folder["write_error"] else "choose a folder of yours"
+        yield Finding(name, "error", f"{path}: cannot write{where}: {folder['write_error']}", advice, node)
+    else:
+        state = path if folder["exists"] else f"{path} can be made"
+        yield Finding(name, "ok", f"{state}, {folder['free_bytes'] / _GIB:.1f} GiB free", node=node)
+    if name == RUN_DIR and folder.get("hold"):
+        yield Finding("hold", "error", f"{path} is on hold", f"remove {path}/HOLD to go on", node)
+
+
+def _room(name: str, folder: Mapping[str, Any], run: Run | None, num_nodes: int, node: str) -> Iterator[Finding]:
+    """Bytes and inodes where something is going to be written."""
+    free = folder["free_bytes"]
+    needed, what = _needed(name, run, num_nodes) if run is not None else (0, "")
+    said = f"{free / _GIB:.1f} GiB free for the {name}"
+    if needed > free:
+        found = f"{what} need {needed / _GIB:.1f} GiB, and there are {said}"
+        advice = "make room, lower checkpoint.keep_checkpoints, or choose another run_dir"
+        yield Finding("disk", "error", found, advice if name == RUN_DIR else "make room or choose another path", node)
+    elif needed:
+        yield Finding("disk", "ok", f"{what} need {needed / _GIB:.1f} GiB, {said}", node=node)
+    elif free < _TIGHT_BYTES:
+        yield Finding("disk", "warning", said, "make room", node)
+    inodes = folder["free_inodes"]
+    if inodes is not None and inodes < _LEAST_INODES:
+        found = f"{inodes} left for the {name}"
+        yield Finding("inodes", "error", found, "remove files from that file system", node)
+
+
+def _needed(name: str, run: Run, num_nodes: int) -> tuple[int, str]:
+    """Bytes that the run will add there, and what takes them; 0 where the model's size is not known."""
+    parameters = count_parameters(run.config.model.path) or 0
+    if name == NVME:
+        return parameters * NVME_BYTES_PER_PARAMETER // num_nodes, "optimizer states"
+    if name != RUN_DIR:
+        return 0, ""
+    checkpoint, export = run.config.checkpoint, run.config.export
+    there = len(list((run.config.run_dir / "checkpoints").glob("step-*")))
+    # A checkpoint is written before the oldest one goes, and the best one may be none of the newest.
+    count = max(1, checkpoint.keep_checkpoints + 1 + checkpoint.save_best - there)
+    exports = int(export.at_end) + (export.keep or 1 if export.every_steps else 0)
+    each = _CHECKPOINT_BYTES_PER_PARAMETER
+    total = parameters * (count * each + exports * _EXPORT_BYTES[export.dtype])
+    return total, f"{count} checkpoints" + (f" and {exports} exports" if exports else "")

@@ -1,0 +1,175 @@
+"""``fulltune train``: store, compiled ops, resolved run file, then `deepspeed` under supervision."""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.errors import STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError
+from engine.ranks.stop import check_not_held, is_held
+from engine.zero.ds_config import needs_async_io, resolve_ds_config
+from engine.zero.prebuild import extensions_dir, missing_ops
+from launcher.batch import slurm_job
+from launcher.job import runs
+from launcher.job.environment import job_environment, remote_environment
+from launcher.job.hosts import filter_nodes, is_local, local_node, read_hostfile
+from launcher.job.job import DEFAULT_PORT, LEAST_SECONDS, Job, free_port, hostfile_command, local_command, owned_run_dir
+from launcher.job.run_config import Run, write_resolved
+from launcher.ssh.check_hosts import check_hosts
+from launcher.start.dry_run import memory_rule
+from launcher.start.restart import run_with_restarts
+
+
+def plan_job(
+    run: Run,
+    *,
+    ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    hostfile: Path | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    master_port: int | None = None,
+    engine_flags: list[str] | None = None,
+    hang_seconds: float = LEAST_SECONDS,
+) -> Job:
+    """Decide what runs where. Starts and writes nothing; ConfigError for what cannot work.
+
+    Inside a Slurm allocation all of it is used, unless `ranks` or `hostfile` say otherwise.
+    """
+    _ = run.config.trained_task  # one that is not trained is told before anything is prepared
+    if slurm_job.is_inside(os.environ) and ranks is None and hostfile is None:
+        allocation = slurm_job.read_allocation(os.environ)
+        # A job that comes back goes on; it does not start over again.
+        comes_back = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        flags = [flag for flag in engine_flags or [] if not (comes_back and flag == "--fresh")]
+        job = slurm_job.plan_slurm_job(
+            allocation, run.config.run_dir, run.resolved_path, flags, ranks_per_node, master_port
+        )
+        rule = memory_rule(run.config, job, resolve_ds_config(run.config, job.num_ranks))
+        return dataclasses.replace(job, memory_rule=rule, hang_seconds=hang_seconds)
+    if ranks_per_node is not None:
+        raise ConfigError("--ranks-per-node is for Slurm jobs: on one machine --ranks says how many")
+    engine_arguments = [str(run.resolved_path), *(engine_flags or [])]
+    if hostfile is None:
+        if include or exclude:
+            raise ConfigError("--include and --exclude choose from a hostfile: give --hostfile HOSTS")
+        node, uses_gpus = local_node(ranks)
+        port = master_port or free_port()
+        command = local_command(node, port, engine_arguments)
+        nodes = [node]
+    else:
+        if ranks is not None:
+            raise ConfigError("--ranks is for this machine alone: with --hostfile, slots=N says how many")
+        nodes = filter_nodes(read_hostfile(hostfile), include, exclude)
+        # The other machines are taken to be like this one; DeepSpeed asks each for itself.
+        _, uses_gpus = local_node(None)
+        port = master_port or (free_port() if all(is_local(node.name) for node in nodes) else DEFAULT_PORT)
+        selection = ["--include", include] if include else ["--exclude", exclude] if exclude else []
+        command = hostfile_command(
+            hostfile.absolute(), nodes, selection, port, engine_arguments, run_dir=run.config.run_dir
+        )
+    ds_config = resolve_ds_config(run.config, sum(len(node.slots) for node in nodes))
+    environment = job_environment(max(len(node.slots) for node in nodes), uses_gpus)
+    job = Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
+    rule = memory_rule(run.config, job, ds_config)
+    return dataclasses.replace(job, memory_rule=rule, hang_seconds=hang_seconds)
+
+
+def array_part(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """The share of the input that this task of a Slurm job array takes, (i, n) from 1; None outside of one.
+
+    Raises ConfigError for an array whose task numbers have no regular step.
+    """
+    count = int(environment.get("SLURM_ARRAY_TASK_COUNT") or 1)
+    if count == 1:
+        return None
+    task, lowest, highest, step = (
+        int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "STEP")
+    )
+    place, rest = divmod(task - lowest, max(step, 1))
+    if rest or (highest - lowest) // max(step, 1) + 1 != count:
+        raise ConfigError("the Slurm array must be a plain range such as --array=0-7, so that shares can be numbered")
+    return place + 1, count
+
+
+def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
+    """Make the token store the run file describes, or a `part` of it, or say that it is there already."""
+    from data_prep.prepare import prepare
+
+    prepare(run.data, run.values["data"], run.config.task, part=part)
+
+
+def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None) -> tuple[int, str]:
+    """Prepare what is missing, then run `job` to its end, again after crashes; (exit code, one line unless it is 0).
+
+    `master_port`: where ranks of several hosts shall meet, if a person has chosen it.
+    """
+    check_not_held(run.config.run_dir)
+    if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):
+        print(f"{run.config.run_dir}: already complete, nothing to do", flush=True)
+        return 0, ""
+    with owned_run_dir(run.config.run_dir, run.config.share_with_group):
+        runs.record_start(run.config.run_dir, job.starts_through_srun)
+        try:
+            code, message = _prepare_and_run(run, job, restarts, master_port)
+        except FulltuneError as error:
+            runs.record_outcome(run.config.run_dir, error.exit_code, str(error))
+            raise
+        runs.record_outcome(run.config.run_dir, code, message)
+    if code == 0:
+        print(f"{run.config.run_dir}: complete", flush=True)
+    return code, message
+
+
+def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None) -> tuple[int, str]:
+    if job.starts_through_ssh:
+        job = _on_hosts(job, master_port)
+    prepare_store(run)
+    write_resolved(run)
+    if job.starts_through_srun:
+        _tell_command(job)
+        code, message = run_with_restarts(job, restarts)
+        if code == 0:
+            runs.record_complete(run)
+        elif code == STOPPED_WITH_CHECKPOINT and is_held(run.config.run_dir):
+            # Brought back it could only refuse to start.
+            runs.forbid_requeue(int(os.environ["SLURM_JOB_ID"]))
+            message += f"; on hold: remove {run.config.run_dir / 'HOLD'} and submit it again"
+        return code, message
+    _prebuild(job.environment, needs_async_io(run.config))
+    if job.starts_through_ssh:
+        ours = job.environment | remote_environment(job.run_dir, job.environment)
+        job = dataclasses.replace(job, environment=ours)
+    _tell_command(job)
+    try:
+        return run_with_restarts(job, restarts)
+    finally:
+        (job.run_dir / "deepspeed_env").unlink(missing_ok=True)
+
+
+def _on_hosts(job: Job, master_port: int | None) -> Job:
+    """The job for hosts that have been asked: with the address of the first one, and a port that is free there."""
+    address, port = check_hosts(job.nodes, job.run_dir, job.environment)
+    words = {"--master_addr": address, "--master_port": str(master_port or port)}
+    command = [words.get(before, word) for before, word in zip(("", *job.command), job.command, strict=False)]
+    return dataclasses.replace(job, command=tuple(command), master_port=master_port or port)
+
+
+def _tell_command(job: Job) -> None:
+    print(f"starting: {shlex.join(job.command)}", flush=True)
+
+
+def _prebuild(environment: dict[str, str], uses_nvme: bool) -> None:
+    """Compile DeepSpeed's ops in a process of its own if one is missing on this machine."""
+    uses_gpus = environment.get("DS_ACCELERATOR") != "cpu"
+    folder = Path(environment.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
+    if not missing_ops(folder, uses_gpus, uses_nvme):
+        return
+    command = [sys.executable, "-m", "engine.zero.prebuild", *(["--nvme"] if uses_nvme else [])]
+    result = subprocess.run(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        kind = ConfigError if result.returncode == ConfigError.exit_code else FulltuneError
+        raise kind(result.stderr.strip().rpartition("fulltune: error: ")[2] or "DeepSpeed's ops could not be compiled")

@@ -1,0 +1,96 @@
+"""CoNLL columns and CoNLL-U: sentences, comments, and what is not a word."""
+
+import pytest
+
+from data_prep.errors import BadDataError
+from data_prep.sources.read_conll import read_conll, read_conllu
+from data_prep.sources.records import Record
+from data_prep.sources.spans import cut_at_blank_lines
+
+
+def conll(text: str, columns: tuple[str, ...] | None = None) -> list[Record]:
+    return list(read_conll([text.encode()], "a.conll", columns))
+
+
+def test_sentences_end_at_blank_and_blank_looking_lines() -> None:
+    text = "# sent 1 of 3\nEU\tB-ORG\nrejects\tO\n\t\n#nlp\tO\n# \tO\n\r\n\n\na\u00a0b\tO\r\n"
+    assert conll(text) == [
+        Record({"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}, "a.conll:2", 2),
+        Record({"tokens": ["#nlp", "# "], "tags": ["O", "O"]}, "a.conll:5", 5),
+        Record({"tokens": ["a\u00a0b"], "tags": ["O"]}, "a.conll:10", 10),
+    ]
+
+
+def test_columns_by_blanks_with_names_and_document_marks() -> None:
+    text = "-DOCSTART- -X- O O\nEU NNP I-NP B-ORG\n-DOCSTART- -X- O O\n\n# a longer comment line\n# SYM  O O\n"
+    columns = ("token", "pos", "chunk", "tag")
+    assert [record.value for record in conll(text, columns)] == [
+        {"tokens": ["EU"], "pos": ["NNP"], "chunk": ["I-NP"], "tags": ["B-ORG"]},
+        {"tokens": ["#"], "pos": ["SYM"], "chunk": ["O"], "tags": ["O"]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "words"),
+    [
+        ("a O\nb NN O\n", None, r"^a\.conll:2: 3 columns, not 2$"),
+        ("a NN O\n", None, r"^a\.conll:1: 3 columns, name them in order: `columns: \[token, \.\.\., tag\]`$"),
+        ("a\tO\t\n", ("token", "tag"), r"^a\.conll:1: 3 columns, not 2$"),
+        ("a\n", ("token", "tag"), r"^a\.conll:1: 1 columns, not 2$"),
+    ],
+)
+def test_other_numbers_of_columns_are_named(text: str, columns: tuple[str, ...] | None, words: str) -> None:
+    with pytest.raises(BadDataError, match=words):
+        conll(text, columns)
+
+
+def test_conllu_keeps_words_only() -> None:
+    lines = [
+        "# text = Don't go",
+        "1-2\tDon't\t_\t_\t_\t_\t_\t_\t_\t_",
+        "1\tDo\tdo\tAUX\tVBP\t_\t3\taux\t_\t_",
+        "2\tn't\tnot\tPART\tRB\t_\t3\tadvmod\t_\t_\tgo.01\tV",
+        "2.1\tgone\t_\t_\t_\t_\t_\t_\t_\t_",
+        "3\t#\t#\tSYM\t#\t_\t0\troot\t_\t_",
+        "",
+        "# only a comment",
+        "",
+    ]
+    (record,) = read_conllu(["\n".join(lines).encode()], "a.conllu")
+    assert (record.where, record.line) == ("a.conllu:3", 3)
+    assert record.value == {
+        "tokens": ["Do", "n't", "#"],
+        "lemmas": ["do", "not", "#"],
+        "tags": ["AUX", "PART", "SYM"],
+        "xpos": ["VBP", "RB", "#"],
+        "deprel": ["aux", "advmod", "root"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("1\ta\tb", "3 columns; CoNLL-U has ten"), ("x" + "\t_" * 9, "'x' is not the number of a word")],
+)
+def test_faulty_conllu_lines(line: str, words: str) -> None:
+    with pytest.raises(BadDataError, match=rf"^a\.conllu:2: {words}"):
+        list(read_conllu([f"# c\n{line}\n".encode()], "a.conllu"))
+
+
+def test_a_sentence_without_end_is_refused() -> None:
+    blocks = [b"word\tO\n" * 100] * 10
+    with pytest.raises(BadDataError, match=r"^a\.conll:1: no blank line within 1000 characters"):
+        list(read_conll(blocks, "a.conll", None, limit_bytes=1000))
+
+
+@pytest.mark.parametrize("span_bytes", [1, 30, 200])
+@pytest.mark.parametrize("size", [1, 13, 1 << 20])
+def test_spans_end_between_sentences(span_bytes: int, size: int) -> None:
+    sentences = ["".join(f"w{number}\tO\n" for _ in range(number % 7 + 1)) for number in range(60)]
+    content = ("\t\n\n".join(sentences[:30]) + "\n \r\n" + "\n".join(sentences[30:])).encode()
+    whole = list(read_conll([content], "a.conll", None))
+    assert len(whole) == 60
+    blocks = [content[at : at + size] for at in range(0, len(content), size)]
+    spans = cut_at_blank_lines(blocks, span_bytes)
+    assert len(spans) >= 5 and spans[-1].stop == len(content)
+    pieced = [r for s in spans for r in read_conll([content[s.start : s.stop]], "a.conll", None, s.first_line)]
+    assert pieced == whole

@@ -1,0 +1,66 @@
+"""Data sets through `datasets`: a local folder stands for the Hub."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_fixtures import write_jsonl
+
+from data_prep.config import SourceConfig
+from data_prep.errors import DataConfigError, MissingInputError
+from data_prep.sources.records import Record
+from data_prep.sources.sources import find_sources, read_records
+
+ROWS = [{"text": f"é{number}", "label": number % 3, "score": None, "turns": [{"role": "user"}]} for number in range(50)]
+
+
+def read(folder: Path, cache_dir: Path, **more: Any) -> list[Record]:
+    ((source,),) = find_sources((SourceConfig(hub=str(folder), **more),), "data.train", cache_dir)
+    assert (source.format, source.label) == ("jsonl", f"{folder}[{more.get('split', 'train')}]")
+    return list(read_records(source))
+
+
+def test_a_split_is_spooled_once_and_again_when_it_changed(tmp_path: Path) -> None:
+    folder, cache_dir = tmp_path / "set", tmp_path / "cache" / "deep"
+    write_jsonl(folder / "train.jsonl", ROWS)
+    write_jsonl(folder / "test.jsonl", ROWS[:5])
+    records = read(folder, cache_dir)
+    assert [record.value for record in records] == ROWS
+    assert records[3].where == f"{folder}[train]:4"
+    assert len(read(folder, cache_dir, split="test")) == 5
+    spools = sorted(cache_dir.iterdir())
+    assert len(spools) == 2 and all(path.suffix == ".jsonl" for path in spools)
+    before = [path.stat().st_mtime_ns for path in spools]
+    read(folder, cache_dir)
+    assert [path.stat().st_mtime_ns for path in spools] == before
+    write_jsonl(folder / "train.jsonl", ROWS[:7])
+    os.utime(folder / "train.jsonl", (1, 1))
+    assert len(read(folder, cache_dir)) == 7
+
+
+def test_what_is_missing_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    for more, words in (
+        ({"hub": "nobody/nothing"}, r"^nobody/nothing: .*\(data\.train\.hub\)$"),
+        ({"hub": str(tmp_path / "set"), "split": "dev"}, r"set: .*train.*\(data\.train\.split\)$"),
+        ({"hub": str(tmp_path / "set"), "config": "x"}, r"set: .*'x'.*\(data\.train\.hub\)$"),
+    ):
+        with pytest.raises(MissingInputError, match=words) as caught:
+            find_sources((SourceConfig(**more),), "data.train", tmp_path / "cache")  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataConfigError, match=r"^data\.train\.columns has no meaning for hub"):
+        find_sources((SourceConfig(hub="a", columns=("a",)),), "data.train", tmp_path)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_a_file_that_breaks_half_way_leaves_no_spool(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x" * 1000}) for _ in range(20_000)] + ["{broken"]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(MissingInputError, match=r"set\[train\]: cannot be read to its end: .*\(data\.train\.hub\)$"):
+        read(tmp_path / "set", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

@@ -1,0 +1,171 @@
+"""The DeepSpeed JSON: what passes, what the run file owns, what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import RunConfig
+from engine.errors import ConfigError, MissingInputError
+from engine.zero.ds_config import (
+    needs_async_io,
+    nvme_path,
+    offloads_optimizer,
+    read_ds_config,
+    resolve_ds_config,
+    shipped_ds_configs,
+    with_nvme_path,
+)
+
+GOOD: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+
+
+def config(deepspeed: str, nvme: str | None = None) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "nvme_path": nvme,
+            "run_dir": "r", "task": "causal_lm", "data": {"store_dir": "s", "row_tokens": 8}, "model": {"path": "m"},
+            "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5, "weight_decay": 0.1},
+            "batch": {"global_rows": 32, "micro_rows": 4}, "duration": {"steps": 1}, "deepspeed": deepspeed,
+        }
+    )  # fmt: skip
+
+
+def resolve(tmp_path: Path, values: Any, world_size: int = 2, nvme: str | None = None) -> dict[str, Any]:
+    path = tmp_path / "ds.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return resolve_ds_config(config(str(path), nvme), world_size)
+
+
+@pytest.mark.parametrize("name", shipped_ds_configs())
+def test_every_shipped_configuration_resolves(name: str) -> None:
+    resolved = resolve_ds_config(config(name, "/ssd"), world_size=2)
+    assert resolved["bf16"] == {"enabled": True}
+    assert resolved["communication_data_type"] == "fp32"
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    expected = read_ds_config(name)["zero_optimization"]
+    if name == "zero3_offload_nvme":
+        assert expected["offload_optimizer"]["nvme_path"] == "auto"
+        expected["offload_optimizer"]["nvme_path"] = "/ssd"
+    assert resolved["zero_optimization"] == expected
+    assert resolved["managed_gradient_accumulation"] is False
+    assert offloads_optimizer(resolved) == ("offload" in name)
+    assert needs_async_io(config(name)) == ("nvme" in name)
+    assert nvme_path(resolved) == (Path("/ssd") if "nvme" in name else None)
+
+
+def test_shipped_names() -> None:
+    names = ["zero2", "zero3", "zero3_offload", "zero3_offload_nvme", "zero3_offload_optimizer"]
+    assert shipped_ds_configs() == names
+
+
+def test_batch_and_clipping_come_from_the_run_file(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, GOOD | {"gradient_clipping": "auto", "train_batch_size": 32}, world_size=4)
+    assert resolved["gradient_clipping"] == 0.5
+    assert resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["train_batch_size"] == 16
+    assert resolved["gradient_accumulation_steps"] == 1
+
+
+def test_an_equal_optimizer_block_is_allowed_and_dropped(tmp_path: Path) -> None:
+    block = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1, "betas": [0.9, 0.999]}}
+    assert "optimizer" not in resolve(tmp_path, GOOD | {"optimizer": block})
+
+
+def zero(**values: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3} | values}
+
+
+def nvme(**values: Any) -> dict[str, Any]:
+    return zero(offload_optimizer={"device": "nvme"} | values)
+
+
+def test_the_nvme_path_comes_from_either_side(tmp_path: Path) -> None:
+    for values, ours in ((nvme(nvme_path="/a"), None), (nvme(), "/a"), (nvme(nvme_path="/a"), "/a")):
+        resolved = resolve(tmp_path, values, nvme=ours)
+        assert nvme_path(resolved) == Path("/a")
+    moved = with_nvme_path(resolved, Path("/a/b"))
+    assert nvme_path(moved) == Path("/a/b")
+    assert nvme_path(resolved) == Path("/a")
+    with pytest.raises(ConfigError, match="is /b and `nvme_path` in the run file /a: remove one"):
+        resolve(tmp_path, nvme(nvme_path="/b"), nvme="/a")
+    assert nvme_path(resolve(tmp_path, GOOD, nvme="/a")) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (GOOD | {"scheduler": {}}, "`scheduler`: the learning rate is a function of the step: set optimizer.schedule"),
+        (GOOD | {"activation_checkpointing": {}}, "set model.activation_checkpointing"),
+        (GOOD | {"elasticity": {}}, "`elasticity`"),
+        (GOOD | {"amp": {}}, "removed in DeepSpeed 0.19.8"),
+        (GOOD | {"zero_optimisation": {}}, "unknown key `zero_optimisation`; did you mean `zero_optimization`?"),
+        (
+            GOOD | {"gradient_clipping": 1.0},
+            "`gradient_clipping` is 1.0, but it belongs to optimizer.gradient_clipping",
+        ),
+        (GOOD | {"train_batch_size": 8}, "`train_batch_size` is 8, but it belongs to the run file's batch section"),
+        (GOOD | {"managed_gradient_accumulation": True}, "loses gradients"),
+        (GOOD | {"fp16": {"enabled": True}}, "use bf16"),
+        (GOOD | {"optimizer": {"type": "Lion"}}, "`optimizer.type` must be AdamW"),
+        (
+            GOOD | {"optimizer": {"type": "AdamW", "params": {"lr": 3.0}}},
+            "`optimizer.params.lr` belongs to the run file",
+        ),
+        ({"zero_optimization": {"stage": 0}}, "`zero_optimization.stage` must be 2 or 3"),
+        ({"zero_optimization": {"stage": 1}}, "must be 2 or 3, not 1"),
+        ({}, "`zero_optimization.stage` must be 2 or 3"),
+        (
+            zero(offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            "`zero_optimization.offload_optimizer.ratio` must be 1",
+        ),
+        (zero(offload_optimizer={"device": "disk"}), "offload_optimizer.device` must be none, cpu or nvme, not 'disk'"),
+        (
+            zero(offload_param={"device": "nvme"}),
+            "offload_param.device` must be none or cpu, not 'nvme': only optimizer",
+        ),
+        (nvme(), "offload_optimizer.nvme_path` is missing: give `nvme_path` in the run file"),
+        (nvme(nvme_path="auto"), "offload_optimizer.nvme_path` is missing: give `nvme_path` in the run file"),
+        (nvme(nvme_path="ssd"), "offload_optimizer.nvme_path` must be an absolute path, not 'ssd'"),
+        (nvme(nvme_path=3), "offload_optimizer.nvme_path` must be an absolute path, not 3"),
+        (nvme(nvme_path="/a") | {"aio": {"block": 1}}, "`aio.block` is unknown; did you mean `block_size`?"),
+        (nvme(nvme_path="/a") | {"aio": {"block_size": 5000}}, "`aio.block_size` must be a multiple of 4096, not 5000"),
+        (nvme(nvme_path="/a") | {"aio": {"queue_depth": 0}}, "`aio.queue_depth` must be a positive integer, not 0"),
+        (nvme(nvme_path="/a") | {"aio": {"single_submit": 1}}, "`aio.single_submit` is true or false, not 1"),
+        (nvme(nvme_path="/a") | {"aio": {"use_gds": True}}, "`aio.use_gds` is not supported"),
+        (nvme(nvme_path="/a") | {"aio": 3}, "`aio` is a section"),
+        (nvme(nvme_path="/a", buffer_count=3), "`zero_optimization.offload_optimizer.buffer_count` must be at least 4"),
+        (nvme(nvme_path="/a", pipeline_read=True), "offload_optimizer.buffer_count` must be at least 8 here, not 4"),
+        (
+            nvme(nvme_path="/a", pipeline_read=True, pipeline_write=True, buffer_count=11),
+            "offload_optimizer.buffer_count` must be at least 12 here, not 11",
+        ),
+        (zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/a"}), "nvme needs stage 3"),
+        (zero(stage=2, offload_param={"device": "cpu"}), "`zero_optimization.offload_param` needs stage 3"),
+        (zero(reduce_bucket_size="auto"), '`zero_optimization.reduce_bucket_size` is "auto"'),
+        (zero(reduce_bucket_sise=3), "reduce_bucket_sise` is unknown; did you mean `reduce_bucket_size`?"),
+        (zero(offload_optimizer="cpu"), "`zero_optimization.offload_optimizer` is a section"),
+        (GOOD | {"bf16": {"enabled": "auto"}}, "`bf16.enabled` is true or false"),
+        (GOOD | {"bf16": {"enabled": True, "check_grad_overflow": False}}, "bad gradient"),
+        (zero(compute_grad_norm=False), "`zero_optimization.compute_grad_norm` false would let a bad gradient"),
+        (GOOD | {"bf16": None}, "`bf16` is a section"),
+        (GOOD | {"fp16": True}, "`fp16` is a section"),
+        ({"zero_optimization": 3}, "`zero_optimization` is a section"),
+        (zero(mics_shard_size=2), "`zero_optimization.mics_shard_size`: removed"),
+        (zero(zenflow={}), "changes the optimization trajectory"),
+        ('{"a": 1, "a": 2}', "key `a` is given twice"),
+        ("{", "not valid JSON"),
+        ("[]", "is a JSON object"),
+    ],
+)
+def test_refusals_say_what_to_use(tmp_path: Path, values: Any, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(tmp_path, values)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(MissingInputError, match="did you mean zero3_offload"):
+        read_ds_config("zero3_ofload")

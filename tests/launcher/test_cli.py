@@ -1,0 +1,208 @@
+"""The command line: what it accepts, how it fails, and that it answers without torch."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_fixtures import byte_level_folder
+from repository import ROOT
+from run_files import RUN_FILE
+
+from data_prep.config import comparable_section
+from engine.errors import ConfigError
+from engine.run_file import load_run_file
+from launcher import cli
+from launcher.commands import verbs
+from launcher.job.run_config import load_run, run_file_schema, write_resolved
+
+
+def fulltune(*arguments: str, cwd: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; the last line of stdout says whether torch came along."""
+    code = (
+        "import sys, atexit; from launcher.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "sys.exit(main())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, input=text, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
+    (tmp_path / "records.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "something").touch()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "made-by-hand").mkdir()
+    (tmp_path / "made-by-hand" / "run.yaml").write_text(RUN_FILE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--help"], 0, ""),
+        (["train", "--help"], 0, ""),
+        (["schema"], 0, ""),
+        (["train", "run.yaml", "--dry-run"], 0, ""),
+        (["train", "run.yaml", "seed=3", "--dry-run", "batch.global_rows=4"], 0, ""),
+        ([], 78, "COMMAND"),
+        (["trian"], 78, "trian"),
+        (["train"], 78, "RUN.yaml"),
+        (["train", "run.yaml", "--frsh"], 78, "--frsh"),
+        (["export", "run", "out", "more=1"], 78, "more=1"),
+        (["train", "nowhere.yaml"], 66, "nowhere.yaml"),
+        (["train", "run.yaml", "--dry-run", "optimizer.lerning_rate=1"], 78, "optimizer.learning_rate"),
+        (["train", "run.yaml", "--dry-run", "data.row_token=1"], 78, "row_tokens"),
+        (["train", "run.yaml", "--dry-run", "batch.global_rows=many"], 78, "batch.global_rows"),
+        (["train", "run.yaml", "--dry-run", "deepspeed=zero3_ofload"], 66, "zero3_offload"),
+        (["train", "run.yaml", "--dry-run", "--hostfile", "nowhere"], 66, "nowhere"),
+        (["train", "run.yaml", "--dry-run", "--include", "a"], 78, "--hostfile"),
+        (["train", "run.yaml", "--dry-run", "--ranks", "0"], 78, "--ranks"),
+        (["prepare", "run.yaml", "--ranks", "2"], 78, "--ranks"),
+        (["prepare", "run.yaml", "--part", "3/2"], 78, "a share such as 2/8"),
+        (
+            ["train", "run.yaml", "--dry-run", "task=token_classification"],
+            78,
+            "prepared and inspected, but not trained",
+        ),
+        (["train", "run.yaml", "--dry-run", "task=tagging"], 78, "task"),
+        (["export", "nowhere", "out"], 66, "nowhere"),
+        (["export", "made-by-hand", "tokenizer"], 73, "tokenizer"),
+        (["export", "made-by-hand", "out"], 66, "store"),
+        (["export", "run", "out", "--step", "1", "--best"], 78, "not allowed with"),
+        (["export", "run", "out", "--max-shard-size", "5XB"], 78, "5XB"),
+        (["generate", "tokenizer", "--prompt", "x"], 66, "config.json"),
+        (["generate", "tokenizer"], 78, "prompt"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else None,
+)
+def test_answers_without_torch_in_one_line(folder: Path, arguments: list[str], code: int, message: str) -> None:
+    result = fulltune(*arguments, cwd=folder)
+    assert result.returncode == code, result.stderr
+    assert result.stdout.splitlines()[-1] == "False", "torch was imported"
+    if code:
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("fulltune: error: ")
+        assert message in result.stderr
+    assert not (folder / "run").exists()
+    assert not (folder / "store").exists()
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    result = fulltune("train", "run.yaml", "--dry-run", "--debug", "seed=x", cwd=folder)
+    assert result.returncode == 78
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("fulltune: error: ")
+
+
+def test_a_bad_record_is_one_line_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN_FILE.replace("[records.jsonl, more/*.jsonl]", "records.jsonl"))
+    byte_level_folder(tmp_path / "tokenizer")
+    (tmp_path / "records.jsonl").write_text('{"text": "one"}\n{"texts": "two"}\n')
+    for flags in ((), ("--debug",)):
+        result = fulltune("prepare", "run.yaml", *flags, cwd=tmp_path)
+        assert result.returncode == 65
+        lines = result.stderr.splitlines()
+        assert lines[-1].startswith("fulltune: error: ")
+        assert "records.jsonl:2: field 'text', which" in lines[-1]
+        assert ("Traceback (most recent call last):" in lines) == (len(lines) > 1) == bool(flags)
+        assert [path.name for path in (tmp_path / "store").iterdir()] in ([], [".lock"])
+        assert not (tmp_path / "run").exists()
+
+
+def test_unexpected_errors_are_70_with_a_hint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> dict[str, object]:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(verbs, "run_file_schema", broken)
+    assert cli.main(["schema"]) == 70
+    assert capsys.readouterr().err == "fulltune: error: ZeroDivisionError: two lines (--debug shows where)\n"
+
+
+def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs, "run_file_schema", interrupted)
+    assert cli.main(["schema"]) == 130
+
+
+def test_resolved_run_file_is_absolute_and_repeats_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    first = load_run(Path("run.yaml"), ["seed=5", "data.validation=not-there.jsonl"])
+    path = write_resolved(first)
+    assert path == folder / "run" / "run.yaml"
+    values = load_run_file(path).values
+    assert values["run_dir"] == str(folder / "run")
+    assert values["data"]["store_dir"] == str(folder / "store")
+    sources = [source["path"] for source in values["data"]["train"]]
+    assert sources == [str(folder / "records.jsonl"), str(folder / "more/*.jsonl")]
+    assert values["data"]["tokenizer"] == str(folder / "tokenizer")
+    assert values["data"]["validation"][0]["path"] == "not-there.jsonl", (
+        "what does not exist may be a Hub name and stays"
+    )
+    assert values["optimizer"]["eps"] == first.config.optimizer.eps, "defaults are written too"
+    assert values["data"]["overlong"] == first.data.overlong
+    comparable = comparable_section(first.values["data"])
+    assert comparable_section(values["data"]) == comparable, "and the store of the first run is found again"
+    monkeypatch.chdir("/")
+    again = load_run(path, [])
+    assert again.config.model_dump(exclude={"data"}) == first.config.model_dump(exclude={"data"})
+    assert again.data == first.data
+    assert write_resolved(again) == path
+    assert load_run_file(path).values == values
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.yaml"], "no temporary file is left"
+
+
+def test_shipped_deepspeed_names_stay_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "zero3").write_text("a file of the same name as a shipped configuration")
+    assert load_run(Path("run.yaml"), ["deepspeed=zero3"]).config.deepspeed == "zero3"
+    (folder / "mine.json").write_text("{}")
+    assert load_run(Path("run.yaml"), ["deepspeed=mine.json"]).config.deepspeed == str(folder / "mine.json")
+
+
+def test_schema_has_the_real_data_section(folder: Path) -> None:
+    schema = run_file_schema()
+    assert json.loads(json.dumps(schema)) == schema
+    assert set(schema["properties"]) >= {"run_dir", "task", "data", "model", "optimizer", "batch", "duration"}
+    data = schema["$defs"]["DataConfig"]
+    assert {"train", "tokenizer", "row_tokens", "overlong"} <= set(data["properties"])
+    assert data["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("1_000", 1000)])
+def test_sizes(text: str, count: int) -> None:
+    assert cli._byte_count(text) == count
+
+
+def test_every_command_in_the_documents_is_known() -> None:
+    documents = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+    recipes = sorted((ROOT / "launcher" / "recipes").glob("*.yaml"))
+    lines = [line for path in (*documents, *recipes) for line in path.read_text(encoding="utf-8").splitlines()]
+    commands = [match[1] for line in lines if (match := re.match(r"^[#$ ]*(fulltune [a-z].*?)(\s+#.*)?$", line))]
+    assert len(commands) >= len(recipes)
+    for command in commands:
+        words = [word for word in shlex.split(command.replace("...", ""))[1:] if word not in ("[", "]")]
+        try:
+            arguments = cli._parse(words)
+        except SystemExit as stop:
+            raise AssertionError(f"`{command}` is not accepted") from stop
+        assert callable(arguments.command)
+
+
+def test_exit_code_of_a_bad_command_line() -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train"])
+    assert stop.value.code == ConfigError.exit_code

@@ -1,0 +1,69 @@
+"""`fulltune doctor` on a sound run finds nothing, and names every fault that is planted in it."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from doctor_cases import FAULTS, Setting, hostfile, make_setting, only_programs, use_model
+from memory_limit import memory_limit
+
+NEEDS_ROOT = ("unshare", "setpriv")
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Iterator[Setting]:
+    with ExitStack() as stack:
+        yield make_setting(tmp_path, stack)
+
+
+def test_a_sound_run_passes_without_a_warning(setting: Setting) -> None:
+    before = sorted(setting.folder.rglob("*"))
+    code, found = setting.run()
+    assert code == 0
+    # What another run leaves in shared memory meanwhile is no fault of this one.
+    wrong = [each for each in found if each["verdict"] != "ok" and each["name"] != "shared memory left"]
+    assert wrong == []
+    assert sorted(setting.folder.rglob("*")) == before, "the doctor left something behind"
+
+
+def test_a_memory_limit_of_a_cgroup_counts(setting: Setting) -> None:
+    use_model(setting, 60_000_000)
+    assert setting.run()[0] == 0
+    with memory_limit(1 << 30) as cgroup:
+        setting.before = ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(cgroup)]
+        code, found = setting.run()
+    (memory,) = [each for each in found if each["name"] == "host memory"]
+    assert (code, memory["verdict"]) == (78, "error")
+    assert "limit 1.0 GiB by the cgroup" in memory["found"]
+
+
+def test_hosts_need_pdsh(setting: Setting) -> None:
+    hostfile(setting, "a.invalid slots=1\nb.invalid slots=1\n")
+    only_programs(setting, "ssh", "hostname")
+    _, found = setting.run()
+    (pdsh,) = [each for each in found if each["name"] == "pdsh"]
+    assert pdsh["verdict"] == "error"
+
+
+def test_why_a_host_is_silent_is_told_however_it_ends(setting: Setting) -> None:
+    hostfile(setting, "".join(f"{name}.invalid slots=1\n" for name in "abcdef"))
+    _, found = setting.run()
+    assert {each["found"].partition(":")[0] for each in found if each["name"] == "ssh"} == {"ssh"}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_planted_fault_is_named(case: str, setting: Setting) -> None:
+    plant, name, verdict, words = FAULTS[case]
+    plant(setting)
+    if set(setting.before) & set(NEEDS_ROOT) and os.getuid() != 0:
+        pytest.skip("mounts and privileges are root's")
+    code, found = setting.run()
+    told = [each for each in found if each["name"] == name and each["verdict"] == verdict]
+    assert any(re.search(words, each["found"] + " " + each["to_do"]) for each in told), told or found
+    assert code == (78 if any(each["verdict"] == "error" for each in found) else 0)
+    assert (code == 78) == (verdict == "error"), [each for each in found if each["verdict"] == "error"]
+    assert not list(setting.folder.rglob("*canary*"))
+    assert not list(setting.folder.rglob(".fulltune-doctor-*"))

@@ -1,0 +1,131 @@
+"""Task losses and heads against the stock classes, metrics against their definitions."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from equivalence_cases import make_model, memory_store
+
+from engine.batches import packed_batch, padded_batch
+from engine.errors import DataError
+from engine.evaluate import macro_f1
+from engine.model.attention import register_packed_attention
+from engine.model.build import decay_groups
+from engine.tasks import TaskModel, classification_logits
+
+register_packed_attention()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama_labels", "t5_labels"])
+def test_pooling_equals_the_stock_head_one_text_at_a_time(family: str) -> None:
+    model = make_model(family, packed=False).eval()
+    store, index = memory_store("sequence_classification")
+    rows = np.array([0, 5, 11, 17])
+    with torch.no_grad():
+        together = classification_logits(model, padded_batch(store, index, rows, 0))
+        for row, logits in zip(rows, together, strict=True):
+            alone = model(torch.from_numpy(store.documents[row])[None]).logits[0]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bert_is_told_which_text_of_a_pair_is_the_second() -> None:
+    model = make_model("bert", packed=False).eval()
+    store, index = memory_store("sequence_classification")
+    rows = np.array([0, 5, 11])
+    batch = padded_batch(store, index, rows, 0)
+    assert batch.pair_starts is not None
+    starts = [2, 0, 1]  # the second of these is one text
+    batch = dataclasses.replace(batch, pair_starts=torch.tensor(starts))
+    with torch.no_grad():
+        together = classification_logits(model, batch)
+        for row, start, logits in zip(rows, starts, together, strict=True):
+            ids = torch.from_numpy(store.documents[row])[None]
+            types = torch.zeros_like(ids)
+            types[0, start:] = int(start > 0)
+            alone = model(ids, token_type_ids=types).logits[0]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+            if start:
+                assert not torch.allclose(logits, model(ids).logits[0], rtol=1e-3)
+
+
+def test_pooling_is_not_fooled_by_padding_ids_inside_a_text() -> None:
+    """A text that ends in the padding id: the stock head pools an earlier token, ours the stored last one."""
+    model = make_model("llama_labels", packed=False).eval()
+    store, index = memory_store("sequence_classification")
+    store.documents[0][-1] = store.pad_id
+    batch = padded_batch(store, index, np.array([0, 1]), 0)
+    hidden = model.model(torch.from_numpy(store.documents[0])[None]).last_hidden_state[0, -1]
+    with torch.no_grad():
+        torch.testing.assert_close(classification_logits(model, batch)[0], model.score(hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_encoder_decoder_texts_must_end_with_the_end_token() -> None:
+    model = make_model("t5_labels", packed=False)
+    store, index = memory_store("sequence_classification")
+    store.documents[3][-1] = 9
+    with pytest.raises(DataError, match="end token"):
+        classification_logits(model, padded_batch(store, index, np.array([3]), 0))
+
+
+def test_the_output_layer_sees_targets_only() -> None:
+    model = make_model("llama", packed=True)
+    store, index = memory_store("causal_lm")
+    batch = packed_batch(store, index, np.array([1, 2]), 0)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel() // 32))
+    loss_sum, predictions = TaskModel(model, "causal_lm")(batch)
+    assert seen == [len(batch.target_ids)]
+    assert len(batch.target_ids) < batch.num_tokens
+    assert predictions is None
+    assert loss_sum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_filler_batch_costs_nothing_and_reaches_every_parameter(family: str) -> None:
+    """ZeRO needs every rank in every collective; a rank without rows must add exactly nothing."""
+    task = "causal_lm" if family == "llama" else "sequence_classification"
+    model = make_model(family, packed=family == "llama")
+    store, index = memory_store(task)
+    build = packed_batch if task == "causal_lm" else padded_batch
+    loss_sum, _ = TaskModel(model, task)(build(store, index, np.array([], dtype=np.int64), 2))
+    loss_sum.backward()
+    assert loss_sum.item() == 0.0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_classification_loss_and_predictions() -> None:
+    model = make_model("bert", packed=False).eval()
+    store, index = memory_store("sequence_classification")
+    rows = np.array([2, 3, 4])
+    batch = padded_batch(store, index, rows, 0)
+    loss_sum, predictions = TaskModel(model, "sequence_classification")(batch)
+    logits = torch.stack([model(torch.from_numpy(store.documents[row])[None]).logits[0] for row in rows])
+    labels = torch.from_numpy(store.labels[rows]).long()
+    assert loss_sum.item() == pytest.approx(F.cross_entropy(logits, labels).item() * 3, rel=1e-5)
+    assert predictions.tolist() == logits.argmax(-1).tolist()
+
+
+def test_macro_f1_equals_its_definition() -> None:
+    generator = np.random.default_rng(4)
+    truth, predicted = generator.integers(0, 4, 200), generator.integers(0, 3, 200)  # label 3 is never predicted
+    confusion = np.zeros((5, 5), dtype=int)  # label 4 neither occurs nor is predicted
+    np.add.at(confusion, (truth, predicted), 1)
+    scores = []
+    for label in range(5):
+        hits = int(((truth == label) & (predicted == label)).sum())
+        precision = hits / max(1, int((predicted == label).sum()))
+        recall = hits / max(1, int((truth == label).sum()))
+        scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    assert macro_f1(confusion) == pytest.approx(float(np.mean(scores)))
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    model = make_model("gpt2", packed=False)
+    decayed, kept = decay_groups(model, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
+    assert all(names[id(p)].endswith("bias") or ".ln_" in names[id(p)] for p in kept["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)

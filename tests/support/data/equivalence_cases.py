@@ -1,0 +1,212 @@
+"""Models, data and cases of the gradient-equivalence test, and the plain computation it is held against."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+from data_prep.token_store import RowSource
+from engine.config import RunConfig
+from engine.model.attention import PACKED_ATTENTION
+
+BETA1 = 0.5
+GLOBAL_ROWS = 7  # not divisible by the ranks: some micro-batches are short or empty
+VOCABULARY = 61
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    family: str = "llama"
+    stage: int = 3
+    offload: bool = True
+    activation_checkpointing: bool = False
+    micro_rows: int = 2
+    clipping: float = 0.0
+    bf16: bool = False
+
+    @property
+    def task(self) -> str:
+        return "causal_lm" if self.family in ("llama", "gpt2", "qwen2") else "sequence_classification"
+
+
+def cases(world_size: int) -> list[Case]:
+    """Every world size sees offload, checkpointing and accumulation on and off; two see every family."""
+    plain = [
+        Case("offload"),
+        Case("no_offload", offload=False),
+        Case("checkpointing", activation_checkpointing=True),
+        Case("no_offload_checkpointing", offload=False, activation_checkpointing=True, micro_rows=1),
+        Case("one_micro_batch", micro_rows=GLOBAL_ROWS),
+        Case("zero2", stage=2, offload=False),
+        Case("clipped", clipping=0.1),
+    ]
+    if world_size != 2:
+        return plain
+    families = [Case(family, family=family) for family in ("gpt2", "qwen2", "bert", "llama_labels", "t5_labels")]
+    return plain + families + [Case("zero2_offload", stage=2)]
+
+
+def case_config(case: Case, out_dir: Path) -> RunConfig:
+    """The run file of a case and its DeepSpeed JSON, which each rank writes for itself.
+
+    The ranks do not wait for each other here: a file that they shared would be read half-written.
+    """
+    zero: dict[str, Any] = {"stage": case.stage, "reduce_bucket_size": 10_000_000}
+    if case.stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 100}
+    if case.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if case.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    ds_path = out_dir / f"ds-{case.name}-{os.getpid()}.json"
+    ds_path.write_text(json.dumps({"bf16": {"enabled": case.bf16}, "zero_optimization": zero}))
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(out_dir), "task": case.task, "seed": 5,
+            "data": {"store_dir": "unused", "row_tokens": 64},
+            "model": {"path": "unused"},
+            "optimizer": {
+                "learning_rate": 1e-3, "betas": [BETA1, 0.9], "gradient_clipping": case.clipping, "schedule": "constant",
+            },
+            "batch": {"global_rows": GLOBAL_ROWS, "micro_rows": case.micro_rows},
+            "duration": {"steps": 10},
+            "deepspeed": str(ds_path),
+        }
+    )  # fmt: skip
+
+
+def make_model(family: str, packed: bool) -> Any:
+    """A tiny fp32 model with fixed random weights; `packed` chooses our attention, else the stock one."""
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    size: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    }  # fmt: skip
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    labels = {"num_labels": 3}
+    attention = PACKED_ATTENTION if packed else "sdpa"
+    torch.manual_seed(3)
+    match family:
+        case "llama":
+            config = transformers.LlamaConfig(**common, **size, num_key_value_heads=2)
+        case "qwen2":
+            config = transformers.Qwen2Config(**common, **size, num_key_value_heads=2, tie_word_embeddings=True)
+        case "gpt2":
+            config = transformers.GPT2Config(**common, **still, n_embd=32, n_layer=2, n_head=4)
+        case "bert":
+            config = transformers.BertConfig(
+                **common, **size, **labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            )
+        case "llama_labels":
+            config = transformers.LlamaConfig(**common, **size, **labels, num_key_value_heads=2)
+        case "t5_labels":
+            config = transformers.T5Config(
+                **common, **labels, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+                decoder_start_token_id=0,
+            )  # fmt: skip
+    if family in ("llama", "gpt2", "qwen2"):
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """Documents in memory, as the engine reads them."""
+
+    documents: list[np.ndarray]
+    marks: list[np.ndarray]
+    labels: np.ndarray
+    pad_id: int = 0
+    label_names: tuple[str, ...] = ()
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pieces = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        ids, marks = (
+            np.concatenate([column[document][piece] for document, piece in zip(documents, pieces, strict=True)])
+            for column in (self.documents, self.marks)
+        )
+        return ids, marks
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def column(self, name: str) -> np.ndarray:
+        return {"labels": self.labels, "pair_starts": np.zeros(len(self.labels), dtype=np.uint32)}[name]
+
+    def locate(self, document: int) -> str:
+        return f"memory.jsonl:{document + 1}"
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """Row index over a MemoryStore: `documents_a_row` documents each."""
+
+    documents: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    row_ends: np.ndarray
+    row_targets: np.ndarray
+    sources: tuple[RowSource, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_ends)
+
+    @property
+    def epoch_rows(self) -> int:
+        return self.num_rows
+
+    def segments(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        chosen = slice(self.row_ends[row - 1] if row else 0, self.row_ends[row])
+        return self.documents[chosen], self.starts[chosen], self.lengths[chosen]
+
+
+def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
+    """Twenty-four ragged documents with ragged targets; three a row when packed, else one."""
+    generator = np.random.default_rng(8)
+    documents = [generator.integers(3, VOCABULARY, generator.integers(3, 20)) for _ in range(24)]
+    for document in documents:
+        document[-1] = 2  # the end token, where T5's head looks
+    marks = [generator.random(len(document)) < 0.6 for document in documents]
+    for mark in marks:
+        mark[0], mark[-1] = True, True  # the first mark must be ignored: nothing precedes it
+    store = MemoryStore(documents, marks, generator.integers(0, 3, 24).astype(np.int32))
+    per_row = 3 if task == "causal_lm" else 1
+    lengths = np.array([len(document) for document in documents])
+    counts = np.array([int(mark[1:].sum()) for mark in marks]).reshape(-1, per_row).sum(1)
+    rows = MemoryRows(
+        np.arange(24), np.zeros(24, dtype=np.int64), lengths, np.arange(per_row, 25, per_row),
+        counts if task == "causal_lm" else np.ones(24, dtype=np.int64),
+        (RowSource("memory", 0, 24 // per_row, 24 // per_row),),
+    )  # fmt: skip
+    return store, rows
+
+
+def reference_gradients(family: str, rows_used: np.ndarray) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients and loss by one plain process: stock attention, one document at a time, no padding."""
+    task = "causal_lm" if family in ("llama", "gpt2", "qwen2") else "sequence_classification"
+    store, _ = memory_store(task)
+    model = make_model(family, packed=False).train()
+    per_row = 3 if task == "causal_lm" else 1
+    used = [document for row in rows_used for document in range(row * per_row, (row + 1) * per_row)]
+    total, targets = torch.zeros(()), 0
+    for document in used:
+        ids = torch.from_numpy(store.documents[document])[None]
+        if task == "causal_lm":
+            mark = torch.from_numpy(store.marks[document])[1:]
+            logits = model(ids, use_cache=False).logits[0, :-1][mark]
+            total = total + F.cross_entropy(logits, ids[0, 1:][mark], reduction="sum")
+            targets += int(mark.sum())
+        else:
+            label = torch.tensor([int(store.labels[document])])
+            total = total + F.cross_entropy(model(ids).logits, label, reduction="sum")
+            targets += 1
+    loss = total / targets
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, loss.item()

@@ -1,0 +1,64 @@
+"""One rank of the gradient-equivalence test: trains one real step for every case and writes its gradients.
+
+Adam's first moment after the first update is (1 - beta1) x the gradient that was applied, so the
+gradient is read from the state the optimizer really used, whatever DeepSpeed did to it before.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from equivalence_cases import BETA1, Case, case_config, cases, make_model, memory_store
+from safetensors.torch import save_file
+
+from engine.checkpoint.save import Owner
+from engine.checkpoint.schedule import Saves
+from engine.model.attention import register_packed_attention
+from engine.ranks.distributed import leave, start_ranks
+from engine.ranks.stop import StopSignal
+from engine.setup import build_engine, quiet_libraries
+from engine.train import Progress, Training, train_step
+from engine.zero.ds_config import resolve_ds_config
+from engine.zero.zero_state import owned_slices, state_view
+
+
+def run_case(case: Case, out_dir: Path, ranks) -> None:
+    store, rows = memory_store(case.task)
+    config = case_config(case, out_dir)
+    ds_config = resolve_ds_config(config, ranks.world_size)
+    model = make_model(case.family, packed=True)
+    if case.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    engine, parameters, fill = build_engine(config, ds_config, model)
+    fill()
+    saves = Saves(engine, parameters, out_dir, Owner(), config.checkpoint)
+    training = Training(config, ranks, saves, engine, parameters, store, rows, None, 10)
+    engine.train()
+    figures, _ = train_step(training, Progress(), StopSignal())
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
+    gradients = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
+    for piece in owned_slices(engine, parameters):
+        gradients[piece.name][piece.start : piece.stop] = state_view(engine, piece, "exp_avg").cpu() / (1 - BETA1)
+    for name, shape in shapes.items():
+        dist.all_reduce(gradients[name])
+        gradients[name] = gradients[name].reshape(shape)
+    if ranks.rank == 0:
+        save_file(gradients, out_dir / f"{case.name}-{ranks.world_size}.safetensors")
+        (out_dir / f"{case.name}-{ranks.world_size}.json").write_text(json.dumps(figures))
+    engine.destroy()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    register_packed_attention()
+    ranks = start_ranks()
+    quiet_libraries()
+    for case in cases(ranks.world_size):
+        run_case(case, Path(sys.argv[1]), ranks)
+    dist.barrier()
+    leave(0)
+
+
+main()
