@@ -1,7 +1,7 @@
 """Chat to text and targets: one render of a Jinja template, and the characters in it that are trained.
 
-What is trained, and how that is known, says template_spans.py; how a template is tested before,
-template_proof.py; what a template may do, template_sandbox.py.
+What is trained, and how that is known, says spans.py; how a template is tested before,
+proof.py; what a template may do, sandbox.py.
 """
 
 from bisect import bisect_left

@@ -3,7 +3,7 @@
 Small conversations with made-up words are rendered with and without their answers. From them come the
 headers that turns begin with, the stop tokens, and the forms of content the template takes; then every
 conversation must pass `find_fault`. The result is a `Plan`, plain JSON values: it is made once, in a process
-of its own (template_child.py), and handed to all others.
+of its own (child.py), and handed to all others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,9 +3,9 @@
 The span of an answer is what inference would have to produce after the history as the rendered conversation
 shows it: from the end of the generation prompt to the end of the answer's stop token; white space behind the
 stop token is context, and without a stop token the span goes to the end of what the turn wrote. Every turn's
-text is known from the marks of its round of the template's loop (template_marks.py); the generation prompt
+text is known from the marks of its round of the template's loop (marks.py); the generation prompt
 is the longest known header that it begins with. Headers are learned per template by rendering conversations
-with and without the answer (template_proof.py). Three cases differ from the plain one:
+with and without the answer (proof.py). Three cases differ from the plain one:
 
 - The generation prompt goes further than what precedes the answer in the whole conversation (DeepSeek-R1
   opens a reasoning block that earlier turns lose): the span begins where the two part.
