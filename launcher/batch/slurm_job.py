@@ -2,6 +2,10 @@
 
 `srun` starts `launcher.batch.rank_parent` in every task, which becomes the parent of one rank. Signals:
 Slurm sends TERM to every task by itself when it wants the job to end; what reaches us is handed on.
+
+When a node dies, the ranks of the others lose their peers within seconds, but Slurm notices a dead node only after its
+`SlurmdTimeout` (five minutes unless changed), and requeues the job then. A job that ended by itself before that would
+count as failed and would not come back. So a lost node is looked for at once, and Slurm gets the time to notice it too.
 """
 
 import contextlib
@@ -12,13 +16,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError
 from engine.ranks.stop import END_TIME_VARIABLES
-from launcher.batch.nodes import lost_nodes, wait_for_slurm
 from launcher.job.environment import job_environment, remove_shared_memory
 from launcher.job.hosts import Node, is_host_name
 from launcher.job.job import Job, free_port
@@ -30,6 +34,9 @@ from launcher.supervision.supervisor import Stop, Supervision, liveness
 _ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
 # A rank that ended well waits this long for the others before `srun` ends the step.
 _WAIT_SECONDS = 300
+_PROBE_SECONDS = 30.0
+_POLL_SECONDS = 0.5
+_USUAL_TIMEOUT_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -238,3 +245,53 @@ def _gpus(environment: Mapping[str, str]) -> int:
         return int(_number(environment, "SLURM_GPUS_ON_NODE"))
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", environment.get("SLURM_GPUS_PER_NODE", ""))
     return int(match[1]) if match else 0
+
+
+def lost_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of the job's nodes on which Slurm cannot start the simplest task now."""
+    probes = {
+        node: subprocess.Popen(_probe(node), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for node in nodes
+    }
+    deadline = time.monotonic() + _PROBE_SECONDS
+    lost = []
+    for node, probe in probes.items():
+        try:
+            answered = probe.wait(max(0.1, deadline - time.monotonic())) == 0
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            probe.wait()
+            answered = False
+        if not answered:
+            lost.append(node)
+    return lost
+
+
+def wait_for_slurm(nodes: Sequence[str], is_stopped: Callable[[], bool]) -> None:
+    """Wait for Slurm to take back a job whose `nodes` are lost, which ends this process; returns if it does not."""
+    limit_seconds = 2 * _slurmd_timeout_seconds() + 60
+    print(
+        f"fulltune: no answer from {', '.join(nodes)}: waiting up to {limit_seconds} s for Slurm to notice and to "
+        "requeue the job",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + limit_seconds
+    while time.monotonic() < deadline and not is_stopped():
+        time.sleep(_POLL_SECONDS)
+
+
+def _probe(node: str) -> list[str]:
+    return ["srun", "--overlap", "--input=none", "--nodes=1", "--ntasks=1", "--cpus-per-task=1", f"--nodelist={node}",
+            "--export=ALL", "true"]  # fmt: skip
+
+
+def _slurmd_timeout_seconds() -> int:
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, timeout=30, check=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return _USUAL_TIMEOUT_SECONDS
+    match = re.search(r"^SlurmdTimeout\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    return int(match[1]) if match else _USUAL_TIMEOUT_SECONDS

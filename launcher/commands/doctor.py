@@ -5,15 +5,16 @@
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from engine.errors import ConfigError
 from engine.zero.ds_config import resolve_ds_config
@@ -21,7 +22,6 @@ from launcher.doctor.gather import Answer, Target, ask, local_target, nonces, sr
 from launcher.doctor.judge_job import judge_job
 from launcher.doctor.judge_node import Needs, judge_node
 from launcher.doctor.measure import measure
-from launcher.doctor.table import merged, print_table
 from launcher.job.finding import Finding, is_bad
 from launcher.job.hosts import Node
 from launcher.job.job import Job
@@ -30,6 +30,8 @@ from launcher.start.dry_run import host_memory
 from launcher.start.place import Place, find_place
 from launcher.start.preflight import CURRENT_DIR, NVME, RUN_DIR, SHARED, STORE_DIR, folders_of, judge_folders, judge_run
 from launcher.start.start import plan_job
+
+_COLOURS = {"ok": "32", "warning": "33", "error": "31;1", "skipped": "2"}
 
 
 @dataclass
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         values = {
             "exit_code": code,
-            "findings": [asdict(finding) for finding in checkup.findings],
+            "findings": [dataclasses.asdict(finding) for finding in checkup.findings],
             "measurements": measurements,
             "nodes": checkup.facts,
         }
@@ -239,3 +241,47 @@ def _targets(place: Place, request: Mapping[str, Any]) -> Sequence[Target]:
 
 def _nearest(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def print_table(findings: Sequence[Finding], nodes: Sequence[str], out: TextIO) -> None:
+    """Write the table to `out`."""
+    colours = has_colours(out)
+    rows = merged(findings, nodes)
+    width = max((len(row.name) for row in rows), default=0)
+    for row in rows:
+        place = f"{row.node}: " if row.node else ""
+        print(f"{_verdict(row, colours)}  {row.name:<{width}}  {place}{_text(row)}", file=out)
+
+
+def has_colours(out: TextIO) -> bool:
+    """Whether `out` is a terminal whose user has not asked for plain text (https://no-color.org)."""
+    return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _verdict(row: Finding, colours: bool) -> str:
+    text = f"{row.verdict:<7}"
+    return f"\x1b[{_COLOURS[row.verdict]}m{text}\x1b[0m" if colours else text
+
+
+def _text(row: Finding) -> str:
+    text = f"{row.found}; {row.to_do}" if row.to_do else row.found
+    # Other machines and files have a say in it: nothing in it may act on the terminal.
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def merged(findings: Sequence[Finding], nodes: Sequence[str]) -> list[Finding]:
+    """Equal findings of several nodes as one, in the order of the first; a lone node needs no name."""
+    places: dict[Finding, list[str]] = {}
+    for finding in findings:
+        places.setdefault(dataclasses.replace(finding, node=""), []).append(finding.node)
+    rows = []
+    for finding, where in places.items():
+        named = [node for node in where if node]
+        if len(nodes) < 2 or not named:
+            label = ""
+        elif len(named) == len(nodes):
+            label = f"all {len(nodes)} nodes"
+        else:
+            label = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+        rows.append(dataclasses.replace(finding, node=label))
+    return rows

@@ -51,8 +51,8 @@ def _torch_cuda() -> str | None:
 def _source_digest() -> str:
     root = Path(engine.__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(path for package in _OURS for path in (root / package).glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(path for package in _OURS for path in (root / package).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.errors import STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError
+from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError, StorageError
 from engine.ranks.stop import check_not_held, is_held
 from engine.zero.ds_config import needs_async_io, resolve_ds_config
 from engine.zero.prebuild import extensions_dir, missing_ops
@@ -20,7 +20,11 @@ from launcher.job.job import DEFAULT_PORT, LEAST_SECONDS, Job, free_port, hostfi
 from launcher.job.run_config import Run, write_resolved
 from launcher.ssh.check_hosts import check_hosts
 from launcher.start.dry_run import memory_rule
-from launcher.start.restart import run_with_restarts
+from launcher.supervision.run import run_job
+from launcher.supervision.supervisor import Stop
+
+#: What another start can mend. The same configuration, data, numbers or security refusal would only come again.
+RESTARTED = (INTERNAL, StorageError.exit_code, LOST_PEER)
 
 
 def plan_job(
@@ -173,3 +177,39 @@ def _prebuild(environment: dict[str, str], uses_nvme: bool) -> None:
     if result.returncode:
         kind = ConfigError if result.returncode == ConfigError.exit_code else FulltuneError
         raise kind(result.stderr.strip().rpartition("fulltune: error: ")[2] or "DeepSpeed's ops could not be compiled")
+
+
+def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
+    """Run a job up to 1 + `restarts` times; the last start's exit code and the line that explains it.
+
+    Ends early when a stop was asked for, and when a restart got no further: no newer checkpoint
+    since the restart before.
+    """
+    run = slurm_job.run_slurm_job if job.starts_through_srun else run_job
+    stop = Stop()
+    reached: int | None = None
+    with stop.handling():
+        code, message = run(job, stop)
+        for number in range(1, restarts + 1):
+            if code not in RESTARTED or stop.requests:
+                break
+            newest = newest_step(job.run_dir)
+            if reached is not None and newest <= reached:
+                return (
+                    code,
+                    f"{message}; not restarted again: no newer checkpoint than step {newest} since the last one",
+                )
+            reached = newest
+            where = f"after step {newest}" if newest >= 0 else "from the beginning: there is no checkpoint yet"
+            print(f"fulltune: {message}", file=sys.stderr)
+            print(f"fulltune: restart {number} of {restarts}, {where}", file=sys.stderr, flush=True)
+            # What was there before this run is out of the way since its first start.
+            job = dataclasses.replace(job, command=tuple(word for word in job.command if word != "--fresh"))
+            code, message = run(job, stop)
+    return code, message
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint in the run folder; -1 without one."""
+    names = [path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
+    return max((int(name.removeprefix("step-")) for name in names if name[5:].isdecimal()), default=-1)

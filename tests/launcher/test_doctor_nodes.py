@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from doctor_cases import ROOT, make_setting
 
+from launcher.commands.doctor import merged, print_table
 from launcher.doctor.gather import Answer, Target, ask, local_target, nonces, ssh_target
 from launcher.doctor.judge_job import judge_job
 from launcher.doctor.judge_node import Needs, judge_node
 from launcher.doctor.node_facts import look
-from launcher.doctor.table import merged, print_table
 from launcher.job.finding import Finding, Verdict
 from launcher.job.job import free_port
 
@@ -67,7 +67,7 @@ def test_a_node_with_another_torch(tmp_path: Path) -> None:
 def test_a_node_with_other_source(tmp_path: Path) -> None:
     for package in ("launcher", "engine", "data_prep", "ds_configs"):
         shutil.copytree(ROOT / package, tmp_path / package)
-    with (tmp_path / "engine" / "schedule.py").open("a") as file:
+    with (tmp_path / "engine" / "zero" / "ds_config.py").open("a") as file:
         file.write("# another line\n")
     found = ask_two(("env", f"PYTHONPATH={tmp_path}"))
     assert ": the source of fulltune differs: " in named(found, "error")["versions"]
