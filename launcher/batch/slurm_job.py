@@ -28,7 +28,7 @@ from launcher.job.hosts import Node, is_host_name
 from launcher.job.job import Job, free_port
 from launcher.job.records import RankExit, clear_records, read_exits, read_starts
 from launcher.ssh.mailbox import killed_path
-from launcher.supervision.explain import conclude
+from launcher.supervision.explain import explain_end
 from launcher.supervision.supervisor import Stop, Supervision, liveness
 
 _ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
@@ -41,9 +41,9 @@ _USUAL_TIMEOUT_SECONDS = 300
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave to this job. `cpus` and `gpus` are those of one node, the fewest where nodes differ.
+    """The nodes of this Slurm job. `cpus` and `gpus` are those of one node, the fewest where nodes differ.
 
-    `end_time`: when its time limit ends it, in seconds since 1970; None without a limit.
+    `end_time` is the end of the job's time limit in seconds since 1970, None without a limit.
     """
 
     job_id: int
@@ -57,12 +57,12 @@ class Allocation:
 
 
 def is_inside(environment: Mapping[str, str]) -> bool:
-    """Whether this process runs inside a Slurm job."""
+    """True inside a Slurm job."""
     return bool(environment.get("SLURM_JOB_ID"))
 
 
 def read_allocation(environment: Mapping[str, str]) -> Allocation:
-    """The allocation this process runs in. ConfigError for what Slurm would not say, or for one task of many."""
+    """The allocation this process runs in. ConfigError when Slurm does not describe it, or in one of many tasks."""
     if int(_number(environment, "SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ConfigError("`fulltune train` was started once in every task: start it once a job, without srun")
     job_id = int(_number(environment, "SLURM_JOB_ID"))
@@ -143,18 +143,18 @@ def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
             supervision.end()
             remove_shared_memory("*", job.master_port)
     silent_nodes = _silent_nodes(job)
-    code, message = _conclude(job, process.returncode, supervision)
+    code, message = _explain_end_of_step(job, process.returncode, supervision)
     if code in (INTERNAL, LOST_PEER) and not stop.requests and (lost := lost_nodes(silent_nodes)):
         wait_for_slurm(lost, lambda: bool(stop.requests))
         return LOST_PEER, f"lost {'node' if len(lost) == 1 else 'nodes'} {', '.join(lost)}: {message}"
     return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
 
 
-def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, str]:
-    """The verdict: what ranks wrote, and of those that could not, what their parents saw.
+def _explain_end_of_step(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, str]:
+    """The exit code and its explanation, from the ranks' records and, where a rank left none, its parent's note.
 
-    `srun` kills the other ranks when one fails, so that its own code often is theirs and says nothing, nor does who
-    is gone. Ranks that were asked to stop before they could listen have lost nothing: a stop like any other.
+    `srun` kills the other ranks when one fails. Its own code is often theirs and explains nothing, and neither does
+    the list of dead ranks. A rank that a signal ended while it was starting has lost nothing: the job stopped.
     """
     asked: list[tuple[float, int, int]] = []
     crashed: list[tuple[float, int, int]] = []
@@ -178,16 +178,16 @@ def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, 
     # Whoever died after another rank had failed was ended because of it.
     findings.died_first = [rank for moment, rank, _ in sorted(crashed)[:1] if not failed or moment <= min(failed)]
     findings.signals = {rank: number for _, rank, number in crashed}
-    return conclude(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
+    return explain_end(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
 
 
 def _lost_its_peer(record: RankExit) -> bool:
-    """Whether a rank failed in a collective: as a peer's death makes it, before anybody can have noted that death."""
+    """True for a failure in a collective, which follows from a peer's death before anything can note that death."""
     return record.code == INTERNAL and "torch/distributed/" in record.traceback
 
 
 def _silent_nodes(job: Job) -> list[str]:
-    """Nodes of which a rank has said nothing, nor its parent for it: `srun` killed both, or the node is gone."""
+    """Nodes with a rank that left no record and no note of its parent: `srun` killed both, or the node is gone."""
     exits = read_exits(job.run_dir)
     first, silent = 0, []
     for node in job.nodes:
@@ -210,7 +210,7 @@ def _ask(*words: str) -> str:
 
 
 def _address(node: str) -> str:
-    """Where Slurm itself reaches a node: its name need not mean anything outside of Slurm."""
+    """The address at which Slurm itself reaches a node: the name may mean nothing outside of Slurm."""
     match = re.search(r"(?:^|\s)NodeAddr=(\S+)", _ask("scontrol", "show", "node", "-o", node))
     if match is None or not _ADDRESS.fullmatch(match[1]):
         raise ConfigError(f"Slurm gives no usable address for node {node}")
@@ -240,7 +240,7 @@ def _fewest(environment: Mapping[str, str], name: str) -> int:
 
 
 def _gpus(environment: Mapping[str, str]) -> int:
-    """GPUs a node; on a login node (salloc) from what was asked for, `8` or `a100:8`."""
+    """GPUs a node; on a login node (salloc) from the job's request, `8` or `a100:8`."""
     if environment.get("SLURM_GPUS_ON_NODE"):
         return int(_number(environment, "SLURM_GPUS_ON_NODE"))
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", environment.get("SLURM_GPUS_PER_NODE", ""))
@@ -248,7 +248,7 @@ def _gpus(environment: Mapping[str, str]) -> int:
 
 
 def lost_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those of the job's nodes on which Slurm cannot start the simplest task now."""
+    """The job's nodes on which Slurm cannot start the simplest task now."""
     probes = {
         node: subprocess.Popen(_probe(node), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for node in nodes
     }

@@ -46,6 +46,27 @@ def generate(
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError("--max-new-tokens must be at least 1 and --temperature at least 0")
     import torch
+
+    tokenizer, model = _load(model_name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    torch.manual_seed(seed)
+    for prompt in prompts:
+        inputs = _encode(tokenizer, prompt, chat).to(model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_k=None,
+                top_p=None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+        yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _load(model_name: str) -> tuple[Any, Any]:
+    """The folder's tokenizer and model. Refuses a folder with code of its own and a model that does not generate."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -64,21 +85,7 @@ def generate(
     kind = PreTrainedTokenizerFast if whole else AutoTokenizer
     tokenizer = kind.from_pretrained(model_name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(model_name, use_safetensors=True, trust_remote_code=False)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    torch.manual_seed(seed)
-    for prompt in prompts:
-        inputs = _encode(tokenizer, prompt, chat).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature or None,
-                top_k=None,
-                top_p=None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
-        yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer, model
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

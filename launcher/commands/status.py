@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import STOPPED_WITH_CHECKPOINT, FulltuneError, MissingInputError
-from launcher.job.records import judge, read_starts
+from launcher.job.records import exit_code_of, read_starts
 from launcher.job.runs import (
     COMPLETE,
     find_runs,
@@ -91,7 +91,7 @@ def _outcome(folder: Path) -> str:
         return "complete"
     if not ranks:
         return "never started"
-    code, _ = judge(folder, ranks, 1)
+    code, _ = exit_code_of(folder, ranks, 1)
     return words.get(code, f"failed ({code})")
 
 

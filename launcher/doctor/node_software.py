@@ -1,4 +1,4 @@
-"""What is installed on a node, without importing it: versions, compiled ops, NVIDIA's tools, network links."""
+"""Facts about a node's software, without importing it: versions, compiled ops, NVIDIA's tools, network links."""
 
 import contextlib
 import hashlib
@@ -76,9 +76,9 @@ def op_facts(uses_nvme: bool) -> dict[str, Any]:
 
 
 def accelerator_facts() -> dict[str, Any]:
-    """NVIDIA's GPUs as nvidia-smi tells of them, why it does not, and the CUDA compiler.
+    """NVIDIA's GPUs as nvidia-smi lists them, its error if it fails, and the CUDA compiler.
 
-    `devices` is how many device files there are: more than nvidia-smi names when the driver is broken.
+    `devices` is the number of device files: more than nvidia-smi lists when the driver is broken.
     """
     devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdecimal()])
     facts: dict[str, Any] = {"gpus": [], "error": None, "devices": devices, "nvcc": _nvcc()}

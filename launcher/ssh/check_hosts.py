@@ -47,7 +47,7 @@ class HostFacts:
 
 
 def check_hosts(nodes: Sequence[Node], run_dir: Path, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Ask every host. ConfigError names the first that is not as it must be.
+    """Check every host. ConfigError names the first that is not as it must be.
 
     Returns the address at which the others reach the first host, and a port that is free there.
     """

@@ -1,4 +1,4 @@
-"""What a run file asks for and whether it is there: data, model, tokenizer, run folder, room for its checkpoints."""
+"""Checks that the inputs of a run file are there: data, model, tokenizer, run folder, room for its checkpoints."""
 
 import fcntl
 from collections.abc import Iterator, Mapping
@@ -33,8 +33,8 @@ def folders_of(run: Run, ds_config: Mapping[str, Any] | None) -> dict[str, Path]
     return found | ({NVME: swap} if swap is not None else {})
 
 
-def judge_run(run: Run) -> list[Finding]:
-    """What this machine alone can say of a run file that is valid."""
+def check_run(run: Run) -> list[Finding]:
+    """The checks of a valid run file that this machine can do alone."""
     return [
         Finding("run file", "ok", f"{run.source} is valid"),
         *_records(run),
@@ -122,7 +122,7 @@ def _model(run: Run) -> Finding:
 
 
 def _in_use(run_dir: Path) -> Finding:
-    """Whether another job holds one of the two locks of a run folder."""
+    """An error if another job holds one of the two locks of a run folder."""
     for name, whose in (("launcher.lock", "`fulltune train`"), ("owner.lock", "job")):
         try:
             with (run_dir / name).open("r+") as lock:
@@ -135,7 +135,7 @@ def _in_use(run_dir: Path) -> Finding:
     return Finding("run folder in use", "ok", "by nobody")
 
 
-def judge_folders(facts: Mapping[str, Any], run: Run | None, num_nodes: int) -> list[Finding]:
+def check_folders(facts: Mapping[str, Any], run: Run | None, num_nodes: int) -> list[Finding]:
     """The folders as one node sees them."""
     node = str(facts["node"])
     found = [_temporary(facts["temporary"], node)]

@@ -1,4 +1,4 @@
-"""What the facts of all nodes mean together: do they answer, are they alike, do they see and reach one another."""
+"""Checks of all nodes together: do they answer, are they alike, do they see and reach one another."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _SKEW_WARNING_SECONDS, _SKEW_ERROR_SECONDS = 1.0, 60.0
 _MUST_BE_EQUAL = ("torch", "deepspeed", "transformers", "torch CUDA", "fulltune")
 
 
-def judge_job(answers: Sequence[Answer], first: str, port: int | None, over_ssh: bool) -> list[Finding]:
+def check_job(answers: Sequence[Answer], first: str, port: int | None, over_ssh: bool) -> list[Finding]:
     """All findings that need the facts of several nodes, or how they were reached."""
     there = {answer.node: answer.facts for answer in answers if answer.facts is not None}
     found = [*_reached(answers, over_ssh)]

@@ -1,4 +1,4 @@
-"""What one node's facts mean for a run: limits, memory, /dev/shm, ops, GPUs. Pure functions of facts."""
+"""Checks of one node: limits, memory, /dev/shm, ops, GPUs. Pure functions of the node's facts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _BUSY_MIB = 1024
 
 @dataclass(frozen=True)
 class Needs:
-    """What the run asks of one node. `host_bytes` is None where no rule says how much memory that is."""
+    """The run's needs on one node. `host_bytes` is None where no rule gives the memory."""
 
     ranks: int
     world_size: int
@@ -32,7 +32,7 @@ class Needs:
     cpu_on_purpose: bool = False
 
 
-def judge_node(facts: Mapping[str, Any], needs: Needs) -> list[Finding]:
+def check_node(facts: Mapping[str, Any], needs: Needs) -> list[Finding]:
     """All findings about one node, in the order they are shown."""
     node = str(facts["node"])
     return [
