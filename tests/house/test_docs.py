@@ -14,7 +14,7 @@ from data_prep.pipeline.work import Task
 from data_prep.sources.source_files import FORMATS
 from engine.config import CheckpointSection, ExportSection, RunConfig
 from engine.zero.ds_config import nvme_path, resolve_ds_config
-from launcher.cli import _parse
+from launcher.cli import parse
 
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 REQUIRED: dict[str, Any] = {"store_dir": "stores/x", "train": "x.jsonl", "tokenizer": "x", "row_tokens": 64}
@@ -115,5 +115,5 @@ def test_every_command_is_one(page: str) -> None:
     commands = [line for line in lines if line.startswith("fulltune ")]
     inline = re.findall(r"`(fulltune (?!tokenizer)[^`|\n]+ [^`|\n]+)`", text)
     for command in [*commands, *inline]:
-        _parse(shlex.split(command, comments=True)[1:])
+        parse(shlex.split(command, comments=True)[1:])
     assert commands or page == "docs/formats.md"
