@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
+from engine.tasks import TASKS
+
 _VERSIONS = ("torch", "deepspeed", "transformers")
 
 
@@ -19,7 +20,7 @@ def model_card(run_dir: Path, config: Mapping[str, Any], state: Mapping[str, Any
     """
     step = int(state["step"])
     base = _base_model(config["model"])
-    head = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[config['task']]}"]
+    head = ["---", "library_name: transformers", f"pipeline_tag: {TASKS[config['task']].pipeline}"]
     if base is not None and "/" in base:
         head.append(f"base_model: {json.dumps(base)}")
     head += ["tags:", "- fulltune", "- full-fine-tuning", "---", ""]

@@ -15,6 +15,7 @@ from whole_model import whole_model
 from engine.errors import DataError, FulltuneError, RefusedForSecurityError
 from engine.model.build import build_model
 from engine.model.weight_names import Conversion
+from engine.tasks import TASKS
 
 Change = Callable[[Path], None]
 INDEX = "model.safetensors.index.json"
@@ -193,7 +194,7 @@ def test_generation_settings_come_along(folder: Path) -> None:
 def test_without_need_of_weights_their_files_are_not_touched(folder: Path) -> None:
     """A checkpoint brings them: the folder needs its configuration only."""
     case = LoadCase("bert-masked", "bert-masked", task="sequence_classification")
-    arguments = (section_of(case, folder), case.task, facts_of(case, folder), SEED)
+    arguments = (section_of(case, folder), TASKS[case.task], facts_of(case, folder), SEED)
     expected, _ = build_model(*arguments)
     (folder / case.source / "model.safetensors").unlink()
     model, weights = build_model(*arguments, needs_weights=False)

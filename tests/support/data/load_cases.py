@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from engine.config import ModelSection, TaskName
+from engine.config import ModelSection
 from engine.model.build import StoreFacts
 
 SEED = 5
@@ -22,7 +22,7 @@ class LoadCase:
 
     name: str
     source: str
-    task: TaskName = "causal_lm"
+    task: str = "causal_lm"
     stage: int = 3
     offload: bool = False
     bf16: bool = True
