@@ -189,11 +189,6 @@ class MicroBatches:
     tokens: int | None = None  # goes before `rows`
 
 
-def num_micro_batches(num_rows: int, world_size: int, micro_rows: int) -> int:
-    """Forward passes of every rank for `num_rows` rows; equal on all ranks, as ZeRO-3 needs."""
-    return -(-num_rows // (world_size * micro_rows))
-
-
 def split_rows(index: Rows, rows: Rows64, world_size: int, size: MicroBatches) -> list[list[Rows64]]:
     """``result[micro_batch][rank]``: the rows each rank takes, at nearly equal cost for all ranks.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from engine.arithmetic import DEFAULT_SHARD_BYTES, byte_count
 from engine.errors import ConfigError
 from engine.tasks import PREPARED_ONLY, TASKS
 from engine.tasks.task import Task
@@ -30,15 +31,6 @@ class Section(BaseModel):
 
 def _path_from_text(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
-
-
-def byte_count(text: str) -> int:
-    """`5GB`, `200MB`, `1_000_000` as bytes, in decimal units as Hugging Face counts. Raises ValueError."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
-    if not number.strip().replace("_", "").isdecimal() or int(number) < 1:
-        raise ValueError(f"write a size such as 5GB or 200MB, not {text}")
-    return int(number) * unit
 
 
 def _bytes_from_text(value: Any) -> Any:
@@ -165,7 +157,7 @@ class ExportSection(Section):
     keep: PositiveInt | None = Field(None, description="newest folders of run_dir/weights to keep; null: all")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="type of the weights")
     max_shard_size: Annotated[int, BeforeValidator(_bytes_from_text)] = Field(
-        5 * 1000**3, gt=0, description="largest file, as 5GB or 200MB"
+        DEFAULT_SHARD_BYTES, gt=0, description="largest file, as 5GB or 200MB"
     )
 
 

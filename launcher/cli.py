@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from engine.config import byte_count
+from engine.arithmetic import DEFAULT_SHARD_BYTES, byte_count
 from engine.errors import INTERNAL, ConfigError
 from engine.file_modes import set_umask
 from launcher.commands import verbs as run
@@ -206,7 +206,9 @@ def _add(
 
 def _add_output_options(parser: _Parser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--max-shard-size", type=_byte_count, default="5GB", metavar="SIZE", help="default 5GB")
+    parser.add_argument(
+        "--max-shard-size", type=_byte_count, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help="default 5GB"
+    )
 
 
 def _add_sharing(parser: _Parser) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.arithmetic import is_hub_name
 from engine.tasks import TASKS
 
 _VERSIONS = ("torch", "deepspeed", "transformers")
@@ -51,8 +52,7 @@ def _base_model(section: Mapping[str, Any]) -> str | None:
     path = section.get("path")
     if section.get("init") == "random" or path is None:
         return None
-    is_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    return path if is_hub_name and not Path(path).is_dir() else Path(path).name
+    return path if is_hub_name(path) and not Path(path).is_dir() else Path(path).name
 
 
 def _origin(config: Mapping[str, Any], base: str | None) -> str:

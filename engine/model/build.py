@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.arithmetic import is_hub_name
 from engine.batches import Batch
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
@@ -47,7 +48,7 @@ def model_folder(section: ModelSection) -> Path | None:
         if not (folder / "config.json").is_file():
             raise MissingInputError(f"model.path: {folder} has no config.json")
         return folder
-    if folder.is_absolute() or section.path.startswith(".") or section.path.count("/") != 1:
+    if not is_hub_name(section.path):
         raise MissingInputError(f"model.path: {section.path}: no such folder (a Hub name looks like owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from engine.arithmetic import newest_checkpoint, step_of
 from engine.errors import INTERNAL, LOST_PEER, StorageError
 from launcher.batch.slurm_job import run_slurm_job
 from launcher.job.job import Job
@@ -28,7 +29,7 @@ def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
         for number in range(1, restarts + 1):
             if code not in RESTARTED or stop.requests:
                 break
-            newest = newest_step(job.run_dir)
+            newest = _newest_step(job.run_dir)
             if reached is not None and newest <= reached:
                 return (
                     code,
@@ -44,7 +45,7 @@ def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
     return code, message
 
 
-def newest_step(run_dir: Path) -> int:
+def _newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint in the run folder; -1 without one."""
-    names = [path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
-    return max((int(name.removeprefix("step-")) for name in names if name[5:].isdecimal()), default=-1)
+    newest = newest_checkpoint(run_dir)
+    return -1 if newest is None else step_of(newest.name)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from data_prep.rows.pack import pack_rows
 from data_prep.token_store import RowSource
+from engine.arithmetic import StepBatch
 from engine.batches import (
     MicroBatches,
-    num_micro_batches,
     packed_batch,
     padded_batch,
     permuted,
@@ -166,7 +166,7 @@ def test_split_gives_every_row_once_and_equal_counts(
         ]  # fmt: skip
         assert max(largest) <= 200
     else:
-        assert len(parts) == num_micro_batches(num_rows, world_size, micro_rows)
+        assert len(parts) == StepBatch(num_rows, world_size, micro_rows).num_micro_batches
         assert all(len(part) <= micro_rows for ranks in parts for part in ranks)
     again = split_rows(index, rows, world_size, size)
     assert [[part.tolist() for part in ranks] for ranks in parts] == [
