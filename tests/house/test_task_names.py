@@ -66,7 +66,9 @@ def test_a_run_may_choose_the_metrics_of_its_task_and_no_other(tmp_path: Path, t
 @pytest.mark.parametrize("task", PREPARED_ONLY)
 def test_what_can_only_be_prepared_is_a_run_file_that_is_not_trained(tmp_path: Path, task: str) -> None:
     config = read(tmp_path, task)
-    with pytest.raises(ConfigError, match=f"`task`: data for {task} can be prepared and inspected, but not trained yet"):
+    with pytest.raises(
+        ConfigError, match=f"`task`: data for {task} can be prepared and inspected, but not trained yet"
+    ):
         _ = config.trained_task
 
 
