@@ -25,7 +25,7 @@ from engine.checkpoint.save import Owner, finish_replacing
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import DataError, MissingInputError, StorageError
-from engine.model.build import StoreFacts, build_model, decay_groups, model_folder
+from engine.model.build import StoreFacts, TaskModel, build_model, decay_groups, model_folder
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
@@ -33,7 +33,6 @@ from engine.ranks.rank_record import write_json
 from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
-from engine.tasks import TaskModel
 from engine.train import Progress, Training
 from engine.zero.ds_config import (
     nvme_path,
@@ -70,8 +69,9 @@ def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
             store = TokenStore.open(path)
             if store.task != config.task:
                 raise DataError(f"data.store_dir: {path} was prepared for task {store.task}, not {config.task}")
-            if config.task == "sequence_classification" and "labels" not in store.manifest["columns"]:
-                raise DataError(f"{path}: holds scores or several labels a text; one label each can be trained yet")
+            for column, fault in config.trained_task.columns.items():
+                if column not in store.columns:
+                    raise DataError(f"{path}: {fault}")
             opened[split] = (store, open_rows(store, config.data.row_tokens))
     if "train" not in opened:
         raise MissingInputError(

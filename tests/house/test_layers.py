@@ -23,7 +23,7 @@ ROOMS = {
     "launcher": "cli commands doctor start batch supervision ssh job check_system recipes",
     "engine": (
         "__main__ setup deepspeed_import train evaluate export run_folder run_file checkpoint zero run_log goodput ranks model"
-        " tasks batches schedule tensor_files file_modes config arithmetic secrets_in_text errors"
+        " schedule config tasks batches tensor_files file_modes arithmetic secrets_in_text errors"
     ),
     "data_prep": (
         "prepare inspect pipeline encode chat shapes tokenizer rows token_store sources progress config errors"
