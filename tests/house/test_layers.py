@@ -26,7 +26,7 @@ ROOMS = {
         " tasks batches schedule tensor_files file_modes config secrets_in_text errors"
     ),
     "data_prep": (
-        "prepare inspect pipeline encode chat shapes tokenizer rows token_store sources progress config errors"
+        "prepare inspect pipeline tasks encode chat shapes tokenizer rows token_store sources progress config errors"
     ),
 }
 TORCH_FREE = (
