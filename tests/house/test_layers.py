@@ -26,7 +26,7 @@ ROOMS = {
         " schedule config tasks batches tensor_files file_modes arithmetic secrets_in_text errors"
     ),
     "data_prep": (
-        "prepare inspect pipeline encode chat shapes tokenizer rows token_store sources progress config errors"
+        "prepare inspect pipeline tasks encode chat shapes tokenizer rows token_store sources progress config errors"
     ),
 }
 TORCH_FREE = (
