@@ -12,7 +12,7 @@ from repository import ROOT
 
 from data_prep.tasks import TASKS
 
-PACKAGES = ("launcher", "data_prep")
+PACKAGES = ("launcher", "engine", "data_prep")
 SOURCES = sorted(
     path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path.parent != ROOT / package / "tasks"
 )
