@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import subprocess
 import time
@@ -19,14 +18,14 @@ from typing import Any
 import torch
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
-from engine.checkpoint.format import list_checkpoints
+from engine.arithmetic import STATE_BYTES_PER_PARAMETER, StepBatch, list_checkpoints, total_steps
 from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.restore import restore_newest
 from engine.checkpoint.save import Owner, finish_replacing
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import DataError, MissingInputError, StorageError
-from engine.model.build import StoreFacts, build_model, decay_groups, model_folder
+from engine.model.build import StoreFacts, TaskModel, build_model, decay_groups, model_folder
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
@@ -34,10 +33,8 @@ from engine.ranks.rank_record import write_json
 from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
-from engine.tasks import TaskModel
 from engine.train import Progress, Training
 from engine.zero.ds_config import (
-    NVME_BYTES_PER_PARAMETER,
     nvme_path,
     offloads_optimizer,
     resolve_ds_config,
@@ -72,22 +69,15 @@ def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
             store = TokenStore.open(path)
             if store.task != config.task:
                 raise DataError(f"data.store_dir: {path} was prepared for task {store.task}, not {config.task}")
-            if config.task == "sequence_classification" and "labels" not in store.manifest["columns"]:
-                raise DataError(f"{path}: holds scores or several labels a text; one label each can be trained yet")
+            for column, fault in config.trained_task.columns.items():
+                if column not in store.columns:
+                    raise DataError(f"{path}: {fault}")
             opened[split] = (store, open_rows(store, config.data.row_tokens))
     if "train" not in opened:
         raise MissingInputError(
             f"data.store_dir: {config.data.store_dir} has no training store: run `fulltune prepare`"
         )
     return Stores(opened["train"], opened.get("validation"))
-
-
-def total_steps(config: RunConfig, epoch_rows: int) -> int:
-    """Optimizer updates of the whole run; `epoch_rows` as the mixture makes them."""
-    if config.duration.steps is not None:
-        return config.duration.steps
-    assert config.duration.epochs is not None
-    return math.ceil(config.duration.epochs * epoch_rows / config.global_rows)
 
 
 def build_engine(
@@ -151,7 +141,8 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     owner = Owner(folder.run_id, folder.generation, folder.check_owner)
     training = Training(
         config, ranks, Saves(engine, parameters, config.run_dir, owner, config.checkpoint), engine, parameters, store,
-        rows, stores.validation, total_steps(config, rows.epoch_rows),
+        rows, stores.validation,
+        total_steps(config.duration.steps, config.duration.epochs, rows.epoch_rows, config.global_rows),
         identity={
             "seed": config.seed, "task": config.task, "global_rows": config.global_rows, "rows_digest": rows.digest,
             "model_digest": model_digest(model),
@@ -208,7 +199,7 @@ def _with_swap_folder(
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            prepare_swap_folder(own, config.run_dir, NVME_BYTES_PER_PARAMETER * trained * here // ranks.world_size)
+            prepare_swap_folder(own, config.run_dir, STATE_BYTES_PER_PARAMETER * trained * here // ranks.world_size)
     return with_nvme_path(ds_config, own)
 
 
@@ -266,28 +257,17 @@ def remaining_saves(config: RunConfig, step: int, last_step: int) -> int:
 def _summary(training: Training, parameters: Any, ds_config: dict[str, Any], progress: Progress) -> str:
     config, ranks = training.config, training.ranks
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters.values())
-    micro = num_micro_batches_text(config, ranks.world_size)
+    batch = StepBatch(config.global_rows, ranks.world_size, config.batch.micro_rows, config.batch.micro_tokens)
+    uneven = f" ({batch.uneven_text})" if batch.uneven_text else ""
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
     stage = ds_config["zero_optimization"]["stage"]
     rows = training.rows
     mixture = "" if rows.epoch_rows == rows.num_rows else f" ({rows.epoch_rows:,} an epoch)"
     return (
         f"{begin}: {count:,} parameters, ZeRO-{stage} on {ranks.world_size} ranks, {training.total_steps} steps of "
-        f"{config.global_rows} rows ({micro}), {rows.num_rows:,} rows{mixture}, "
+        f"{batch.text}{uneven}, {rows.num_rows:,} rows{mixture}, "
         f"{training.store.num_tokens:,} tokens"
     )
-
-
-def num_micro_batches_text(config: RunConfig, world_size: int) -> str:
-    """The batch arithmetic in words."""
-    from engine.batches import num_micro_batches
-
-    if config.batch.micro_tokens is not None:
-        return f"{world_size} ranks, micro-batches of up to {config.batch.micro_tokens:,} tokens"
-    count = num_micro_batches(config.global_rows, world_size, config.batch.micro_rows)
-    slots = count * world_size * config.batch.micro_rows
-    uneven = "" if slots == config.global_rows else f", {slots - config.global_rows} places of {slots} empty"
-    return f"{world_size} ranks x {config.batch.micro_rows} rows x {count} micro-batches{uneven}"
 
 
 def _write_records(run_file: RunFile, config: RunConfig, ds_config: dict[str, Any], stores: Stores, model: Any) -> None:

@@ -1,6 +1,7 @@
 """The training loop: what happens in which order, and nothing else."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,7 +24,6 @@ from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.run_log import RunLog, Stopwatch, memory_gib
 from engine.schedule import learning_rate
-from engine.tasks import build_batch
 
 
 @dataclass
@@ -171,9 +171,7 @@ def train_step(training: Training, progress: Progress, stop: StopSignal) -> tupl
         if ranks.any(stop.asked):
             return None, True
         watch.mark("backward")  # waiting for slower ranks is no waiting for data
-        batch = build_batch(
-            config.trained_task, training.store, training.rows, parts[ranks.rank], filler_row=int(rows[0])
-        )
+        batch = config.trained_task.batch(training.store, training.rows, parts[ranks.rank], int(rows[0]))
         padding, tokens = padding + batch.num_padding, tokens + batch.num_tokens
         used += rows_hash(batch.rows)
         batch = batch.to(ranks.device)
@@ -280,9 +278,7 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
     store.check_unchanged()
     batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
     size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
-    results = evaluate(
-        training.engine, training.config.trained_task, store, rows, len(store.label_names), training.ranks, size, stop
-    )
+    results = evaluate(training.engine, training.config.trained_task, store, rows, training.ranks, size, stop)
     heartbeat.enter("step")
     return results
 
@@ -302,9 +298,8 @@ def _judge(training: Training, progress: Progress, results: dict[str, float]) ->
     """Remember the best evaluation, and how many came after it."""
     metric = training.config.best_metric
     value = results[metric]
-    better = progress.best_value is None or (
-        value < progress.best_value if metric == "loss" else value > progress.best_value
-    )
+    is_better = operator.lt if training.config.trained_task.metrics[metric] == "min" else operator.gt
+    better = progress.best_value is None or is_better(value, progress.best_value)
     if better:
         progress.best_value, progress.best_step = value, progress.step
         progress.evaluations_without_improvement = 0

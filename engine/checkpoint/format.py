@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
+from engine.arithmetic import list_checkpoints, step_of
 from engine.errors import DataError
 from engine.tensor_files.reader import BLOCK_BYTES, TENSOR_TYPES, FileRecord, read_file, verify_blocks
 from engine.tensor_files.slices import KINDS
@@ -23,7 +24,6 @@ from engine.tensor_files.slices import KINDS
 FORMAT = "fulltune-checkpoint-2"
 STATE = "state.json"
 MANIFEST = "manifest.json"
-_FOLDER_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[a-z][a-z0-9-]*\.(?:safetensors|json)")
 MAX_JSON_BYTES = 2**30
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TENSOR_TYPES}
@@ -68,22 +68,6 @@ class Manifest:
         return (f"frozen/{name}" if name in self.frozen else f"buffer/{name}",)
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first, not verified. Any one process may call it."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(
-        (path for path in folder.iterdir() if _FOLDER_NAME.fullmatch(path.name)), key=lambda path: step_of(path.name)
-    )
-
-
-def step_of(name: str) -> int:
-    """The step in a checkpoint folder's name; -1 for any other name."""
-    match = _FOLDER_NAME.fullmatch(name)
-    return int(match[1]) if match else -1
-
-
 def known_run_id(run_dir: Path) -> str:
     """The run that the newest sound manifest names; "" when there is none. Any one process may call it."""
     for path in reversed(list_checkpoints(run_dir)):
@@ -101,7 +85,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
         name = json.loads(read_file(path, MAX_JSON_BYTES))["checkpoint"]
     except (DataError, ValueError, KeyError, TypeError):
         return None
-    known = isinstance(name, str) and _FOLDER_NAME.fullmatch(name) and (path.parent / name).is_dir()
+    known = isinstance(name, str) and step_of(name) >= 0 and (path.parent / name).is_dir()
     return path.parent / name if known else None
 
 

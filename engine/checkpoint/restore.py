@@ -12,7 +12,8 @@ from typing import Any
 
 from torch.nn import Module, Parameter
 
-from engine.checkpoint.format import list_checkpoints, verify_checkpoint
+from engine.arithmetic import list_checkpoints
+from engine.checkpoint.format import verify_checkpoint
 from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.save import finish_replacing
 from engine.errors import DataError

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from engine.checkpoint.format import best_checkpoint, list_checkpoints, step_of
+from engine.arithmetic import STATE_BYTES_PER_PARAMETER, list_checkpoints, step_of
+from engine.checkpoint.format import best_checkpoint
 from engine.checkpoint.save import replace_text
 from engine.errors import StorageError
 from engine.ranks.agreement import from_rank_0
@@ -30,7 +31,7 @@ def checkpoint_bytes(parameters: Mapping[str, Parameter], buffers: Mapping[str, 
     total = sum(buffer.nbytes for buffer in buffers.values())
     for parameter in whole:
         count = getattr(parameter, "ds_numel", parameter.numel())
-        total += count * (12 if parameter.requires_grad else parameter.element_size())
+        total += count * (STATE_BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
     return total + 2**20 + 400 * (len(whole) + len(buffers))
 
 

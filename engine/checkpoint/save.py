@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from engine.arithmetic import checkpoint_name, step_of
 from engine.checkpoint.format import FORMAT, MANIFEST, STATE, describe, parse_manifest, seal
 from engine.errors import FulltuneError
 from engine.file_modes import FOLDER_MODE
@@ -86,7 +87,7 @@ def begin_save(
     where it lives, so no update may happen before `finish_save`.
     """
     folder = run_dir / "checkpoints"
-    name = f"step-{state['step']:08d}"
+    name = checkpoint_name(state["step"])
     state_text = json.dumps(dict(state), allow_nan=False, indent=1)
     if zero_state.optimizer_steps(engine) == 0:
         zero_state.create_optimizer_state(engine, 0)
@@ -191,7 +192,7 @@ def _index(
     frozen = zero_state.frozen_parameters(parameters)
     return {
         "format": FORMAT,
-        "step": int(name.removeprefix("step-")),
+        "step": step_of(name),
         "optimizer_steps": zero_state.optimizer_steps(engine),
         "run_id": owner.run_id,
         "architecture": type(engine.module.model).__name__,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.arithmetic import DEFAULT_SHARD_BYTES
 from engine.deepspeed_import.checkpoint import DeepSpeedCheckpoint, open_deepspeed
 from engine.errors import DataError
 from engine.export.folder import (
-    DEFAULT_SHARD_BYTES,
     check_free,
     copy_files,
     empty_model,

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
+from engine.arithmetic import is_hub_name
+from engine.tasks import TASKS
+
 _VERSIONS = ("torch", "deepspeed", "transformers")
 
 
@@ -19,7 +21,7 @@ def model_card(run_dir: Path, config: Mapping[str, Any], state: Mapping[str, Any
     """
     step = int(state["step"])
     base = _base_model(config["model"])
-    head = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[config['task']]}"]
+    head = ["---", "library_name: transformers", f"pipeline_tag: {TASKS[config['task']].pipeline}"]
     if base is not None and "/" in base:
         head.append(f"base_model: {json.dumps(base)}")
     head += ["tags:", "- fulltune", "- full-fine-tuning", "---", ""]
@@ -50,8 +52,7 @@ def _base_model(section: Mapping[str, Any]) -> str | None:
     path = section.get("path")
     if section.get("init") == "random" or path is None:
         return None
-    is_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    return path if is_hub_name and not Path(path).is_dir() else Path(path).name
+    return path if is_hub_name(path) and not Path(path).is_dir() else Path(path).name
 
 
 def _origin(config: Mapping[str, Any], base: str | None) -> str:

@@ -41,7 +41,6 @@ _TOKENIZER_FILES = (
     "vocab.txt", "merges.txt",
 )  # fmt: skip
 _TOKENIZER_SUFFIXES = (".model", ".spm", ".jinja")
-DEFAULT_SHARD_BYTES = 5 * 1000**3
 
 
 def weight_dtype(name: str) -> torch.dtype:

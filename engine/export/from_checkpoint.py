@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.format import best_checkpoint, list_checkpoints, step_of
+from engine.arithmetic import DEFAULT_SHARD_BYTES, list_checkpoints, step_of
+from engine.checkpoint.format import best_checkpoint
 from engine.checkpoint.reader import CheckpointReader
 from engine.errors import DataError, MissingInputError
 from engine.export.folder import (
-    DEFAULT_SHARD_BYTES,
     check_free,
     copy_files,
     empty_model,

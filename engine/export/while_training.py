@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from data_prep.token_store import TokenStore
-from engine.checkpoint.format import step_of
+from engine.arithmetic import checkpoint_name, step_of
 from engine.config import RunConfig
 from engine.errors import StorageError
 from engine.export.card import model_card
@@ -32,7 +32,7 @@ def export_step(
 
     A failure is a warning: what training needs is in the checkpoints.
     """
-    out_dir = config.run_dir / "weights" / f"step-{state['step']:08d}"
+    out_dir = config.run_dir / "weights" / checkpoint_name(state["step"])
     try:
         _export(engine, parameters, config, store, state, say, check_owner, out_dir)
     except StorageError as error:

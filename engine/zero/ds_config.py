@@ -15,8 +15,6 @@ from typing import Any
 from engine.config import RunConfig
 from engine.errors import ConfigError, MissingInputError
 
-#: Optimizer states on NVMe: master and two moments in fp32.
-NVME_BYTES_PER_PARAMETER = 12
 # Top-level keys that pass through, besides the ones the run file owns.
 _PASS_THROUGH = frozenset(
     "bf16 fp16 data_types communication_data_type zero_optimization zero_allow_untested_optimizer "

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from engine.config import byte_count
+from engine.arithmetic import DEFAULT_SHARD_BYTES, byte_count
 from engine.file_modes import set_umask
 from launcher.job.run_config import Run, load_run
 
@@ -33,7 +33,9 @@ def add_sharing(parser: argparse.ArgumentParser) -> None:
 def add_weight_options(parser: argparse.ArgumentParser) -> None:
     """The kind of numbers and the size of the files of a Hugging Face folder."""
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--max-shard-size", type=size_bytes, default="5GB", metavar="SIZE", help="default 5GB")
+    parser.add_argument(
+        "--max-shard-size", type=size_bytes, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help="default 5GB"
+    )
 
 
 def positive_number(text: str) -> int:

@@ -26,6 +26,7 @@ from typing import Any
 from data_prep.prepare import unigram_entropy
 from data_prep.token_store import TokenStore, open_rows, resolve_store
 from data_prep.tokenizer.train import train_sentencepiece
+from engine.arithmetic import DEFAULT_SHARD_BYTES
 from engine.errors import FulltuneError
 from engine.run_file import dump_yaml
 from launcher.commands.export import export_run
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     _step("run files", folder / "2-docstrings.yaml", lambda: _write_run_files(folder))
     for stage in ("1-text", "2-docstrings"):
         run_dir, model = folder / "runs" / stage, folder / "models" / stage
-        export = partial(export_run, run_dir, model, None, False, "bfloat16", 5_000_000_000)
+        export = partial(export_run, run_dir, model, None, False, "bfloat16", DEFAULT_SHARD_BYTES)
         _step(f"stage {stage}: train", run_dir / "demo-done", partial(_train, folder, stage))
         _step(f"stage {stage}: export to {model}", model / "config.json", export)
     _report(folder)

@@ -8,13 +8,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from engine.arithmetic import newest_checkpoint, step_of
 from engine.errors import STOPPED_WITH_CHECKPOINT, FulltuneError, MissingInputError
 from launcher.job.records import exit_code_of, read_starts
 from launcher.job.runs import (
     COMPLETE,
     find_runs,
     is_alive,
-    newest_checkpoint,
     read_outcome,
     read_record,
     slurm_facts,
@@ -42,13 +42,14 @@ def show_status(named: list[Path]) -> int:
         name = str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
         state, where = _state(folder)
         step, loss = _last_step(folder)
+        newest = newest_checkpoint(folder)
         lines.append(
             (
                 name,
                 state,
                 step,
                 loss,
-                (newest_checkpoint(folder) or "-").removeprefix("step-").lstrip("0") or "0",
+                "-" if newest is None else str(step_of(newest.name)),
                 where,
             )
         )

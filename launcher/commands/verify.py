@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.checkpoint.format import best_checkpoint, known_run_id, list_checkpoints
+from engine.arithmetic import list_checkpoints
+from engine.checkpoint.format import best_checkpoint, known_run_id
 from engine.checkpoint.reader import CheckpointReader
 from engine.errors import DataError, MissingInputError
 from engine.tensor_files.reader import verify_blocks

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.arithmetic import newest_checkpoint
 from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingInputError
 from engine.file_modes import FILE_MODE, FOLDER_MODE
 from launcher.job.records import read_exits, read_starts
@@ -109,27 +110,23 @@ def read_outcome(run_dir: Path) -> tuple[int, str] | None:
 
 def record_complete(run: Run) -> None:
     """Note that exactly this run file was trained to its end."""
-    values = {"digest": _digest(run), "checkpoint": newest_checkpoint(run.config.run_dir)}
-    write_private(run.config.run_dir / COMPLETE, json.dumps(values, indent=2) + "\n")
+    write_private(run.config.run_dir / COMPLETE, json.dumps(_what_is_complete(run), indent=2) + "\n")
 
 
 def is_complete(run: Run) -> bool:
     """True if this run file, as it is, was trained to its end and the checkpoint is still there."""
     try:
         values = json.loads((run.config.run_dir / COMPLETE).read_text(encoding="utf-8"))
-        return bool(values == {"digest": _digest(run), "checkpoint": newest_checkpoint(run.config.run_dir)})
+        return bool(values == _what_is_complete(run))
     except (OSError, ValueError):
         return False
 
 
-def _digest(run: Run) -> str:
+def _what_is_complete(run: Run) -> dict[str, str | None]:
     values = run.config.model_dump(mode="json") | {"data": run.data.model_dump(mode="json")}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def newest_checkpoint(run_dir: Path) -> str | None:
-    """The committed checkpoint of the highest step."""
-    return max((path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")), default=None)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    newest = newest_checkpoint(run.config.run_dir)
+    return {"digest": digest, "checkpoint": None if newest is None else newest.name}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
+from engine.arithmetic import STATE_BYTES_PER_PARAMETER, StepBatch, total_steps
 from engine.config import RunConfig
-from engine.zero.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path, resolve_ds_config
+from engine.zero.ds_config import nvme_path, resolve_ds_config
 from launcher.job.job import Job
 from launcher.job.run_config import Run
 
@@ -40,27 +41,10 @@ def describe_plan(run: Run, job: Job) -> str:
 
 
 def _batch_lines(config: RunConfig, num_ranks: int) -> list[str]:
-    rows, micro_rows = config.global_rows, config.batch.micro_rows
-    if config.batch.micro_tokens is not None:
-        return [
-            f"batch: {rows} rows a step over {num_ranks} ranks, in micro-batches of similar lengths of up to "
-            f"{config.batch.micro_tokens:,} tokens a rank"
-        ]
-    micro_batches = -(-rows // (num_ranks * micro_rows))
-    tokens = rows * config.data.row_tokens
-    lines = [
-        f"batch: {rows} rows a step (up to {tokens:,} tokens) = {num_ranks} ranks x {micro_rows} rows "
-        f"x {micro_batches} micro-batches"
-    ]
-    last = rows - (micro_batches - 1) * num_ranks * micro_rows
-    if last < num_ranks * micro_rows:
-        held = [len(range(rank, last, num_ranks)) for rank in range(num_ranks)]
-        empty = sum(1 for count in held if count == 0)
-        lines.append(
-            f"  uneven: the last micro-batch has {last} rows for {num_ranks * micro_rows} places"
-            + ("" if not empty else "; 1 rank runs it empty" if empty == 1 else f"; {empty} ranks run it empty")
-            + ". Correct, but a multiple wastes nothing."
-        )
+    batch = StepBatch(config.global_rows, num_ranks, config.batch.micro_rows, config.batch.micro_tokens)
+    lines = [f"batch: a step takes {batch.text}, up to {config.global_rows * config.data.row_tokens:,} tokens"]
+    if batch.uneven_text:
+        lines.append(f"  uneven: {batch.uneven_text}. Correct, but a multiple wastes nothing.")
     return lines
 
 
@@ -70,17 +54,13 @@ def _duration_lines(run: Run) -> list[str]:
         folder = resolve_store(config.data.store_dir, "train", run.values["data"], config.task)
         rows = None if folder is None else open_rows(TokenStore.open(folder), config.data.row_tokens).epoch_rows
     except StoreError as error:
-        steps = f"{config.duration.steps} steps" if config.duration.steps else f"{config.duration.epochs:g} epochs"
-        return [f"duration: {steps}; the token store is prepared first ({str(error).partition(';')[0]})"]
+        length = f"{config.duration.steps} steps" if config.duration.steps else f"{config.duration.epochs:g} epochs"
+        return [f"duration: {length}; the token store is prepared first ({str(error).partition(';')[0]})"]
     if rows is None:
         return [f"data: {config.data.store_dir} has no train split"]
-    if config.duration.steps is not None:
-        steps_total, epochs = config.duration.steps, config.duration.steps * config.global_rows / rows
-    else:
-        assert config.duration.epochs is not None
-        epochs = config.duration.epochs
-        steps_total = math.ceil(epochs * rows / config.global_rows)
-    return [f"duration: {steps_total} steps = {epochs:.3g} epochs of {rows:,} rows of {config.data.row_tokens} tokens"]
+    steps = total_steps(config.duration.steps, config.duration.epochs, rows, config.global_rows)
+    epochs = config.duration.epochs or steps * config.global_rows / rows
+    return [f"duration: {steps} steps = {epochs:.3g} epochs of {rows:,} rows of {config.data.row_tokens} tokens"]
 
 
 def swap_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
@@ -89,7 +69,7 @@ def swap_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
     if swap_dir is None or parameters is None:
         return ""
     ranks = max(len(node.slots) for node in job.nodes)
-    share = parameters * NVME_BYTES_PER_PARAMETER * ranks / job.num_ranks / _GIB
+    share = parameters * STATE_BYTES_PER_PARAMETER * ranks / job.num_ranks / _GIB
     return f"optimizer states: about {share:.1f} GiB a node in {swap_dir}, removed at the end"
 
 

@@ -1,5 +1,6 @@
 """Checks that the inputs of a run file are there: data, model, tokenizer, run folder, room for its checkpoints."""
 
+import contextlib
 import fcntl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,13 +10,13 @@ from data_prep.config import SourceConfig
 from data_prep.errors import PreparationError
 from data_prep.sources.source_files import find_files
 from data_prep.token_store import StoreError, TokenStore, resolve_store
-from engine.zero.ds_config import NVME_BYTES_PER_PARAMETER, nvme_path
+from engine.arithmetic import STATE_BYTES_PER_PARAMETER, is_hub_name, list_checkpoints
+from engine.zero.ds_config import nvme_path
 from launcher.job.finding import Finding
 from launcher.job.run_config import Run
 from launcher.start.dry_run import count_parameters
 
 _GIB = 2.0**30
-_CHECKPOINT_BYTES_PER_PARAMETER = 12
 _LEAST_INODES = 64
 _TIGHT_BYTES = 2**30
 _EXPORT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -77,10 +78,11 @@ def _files(source: SourceConfig, key: str) -> list[str]:
 
 
 def _tokenizer(run: Run) -> Finding:
-    from data_prep.tokenizer.open import is_hub_name, open_tokenizer
+    from data_prep.tokenizer.open import is_hub_name as is_tokenizer_on_hub
+    from data_prep.tokenizer.open import open_tokenizer
 
     name = run.data.tokenizer
-    if not Path(name).expanduser().exists() and is_hub_name(name):
+    if not Path(name).expanduser().exists() and is_tokenizer_on_hub(name):
         return Finding("tokenizer", "skipped", f"{name} is no file or folder here; prepare asks the Hub for it")
     try:
         tokenizer = open_tokenizer(name)
@@ -116,7 +118,7 @@ def _model(run: Run) -> Finding:
         if parameters is None and section.init == "pretrained":
             return Finding("model", "error", f"{folder} has no readable safetensors", "convert the weights")
         return Finding("model", "ok", f"{parameters:,} parameters" if parameters else f"configuration in {folder}")
-    if folder.is_absolute() or section.path.startswith(".") or section.path.count("/") != 1:
+    if not is_hub_name(section.path):
         return Finding("model", "error", f"{section.path}: no such folder", "correct model.path")
     return Finding("model", "skipped", f"{section.path} comes from the Hub")
 
@@ -203,14 +205,15 @@ def _needed(name: str, run: Run, num_nodes: int) -> tuple[int, str]:
     """Bytes that the run will add there, and what takes them; 0 where the model's size is not known."""
     parameters = count_parameters(run.config.model.path) or 0
     if name == NVME:
-        return parameters * NVME_BYTES_PER_PARAMETER // num_nodes, "optimizer states"
+        return parameters * STATE_BYTES_PER_PARAMETER // num_nodes, "optimizer states"
     if name != RUN_DIR:
         return 0, ""
     checkpoint, export = run.config.checkpoint, run.config.export
-    there = len(list((run.config.run_dir / "checkpoints").glob("step-*")))
+    there = 0
+    with contextlib.suppress(OSError):  # not this user's to look into: the folder's own findings tell
+        there = len(list_checkpoints(run.config.run_dir))
     # A checkpoint is written before the oldest one goes, and the best one may be none of the newest.
     count = max(1, checkpoint.keep_checkpoints + 1 + checkpoint.save_best - there)
     exports = int(export.at_end) + (export.keep or 1 if export.every_steps else 0)
-    each = _CHECKPOINT_BYTES_PER_PARAMETER
-    total = parameters * (count * each + exports * _EXPORT_BYTES[export.dtype])
+    total = parameters * (count * STATE_BYTES_PER_PARAMETER + exports * _EXPORT_BYTES[export.dtype])
     return total, f"{count} checkpoints" + (f" and {exports} exports" if exports else "")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from engine.arithmetic import newest_checkpoint, step_of
 from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError, StorageError
 from engine.ranks.stop import check_not_held, is_held
 from engine.zero.ds_config import needs_async_io, resolve_ds_config
@@ -208,7 +209,7 @@ def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
         for number in range(1, restarts + 1):
             if code not in RESTARTED or stop.requests:
                 break
-            newest = newest_step(job.run_dir)
+            newest = _newest_step(job.run_dir)
             if reached is not None and newest <= reached:
                 return (
                     code,
@@ -224,7 +225,7 @@ def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
     return code, message
 
 
-def newest_step(run_dir: Path) -> int:
+def _newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint in the run folder; -1 without one."""
-    names = [path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
-    return max((int(name.removeprefix("step-")) for name in names if name[5:].isdecimal()), default=-1)
+    newest = newest_checkpoint(run_dir)
+    return -1 if newest is None else step_of(newest.name)

@@ -17,7 +17,8 @@ from ranks import run_ranks
 from repository import WORKERS
 from safetensors.torch import load_file
 
-from engine.checkpoint.format import best_checkpoint, list_checkpoints, read_manifest, seal, verify_checkpoint
+from engine.arithmetic import list_checkpoints
+from engine.checkpoint.format import best_checkpoint, read_manifest, seal, verify_checkpoint
 from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.restore import find_checkpoint
 from engine.checkpoint.retention import mark_best, prune_checkpoints

@@ -36,7 +36,8 @@ from ranks import run_ranks
 from repository import WORKERS
 from safetensors.torch import load_file
 
-from engine.checkpoint.format import list_checkpoints, verify_checkpoint
+from engine.arithmetic import list_checkpoints
+from engine.checkpoint.format import verify_checkpoint
 from engine.checkpoint.restore import find_checkpoint
 from engine.errors import DataError
 

@@ -21,7 +21,8 @@ from checkpoint_worker import build, gathered, train
 from faults import SPOILS, final_state, spoil
 from safetensors.torch import save_file
 
-from engine.checkpoint.format import list_checkpoints, verify_checkpoint
+from engine.arithmetic import list_checkpoints
+from engine.checkpoint.format import verify_checkpoint
 from engine.checkpoint.restore import find_checkpoint, load_checkpoint, restore_newest
 from engine.checkpoint.save import Owner, save_checkpoint
 from engine.checkpoint.schedule import Best, Saves
