@@ -243,7 +243,7 @@ def _fill(template: str, header: dict[str, str | int | None], request: Request, 
 
 def _submit(run: Run, request: Request, dry_run: bool) -> int:
     """Write the scripts of a run into its folder and submit them; returns the exit code."""
-    _ = run.config.trained_task
+    run.config.check_trainable()
     resolve_ds_config(run.config, request.nodes * request.ranks_per_node)
     run_dir = run.config.run_dir
     scripts = [("prepare.sbatch", preparation_script(request, run_dir))] if request.prepare else []

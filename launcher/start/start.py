@@ -44,7 +44,7 @@ def plan_job(
 
     Inside a Slurm allocation all of it is used, unless `ranks` or `hostfile` is given.
     """
-    _ = run.config.trained_task  # refuses a task that is only prepared, before anything is done
+    run.config.check_trainable()
     flags = engine_flags or []
     if slurm_job.is_inside(os.environ) and ranks is None and hostfile is None:
         job = _in_allocation(run, ranks_per_node, master_port, flags)
