@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ, arguments.ranks, arguments.ranks_per_node, arguments.master_addr, arguments.master_port
         )
     except ConfigError as error:
-        _tell(arguments.run_dir, rank, error)
+        _write_exit_record(arguments.run_dir, rank, error)
         return error.exit_code
     command = [sys.executable, "-m", "engine", arguments.run_file, *engine_flags]
     code = task.run(command, os.environ | placed)
@@ -116,7 +116,7 @@ class _Task:
             self._child.send_signal(number)
 
 
-def _tell(run_dir: Path, rank: int, error: ConfigError) -> None:
+def _write_exit_record(run_dir: Path, rank: int, error: ConfigError) -> None:
     record = {"rank": rank, "code": error.exit_code, "phase": "start", "message": str(error)}
     _write(run_dir / "ranks" / f"exit-{rank:05d}.json", record)
 

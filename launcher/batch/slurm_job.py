@@ -66,7 +66,7 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
     if int(_number(environment, "SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ConfigError("`fulltune train` was started once in every task: start it once a job, without srun")
     job_id = int(_number(environment, "SLURM_JOB_ID"))
-    names = _ask("scontrol", "show", "hostnames", "--", environment.get("SLURM_JOB_NODELIST", "")).split()
+    names = _output_of("scontrol", "show", "hostnames", "--", environment.get("SLURM_JOB_NODELIST", "")).split()
     if not names or not all(map(is_host_name, names)):
         raise ConfigError(f"SLURM_JOB_NODELIST: `{environment.get('SLURM_JOB_NODELIST')}` names no hosts")
     per_task = environment.get("SLURM_NTASKS_PER_NODE")
@@ -101,7 +101,7 @@ def plan_slurm_job(
             f"--ranks-per-node {ranks}: the job has {allocation.cpus} CPU(s) a node, and a rank needs one: "
             "ask for more with --cpus-per-task"
         )
-    # The port is asked of the machine where rank 0 will run, if this is it; else it follows from the job.
+    # Where rank 0 runs here, a free port is found here; elsewhere the port follows from the job's number.
     port = master_port or (free_port() if allocation.is_first_node else 15000 + allocation.job_id % 15000)
     count = len(allocation.nodes)
     command = (
@@ -171,7 +171,7 @@ def _explain_end_of_step(job: Job, srun_code: int, supervision: Supervision) -> 
     ]
     is_asked = bool(supervision.stop.requests) or srun_code == 128 + signal.SIGTERM
     too_early = (asked and not failed) or (is_asked and not read_starts(job.run_dir))
-    if asked:  # `srun` kills the others after the first that could not listen
+    if asked:  # `srun` kills the others after the first that ended while it was starting
         crashed = [found for found in crashed if found[2] != signal.SIGKILL or found[0] < min(asked)[0]]
     if too_early and not crashed and findings.hang is None:
         return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting: start again"
@@ -198,27 +198,29 @@ def _silent_nodes(job: Job) -> list[str]:
     return silent
 
 
-def _ask(*words: str) -> str:
+def _output_of(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
         raise ConfigError(f"inside a Slurm job, but there is no `{words[0]}` here: load Slurm's module") from None
     except subprocess.SubprocessError as error:
-        told = getattr(error, "stderr", None) or str(error)
-        raise ConfigError(f"`{' '.join(words)}` failed: {' '.join(told.split())}") from None
+        reason = getattr(error, "stderr", None) or str(error)
+        raise ConfigError(f"`{' '.join(words)}` failed: {' '.join(reason.split())}") from None
     return done.stdout
 
 
 def _address(node: str) -> str:
     """The address at which Slurm itself reaches a node: the name may mean nothing outside of Slurm."""
-    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", _ask("scontrol", "show", "node", "-o", node))
+    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", _output_of("scontrol", "show", "node", "-o", node))
     if match is None or not _ADDRESS.fullmatch(match[1]):
         raise ConfigError(f"Slurm gives no usable address for node {node}")
     return match[1]
 
 
 def _end_time(job_id: int) -> int | None:
-    match = re.search(r"\sEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", _ask("scontrol", "show", "job", "-o", str(job_id)))
+    match = re.search(
+        r"\sEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", _output_of("scontrol", "show", "job", "-o", str(job_id))
+    )
     return int(datetime.datetime.fromisoformat(match[1]).timestamp()) if match else None  # local time, as Slurm writes
 
 

@@ -20,7 +20,7 @@ from engine.errors import ConfigError
 from engine.zero.ds_config import resolve_ds_config
 from launcher.doctor.check_job import check_job
 from launcher.doctor.check_node import Needs, check_node
-from launcher.doctor.gather import Answer, Target, ask, local_target, nonces, srun_target, ssh_target
+from launcher.doctor.gather import Answer, Target, gather, local_target, nonces, srun_target, ssh_target
 from launcher.doctor.measure import measure
 from launcher.job.finding import Finding, is_bad
 from launcher.job.hosts import Node
@@ -147,7 +147,7 @@ def examine(arguments: argparse.Namespace) -> Checkup:
     hosts = checkup.hosts or Hosts((Node("localhost", (0,)),), False, None)
     if hosts.over_ssh:
         checkup.findings.append(_pdsh())
-    answers = _ask(hosts, checkup.folders, arguments.wait_seconds)
+    answers = _gather(hosts, checkup.folders, arguments.wait_seconds)
     checkup.facts = {answer.node: answer.facts for answer in answers if answer.facts is not None}
     checkup.findings += check_job(answers, hosts.names[0], hosts.port, hosts.over_ssh)
     for node in hosts.nodes:
@@ -186,7 +186,7 @@ def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
 
 def _failure(name: str, error: Exception, to_do: str = "") -> Finding:
     if not isinstance(getattr(error, "exit_code", None), int):
-        raise error  # a defect of ours, told as one
+        raise error  # a defect of ours
     return Finding(name, "error", " ".join(str(error).split()), to_do)
 
 
@@ -213,7 +213,7 @@ def _needs(node: Node, hosts: Hosts, checkup: Checkup) -> Needs:
     )
 
 
-def _ask(hosts: Hosts, folders: dict[str, Path], limit_seconds: float) -> list[Answer]:
+def _gather(hosts: Hosts, folders: dict[str, Path], limit_seconds: float) -> list[Answer]:
     """Have all nodes look, with files in the folders that must be shared for them to find."""
     shared = {name: _nearest(folders[name]) for name in (RUN_DIR, STORE_DIR, SHARED) if name in folders}
     here = {CURRENT_DIR: Path.cwd()} if hosts.over_ssh else {}
@@ -228,7 +228,7 @@ def _ask(hosts: Hosts, folders: dict[str, Path], limit_seconds: float) -> list[A
             "token": secrets.token_hex(8),
             "ssh_back": hosts.names[0] if hosts.over_ssh and len(hosts.nodes) > 1 else None,
         }
-        return ask(_targets(hosts, request), hosts.names[0], hosts.port, hosts.address, limit_seconds)
+        return gather(_targets(hosts, request), hosts.names[0], hosts.port, hosts.address, limit_seconds)
 
 
 def _targets(hosts: Hosts, request: Mapping[str, Any]) -> Sequence[Target]:
@@ -265,7 +265,7 @@ def _verdict(row: Finding, colours: bool) -> str:
 
 def _text(row: Finding) -> str:
     text = f"{row.found}; {row.to_do}" if row.to_do else row.found
-    # Other machines and files have a say in it: nothing in it may act on the terminal.
+    # Some of it comes from other machines and files: nothing in it may act on the terminal.
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 

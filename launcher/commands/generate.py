@@ -72,7 +72,7 @@ def _load(model_name: str) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     try:
-        # Never left out: without it transformers asks on the terminal whether to run the folder's code.
+        # Never leave it out: without it a prompt on the terminal offers to run the folder's code.
         architectures = AutoConfig.from_pretrained(model_name, trust_remote_code=False).architectures or []
     except (ValueError, OSError) as error:
         if "trust_remote_code" in str(error):

@@ -295,7 +295,7 @@ def _refuse_running(run_dir: Path) -> None:
 
 def _hand_over(scripts: list[Path], request: Request, umask: int) -> list[int]:
     """`sbatch` each, the next after the one before; their ids. If one is refused, those before it are cancelled."""
-    # What was given here counts, whatever SBATCH_PARTITION and its like say; others may be a site's defaults.
+    # An option given here wins over its variable, such as SBATCH_PARTITION; other variables may be a site's defaults.
     given = [name for name in _common(request) if getattr(request, name) is not None]
     environment = {key: value for key, value in os.environ.items() if key not in {f"SBATCH_{n.upper()}" for n in given}}
     job_ids: list[int] = []
@@ -305,7 +305,7 @@ def _hand_over(scripts: list[Path], request: Request, umask: int) -> list[int]:
             job_ids.append(_sbatch([*after, str(script)], environment, umask))
         except FulltuneError:
             for job_id in job_ids:
-                runs.ask_slurm("scancel", str(job_id), check=False)
+                runs.slurm_command("scancel", str(job_id), check=False)
             raise
     return job_ids
 

@@ -181,10 +181,10 @@ def _limits(limits: Mapping[str, Any], machine: Mapping[str, Any], needs: Needs,
     locked = limits["locked memory"]
     has_infiniband = any(rate > 0 for rate in machine["infiniband_gbit"].values())
     if locked == -1 or "CAP_IPC_LOCK" in privileges or not (needs.uses_nvme or has_infiniband):
-        said = (
+        text = (
             "no limit for this user" if locked == -1 or "CAP_IPC_LOCK" in privileges else f"{locked} bytes, not needed"
         )
-        yield Finding("locked memory", "ok", said, node=node)
+        yield Finding("locked memory", "ok", text, node=node)
     else:
         why = "DeepSpeed locks its buffers for NVMe" if needs.uses_nvme else "InfiniBand locks what it sends"
         advice = "`ulimit -l unlimited`, or memlock in /etc/security/limits.conf"

@@ -192,7 +192,7 @@ def nonces(folders: Mapping[str, Path]) -> Iterator[dict[str, str]]:
             Path(path_text).unlink(missing_ok=True)
 
 
-def ask(
+def gather(
     targets: Sequence[Target],
     first: str,
     port: int | None,
@@ -237,11 +237,11 @@ def _take(answers: Mapping[str, Answer], talk: _Talk, line: _Line) -> None:
     answer = answers[node]
     answer.facts = line.values
     # Its first look at the clock came after our start, its last before its line came: what is outside is certain.
-    began, said = (float(moment) for moment in line.values.get("clock", (talk.started, line.seconds)))
+    began, ended = (float(moment) for moment in line.values.get("clock", (talk.started, line.seconds)))
     if began < talk.started:
         answer.skew_seconds = began - talk.started
-    elif said > line.seconds:
-        answer.skew_seconds = said - line.seconds
+    elif ended > line.seconds:
+        answer.skew_seconds = ended - line.seconds
 
 
 def _try_to_meet(

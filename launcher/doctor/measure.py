@@ -142,20 +142,20 @@ def compare(figures: Sequence[Figure]) -> list[Finding]:
 
 
 def _compare(figure: Figure, of_all_nodes: Sequence[float]) -> Finding:
-    said = f"{_number(figure.value)} {FIGURES[figure.name]}"
+    text = f"{_number(figure.value)} {FIGURES[figure.name]}"
     usual = statistics.median(of_all_nodes)
     expected = figure.expected
     if expected.value is None:
-        said += ", no reference"
+        text += ", no reference"
     else:
-        said += f", {figure.value / expected.value:.0%} of {_number(expected.value)} ({expected.source})"
+        text += f", {figure.value / expected.value:.0%} of {_number(expected.value)} ({expected.source})"
         if figure.value < expected.healthy_share * expected.value:
             to_do = f"a healthy one gives {expected.healthy_share:.0%} or more: is something else running there?"
-            return Finding(figure.name, "warning", said, to_do, figure.node)
+            return Finding(figure.name, "warning", text, to_do, figure.node)
     if figure.value < _STRAGGLER_SHARE * usual:
         to_do = f"the nodes' median is {_number(usual)}: the others will wait for it"
-        return Finding(figure.name, "warning", said, to_do, figure.node)
-    return Finding(figure.name, "ok", said, node=figure.node)
+        return Finding(figure.name, "warning", text, to_do, figure.node)
+    return Finding(figure.name, "ok", text, node=figure.node)
 
 
 def _number(value: float) -> str:

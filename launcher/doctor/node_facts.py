@@ -29,7 +29,7 @@ from launcher.doctor.folder_facts import folder_facts, try_file
 from launcher.doctor.node_software import accelerator_facts, link_facts, op_facts, version_facts
 from launcher.supervision.out_of_memory import machine_limit_bytes, memory_cgroup_text
 
-#: The wait for the next line, or for the end: whoever asked is gone if neither comes.
+#: The wait for the next line or the end of stdin: the requesting machine is gone if neither comes.
 _PATIENCE_SECONDS = 20.0
 _CONNECT_SECONDS = 3.0
 _SSH_SECONDS = 4

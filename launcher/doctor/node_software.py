@@ -61,7 +61,7 @@ def op_facts(uses_nvme: bool) -> dict[str, Any]:
     try:
         folder = extensions_dir()
     except importlib.metadata.PackageNotFoundError:
-        return {"folder": None}  # said of the packages
+        return {"folder": None}  # the check of the packages reports it
     above = next(path for path in (folder, *folder.parents) if path.exists())
     uses_gpus = bool(accelerator_facts()["gpus"]) and os.environ.get("DS_ACCELERATOR") != "cpu"
     return {

@@ -82,7 +82,7 @@ def local_command(node: Node, master_port: int, engine_arguments: list[str], mod
     else:
         where = ["--include", f"localhost:{','.join(map(str, node.slots))}"]
     address = ["--master_addr", "127.0.0.1", "--master_port", str(master_port)]
-    # Not even `error`: all it would tell is that a rank failed, and we say which and why.
+    # Not even `error`: it would only print that a rank failed, and we print which one and why.
     return (deepspeed_program(), "--log_level", "critical", *where, *address, "--module", module, *engine_arguments)
 
 

@@ -65,9 +65,9 @@ def signal_processes(pids: list[int], number: int) -> None:
 
 
 def end_processes(
-    members: Callable[[], list[int]], ask: Callable[[], None], grace_seconds: Callable[[], float]
+    members: Callable[[], list[int]], request_end: Callable[[], None], grace_seconds: Callable[[], float]
 ) -> list[int]:
-    """Call `ask`, which makes the job end; send KILL to all `members` left after the grace period; wait for their end.
+    """Call `request_end`; send KILL to all `members` that are left after the grace period; wait for their end.
 
     All three are called again and again: processes may still start others, and the grace may be cut
     short. Returns the processes that even KILL does not end, because the kernel waits for a disk that does not answer.
@@ -76,7 +76,7 @@ def end_processes(
     while living := members():
         now = time.monotonic()
         if now - began < grace_seconds():
-            ask()
+            request_end()
         elif killed and now - killed >= _UNKILLABLE_SECONDS:
             return living
         else:

@@ -95,7 +95,7 @@ def write_private(path: Path, text: str) -> None:
 
 def record_outcome(run_dir: Path, code: int, message: str) -> None:
     """Note how this start of the run ended, in the words that its terminal got."""
-    with contextlib.suppress(CannotWriteError):  # a full disk: the ranks' records tell as much
+    with contextlib.suppress(CannotWriteError):  # a full disk: the ranks' records hold the same
         write_private(run_dir / OUTCOME, json.dumps({"code": code, "message": message}, indent=2) + "\n")
 
 
@@ -147,7 +147,7 @@ class SlurmFacts:
 
 def slurm_facts(job_id: int) -> SlurmFacts:
     """The job's facts from `scontrol`. ConfigError when there is none, or when it does not answer."""
-    done = ask_slurm("scontrol", "show", "job", "-o", str(job_id), check=False)
+    done = slurm_command("scontrol", "show", "job", "-o", str(job_id), check=False)
     if done.returncode:
         if "Invalid job id" not in done.stderr:
             raise FulltuneError(f"`scontrol show job {job_id}` failed: {' '.join(done.stderr.split())}")
@@ -161,7 +161,7 @@ def slurm_facts(job_id: int) -> SlurmFacts:
     return SlurmFacts(value("JobState"), value("Reason"), value("NodeList"), value("Restarts"), log[1] if log else None)
 
 
-def ask_slurm(*words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+def slurm_command(*words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
     """Run one of Slurm's commands. ConfigError where there is none, FulltuneError with its words if it fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
@@ -204,4 +204,4 @@ def start_ticks(pid: int) -> int | None:
 
 def forbid_requeue(job_id: int) -> None:
     """Take from a Slurm job the right to come back: a preemption or `scontrol requeue` then ends it."""
-    ask_slurm("scontrol", "update", f"JobId={job_id}", "Requeue=0")
+    slurm_command("scontrol", "update", f"JobId={job_id}", "Requeue=0")

@@ -66,7 +66,7 @@ def check_hosts(nodes: Sequence[Node], run_dir: Path, environment: Mapping[str, 
     refuse_unsafe(words)
     try:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            facts = list(pool.map(lambda node: _ask(node.name, words), nodes))
+            facts = list(pool.map(lambda node: _facts_of(node.name, words), nodes))
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -80,7 +80,7 @@ def check_hosts(nodes: Sequence[Node], run_dir: Path, environment: Mapping[str, 
     return _meeting_address(facts), facts[0].port
 
 
-def _ask(host: str, words: list[str]) -> HostFacts:
+def _facts_of(host: str, words: list[str]) -> HostFacts:
     options = [*SSH_OPTIONS.split(), f"-oConnectTimeout={_CONNECT_SECONDS}"]
     try:
         done = subprocess.run(
@@ -91,7 +91,7 @@ def _ask(host: str, words: list[str]) -> HostFacts:
         raise ConfigError("--hostfile: there is no `ssh` here: install it, and pdsh") from None
     except subprocess.TimeoutExpired:
         raise ConfigError(f"host {host} does not answer: connected, but silent for {_ANSWER_SECONDS} s") from None
-    last = " ".join((done.stderr.strip().splitlines() or ["it said nothing"])[-1].split())
+    last = " ".join((done.stderr.strip().splitlines() or ["it printed nothing"])[-1].split())
     if done.returncode == 255:
         raise ConfigError(f"host {host} does not answer over ssh: {last}")
     if done.returncode:
@@ -102,7 +102,7 @@ def _ask(host: str, words: list[str]) -> HostFacts:
         client, _, own, _ = str(facts.pop("connection")).split()
         return HostFacts(**facts, client_address=client, own_address=own)
     except (StopIteration, ValueError, TypeError, KeyError):
-        raise ConfigError(f"host {host} did not say what it is: {done.stdout[-200:]!r}") from None
+        raise ConfigError(f"host {host} printed no facts: {done.stdout[-200:]!r}") from None
 
 
 def _check_alike(nodes: Sequence[Node], facts: Sequence[HostFacts]) -> None:

@@ -35,7 +35,7 @@ from launcher.ssh.mailbox import (
 
 _POLL_SECONDS = 0.2
 _SAY_SECONDS = 1.0
-#: A rank that was told to leave gets this long to write down how it ended.
+#: After a request to leave, a rank gets this long to write its exit record.
 _LEAVE_SECONDS = 2.0
 #: The supervisor's host is taken for gone after this; ranks that stop then get as long as Slurm gives by default.
 _ALONE_SECONDS = 60.0
@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, engine_flags = _arguments(argv)
     rank, token = int(os.environ.get("RANK", "0")), supervisor()[1]
     parent = _Parent(arguments.run_dir, rank, token)  # first of all: until here a signal kills
-    end_with_parent(parent.ask)
+    end_with_parent(parent.stop)
     set_umask()
     record = arguments.run_dir / "ranks" / f"exit-{rank:05d}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     if os.environ.get("WORLD_SIZE") != str(arguments.ranks):
         message = f"{arguments.ranks} ranks were asked for, and deepspeed started {os.environ.get('WORLD_SIZE')}"
-        _tell(record, rank, ConfigError.exit_code, message)
+        _write_exit_record(record, rank, ConfigError.exit_code, message)
         return ConfigError.exit_code
     code = parent.run([sys.executable, "-m", "engine", arguments.run_file, *engine_flags])
     remove_shared_memory()
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(killed_path(arguments.run_dir, rank), note | {"host": socket.gethostname()})
         return 128 - code
     if not record.exists():
-        _tell(record, rank, code or INTERNAL, f"ended with code {code} before it could say why: see what it printed")
+        _write_exit_record(
+            record, rank, code or INTERNAL, f"ended with code {code} before it could say why: see what it printed"
+        )
     return 0 if code in (COMPLETE, STOPPED_WITH_CHECKPOINT) else code
 
 
@@ -84,7 +86,7 @@ class _Parent:
         for number in _HANDED_ON:
             signal.signal(number, self._hand_on)
 
-    def ask(self, _reason: str) -> None:
+    def stop(self, _reason: str) -> None:
         """Have the rank stop."""
         self._send(signal.SIGTERM)
 
@@ -129,7 +131,7 @@ class _Parent:
                 self._child.send_signal(number)
 
 
-def _tell(record: Path, rank: int, code: int, message: str) -> None:
+def _write_exit_record(record: Path, rank: int, code: int, message: str) -> None:
     values = {"rank": rank, "code": code, "phase": "start", "message": message, "host": socket.gethostname()}
     write_json(record, values | {"time": time.time()})
 

@@ -30,7 +30,7 @@ from launcher.ssh.mailbox import (
 SSH_OPTIONS = "-oBatchMode=yes -oServerAliveInterval=3 -oServerAliveCountMax=2"
 # A rank is taken for lost after so long without a sign of life, when ssh to its host has ended too.
 _LOST_SECONDS = 5.0
-# Ranks that were told to leave, and their launchers on all hosts, get this long to be gone.
+# After a request to leave, ranks and their launchers on all hosts get this long to be gone.
 _LEAVE_SECONDS = 10.0
 # What a failing rank wrote and what another one's death looks like may be seen in either order.
 _SAME_MOMENT_SECONDS = 2.0
@@ -45,13 +45,13 @@ class SshRanks:
     def __init__(self, run_dir: Path, token: str, nodes: Sequence[Node]):
         self._run_dir = run_dir
         self._token = token
-        #: The host that each rank was asked for on, as the hostfile names it.
+        #: The host of each rank, as the hostfile names it.
         self.hosts = [node.name for node in nodes for _ in node.slots]
         #: Ranks that a signal ended which nobody here had sent: the signal's number.
         self.killed: dict[int, int] = {}
         #: Ranks that are gone with their host, or never came up there.
         self.lost: set[int] = set()
-        #: Hosts that ssh has lost although ranks there live: all ranks were asked to stop.
+        #: Hosts that ssh has lost although ranks there live: then all ranks are to stop.
         self.cut_off: list[str] = []
         self._count = 0
         self._looked: float | None = None

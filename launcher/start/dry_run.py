@@ -128,7 +128,7 @@ def count_parameters(model_path: str | None) -> int | None:
                 header = json.loads(file.read(header_bytes))
             total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, struct.error):
-        return None  # the model's own loader says what is wrong with it
+        return None  # the model's own loader names the fault
     return total or None
 
 

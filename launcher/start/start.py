@@ -150,7 +150,7 @@ def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None)
     prepare_store(run)
     write_resolved(run)
     if job.starts_through_srun:
-        _tell_command(job)
+        _print_command(job)
         code, message = run_with_restarts(job, restarts)
         if code == 0:
             runs.record_complete(run)
@@ -163,7 +163,7 @@ def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None)
     if job.starts_through_ssh:
         ours = job.environment | remote_environment(job.run_dir, job.environment)
         job = dataclasses.replace(job, environment=ours)
-    _tell_command(job)
+    _print_command(job)
     try:
         return run_with_restarts(job, restarts)
     finally:
@@ -178,7 +178,7 @@ def _on_hosts(job: Job, master_port: int | None) -> Job:
     return dataclasses.replace(job, command=tuple(command), master_port=master_port or port)
 
 
-def _tell_command(job: Job) -> None:
+def _print_command(job: Job) -> None:
     print(f"starting: {shlex.join(job.command)}", flush=True)
 
 

@@ -66,14 +66,14 @@ class Guard:
 def main() -> None:
     """Wait for the end of the job, or of the supervisor."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # these are for the ranks, which are told by others
+        signal.signal(number, signal.SIG_IGN)  # these are for the ranks, which get them from others
     session, master_addr, master_port, private_dir = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     if sys.stdin.buffer.readline() == _DONE:
         return
     ssh_job = (Path(sys.argv[5]), sys.argv[6]) if len(sys.argv) > 5 else None
     if ssh_job is not None:
         request(ssh_job[0], "stop", ssh_job[1])
-    # The ranks see the end of the supervisor's FIFO and have begun to stop: nobody needs to be asked.
+    # The ranks see the end of the supervisor's FIFO and have begun to stop: no request is needed.
     members = session_members if ssh_job is None else session_and_children
     end_processes(lambda: members(session), lambda: None, lambda: ALONE_SECONDS + 1)
     if ssh_job is not None:

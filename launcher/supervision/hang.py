@@ -30,7 +30,7 @@ _MULTIPLE = 3.0
 #: A look counts for no more than this: nobody hangs because the supervisor itself, or the whole machine, stood still.
 _LONGEST_LOOK_SECONDS = 1.0
 _STACKS_SECONDS = 3.0
-#: A stopped process is no slow one: it need not be waited for as long, and all is told before the limit is over.
+#: A stopped process is no slow one: this share of the shortest limit is enough, and the report is out within the limit.
 _STOPPED_SHARE = 2 / 3
 
 
@@ -91,7 +91,7 @@ class HangWatch:
         before = self._beats.get(rank)
         changed = before is None or beat.count != before.count
         self._silent[rank] = 0.0 if changed else self._silent[rank] + passed_seconds
-        is_timed = rank == min((rank, *self._beats))  # one rank tells how long steps take, or many would outvote time
+        is_timed = rank == min((rank, *self._beats))  # steps of one rank count, or many ranks would fill the window
         if is_timed and before is not None and beat.step_seconds != before.step_seconds and beat.step_seconds > 0:
             self._step_seconds.append(beat.step_seconds)
         self._beats[rank] = beat

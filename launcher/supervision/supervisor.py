@@ -39,7 +39,7 @@ _GRACE_SECONDS = 30.0
 _AFTER_FAILURE_SECONDS = 5.0
 # What Slurm needs to end a step on all nodes.
 _END_OF_STEP_SECONDS = 15.0
-#: Phases in which there is nothing to save, and how long ranks may stay in them when they were asked to stop.
+#: Phases in which there is nothing to save, and how long ranks may stay in them after a request to stop.
 STARTING = ("start", "run file", "import", "rendezvous", "set-up")
 _STARTING_SECONDS = 60.0
 #: Give up on ranks that have not started this long after the first.
@@ -116,7 +116,7 @@ class Findings:
     signals: dict[int, int] = field(default_factory=dict)
     hang: Hang | None = None
     hang_file: Path | None = None
-    #: Whether the ranks were asked to stop while they were starting, and did not come to a place where they could.
+    #: The ranks got a request to stop while they were starting, and did not come to a place where they could stop.
     stopped_starting: bool = False
     #: Ranks that never came up although others did.
     missing: list[int] = field(default_factory=list)
@@ -156,9 +156,9 @@ class Supervision:
         #: Whether the job did not end by itself.
         self.gave_up = False
         self._announced = False
-        self._told: set[int] = set()
+        self._terminated: set[int] = set()
         self._first_start = 0.0
-        self._asked_since = 0.0
+        self._stop_requested_at = 0.0
         self._starts: list[RankStart] = []
         self.hangs = HangWatch(run_dir, hang_seconds or 1e9)
         self.memory = MemoryWatch()
@@ -214,7 +214,7 @@ class Supervision:
             self.ssh_ranks.end(self._process, grace_seconds)
             silent = self.ssh_ranks.silent_since(self._failed_since) if findings.hang is None else set()
             findings.died_first = sorted({*findings.died_first, *silent})
-        if left := end_processes(self._members, self._ask, grace_seconds):
+        if left := end_processes(self._members, self._terminate, grace_seconds):
             print(
                 f"fulltune: these processes cannot be killed, the kernel waits for a device: {left}",
                 file=sys.stderr, flush=True,
@@ -229,11 +229,11 @@ class Supervision:
         members = session_members if self.ssh_ranks is None else session_and_children
         return sorted({*members(self._process.pid), *self._living_ranks()})
 
-    def _ask(self) -> None:
+    def _terminate(self) -> None:
         """Send TERM to each rank once, so that it saves and ends. Its children get none: it may need them."""
-        new = [pid for pid in self._living_ranks() if pid not in self._told]
+        new = [pid for pid in self._living_ranks() if pid not in self._terminated]
         signal_processes(new, signal.SIGTERM)
-        self._told |= set(new)
+        self._terminated |= set(new)
 
     def _living_ranks(self) -> list[int]:
         return [pid for pid in self.pids.values() if is_running(pid) and self._is_ours(pid)]
@@ -281,10 +281,10 @@ class Supervision:
 
     def _is_stuck_starting(self, now: float) -> bool:
         """True if no rank has reached its first step, where it would stop, long after the request to stop."""
-        self._asked_since = self._asked_since or now
+        self._stop_requested_at = self._stop_requested_at or now
         beats = [beat for rank, beat in self.hangs.beats.items() if rank in {start.rank for start in self._starts}]
         is_starting = all(beat.phase in STARTING for beat in beats)
-        return is_starting and now - self._asked_since >= _STARTING_SECONDS
+        return is_starting and now - self._stop_requested_at >= _STARTING_SECONDS
 
     def _pass_on(self) -> None:
         """Make every rank stop, also the ranks of this machine that have come up since."""
@@ -296,7 +296,7 @@ class Supervision:
             if self.ssh_ranks is not None:
                 self.ssh_ranks.request("stop")
         if not self._is_srun:
-            self._ask()
+            self._terminate()
 
     def _is_ours(self, pid: int) -> bool:
         """Still the rank, and not a process that got its number later."""

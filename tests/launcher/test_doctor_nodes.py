@@ -19,7 +19,7 @@ from doctor_cases import ROOT, make_setting
 from launcher.commands.doctor import merged, print_table
 from launcher.doctor.check_job import check_job
 from launcher.doctor.check_node import Needs, check_node
-from launcher.doctor.gather import Answer, Target, ask, local_target, nonces, ssh_target
+from launcher.doctor.gather import Answer, Target, gather, local_target, nonces, ssh_target
 from launcher.doctor.node_facts import look
 from launcher.job.finding import Finding, Verdict
 from launcher.job.job import free_port
@@ -37,7 +37,7 @@ def ask_two(before: Sequence[str], folder: Path | None = None, port: int | None 
     with nonces({"run folder": folder} if folder else {}) as made:
         request = {"nonces": made, "first": "one", "port": port, "token": "x"}
         targets = [local_target("one", request), Target((*before, *NODE), ("two",), request | {"node": "two"})]
-        return check_job(ask(targets, "one", port, "127.0.0.1", 60), "one", port, over_ssh=False)
+        return check_job(gather(targets, "one", port, "127.0.0.1", 60), "one", port, over_ssh=False)
 
 
 def test_two_nodes_that_are_alike(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_node_with_other_source(tmp_path: Path) -> None:
 
 def test_a_node_without_our_packages() -> None:
     request = {"first": "one"}
-    (answer,) = ask(
+    (answer,) = gather(
         [Target((sys.executable, "-S", "-m", "launcher.doctor.node_facts"), ("two",), request | {"node": "two"})],
         "one",
         None,
@@ -105,7 +105,7 @@ def test_gpus_that_would_lie_idle_are_told(facts: dict[str, Any]) -> None:
 def test_a_host_that_takes_the_connection_and_says_nothing(ssh: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         (ssh / "ssh_config").write_text(f"Host *\nPort {server.getsockname()[1]}\n")
-        (answer,) = ask([ssh_target("127.0.0.1", {})], "127.0.0.1", None, limit_seconds=60)
+        (answer,) = gather([ssh_target("127.0.0.1", {})], "127.0.0.1", None, limit_seconds=60)
     (found,) = check_job([answer], "127.0.0.1", None, over_ssh=True)
     assert (found.name, found.verdict, found.node) == ("ssh", "error", "127.0.0.1")
     assert "timed out" in found.found
@@ -142,7 +142,7 @@ def test_a_node_that_cannot_reach_the_first() -> None:
 
 def test_a_node_that_does_not_answer_in_time_is_named() -> None:
     targets = [local_target("one", {}), Target(("sleep", "100"), ("two",), {}), Target(("/no/such",), ("three",), {})]
-    found = check_job(ask(targets, "one", None, limit_seconds=5), "one", None, over_ssh=False)
+    found = check_job(gather(targets, "one", None, limit_seconds=5), "one", None, over_ssh=False)
     assert {each.node: each.found for each in found if each.verdict == "error"} == {
         "two": "no answer within 5 s", "three": "cannot run /no/such: No such file or directory",
     }  # fmt: skip
