@@ -14,10 +14,11 @@ from engine.ranks import heartbeat
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.tasks import build_batch
+from engine.zero.zero_model import DeepSpeedEngine
 
 
 def evaluate(
-    engine: Any,
+    engine: DeepSpeedEngine,
     task: TaskName,
     store: Store,
     index: RowIndex,

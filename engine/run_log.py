@@ -1,18 +1,20 @@
 """What a run tells: metrics.jsonl, TensorBoard, and one progress line a step on rank 0."""
 
+import contextlib
 import json
 import logging
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from engine.config import LogSection
 from engine.goodput import CAUSES, Goodput, useful_seconds
 from engine.ranks import heartbeat
 
@@ -58,6 +60,12 @@ class Stopwatch:
         heartbeat.beat(f"after {phase}" if phase else "begin")
         self._marks.append((phase, moment))
 
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count everything since the end of the phase before, and the block, as `name`."""
+        yield
+        self.mark(name)
+
     def seconds(self) -> dict[str, float]:
         """Total seconds of every phase since the start; waits for the device."""
         if self._cuda:
@@ -96,13 +104,12 @@ class RunLog:
         rank: int,
         step: int,
         total_steps: int,
-        tensorboard: bool,
-        log_every_steps: int,
+        section: LogSection,
         load_seconds: float = 0.0,
     ):
         self._writing = rank == 0
         self._total_steps = total_steps
-        self._every = log_every_steps
+        self._every = section.log_every_steps
         self._first_step, self._started = step, time.monotonic()
         self._board: Any = None
         if not self._writing:
@@ -113,7 +120,7 @@ class RunLog:
         self._goodput.started(load_seconds, lost_seconds)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        if tensorboard:
+        if section.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -222,6 +229,3 @@ def _keep_lines_until(path: Path, step: int) -> float:
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
     return lost_seconds
-
-
-Say = Callable[[str], None]

@@ -12,15 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.nn import Parameter
-
 from engine.checkpoint.retention import check_space, checkpoint_bytes, mark_best, prune_checkpoints, remove_checkpoint
 from engine.checkpoint.save import Owner, PendingSave, begin_save, finish_save
 from engine.config import CheckpointSection
 from engine.errors import DataError, StorageError
-from engine.model.buffers import persistent_buffers
 from engine.ranks.agreement import agree, from_rank_0, this_rank
 from engine.tensor_files.reader import FileRecord, drop_cache, verify_blocks
+from engine.zero.zero_model import ZeroModel
 
 _LOG = logging.getLogger(__name__)
 #: Saves that may fail one after the other before a run that could lose everything ends.
@@ -46,19 +44,17 @@ class Saves:
 
     def __init__(
         self,
-        engine: Any,
-        parameters: Mapping[str, Parameter],
+        zero: ZeroModel,
         run_dir: Path,
         owner: Owner,
         section: CheckpointSection,
         say: Callable[[str], None] = lambda _line: None,
     ):
-        self._engine = engine
-        self._parameters = parameters
+        self._zero = zero
         self._run_dir = run_dir
         self._owner = owner
         self._section = section
-        self.say = say
+        self._say = say
         self._pending: tuple[PendingSave, Best | None, float] | None = None
         self._verifying: tuple[Path, Future[None]] | None = None
         self._failed = 0
@@ -138,7 +134,7 @@ class Saves:
 
     @property
     def _bytes(self) -> int:
-        return checkpoint_bytes(self._parameters, persistent_buffers(self._engine.module.model))
+        return checkpoint_bytes(self._zero.parameters, self._zero.buffers)
 
     def _begin(self, state: Mapping[str, Any], best: Best | None, must_succeed: bool) -> None:
         self._finish(must_succeed=False)
@@ -146,7 +142,7 @@ class Saves:
             self._conclude()  # the one before the last stays until the last one is verified
         try:
             from_rank_0(lambda: check_space(self._folder, self._bytes, 1))
-            pending = begin_save(self._engine, self._parameters, self._run_dir, state, self._owner)
+            pending = begin_save(self._zero, self._run_dir, state, self._owner)
         except StorageError as error:
             self._failed_once_more(error, must_succeed)
             return
@@ -173,7 +169,7 @@ class Saves:
         self._failed = 0
         self._committed = self._state
         now = time.perf_counter()
-        self.say(
+        self._say(
             f"checkpoint {path.name} committed after {now - started:.1f} s, {now - waited:.1f} s of them waited for"
         )
         if must_succeed:

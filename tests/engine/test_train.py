@@ -8,7 +8,8 @@ import pytest
 
 from engine.config import RunConfig
 from engine.setup import model_digest
-from engine.train import Progress, _judge, is_finished, micro_batch_seed
+from engine.step import Progress, micro_batch_seed
+from engine.train import is_finished, update_best
 
 
 def training(metric: str | None = None, patience: int | None = None) -> Any:
@@ -32,7 +33,7 @@ def test_the_best_evaluation_is_the_first_of_the_best(
     progress = Progress()
     for step, value in enumerate(values, start=1):
         progress.step = step
-        _judge(training(metric), progress, {"loss": value, "accuracy": value})
+        update_best(progress, training(metric).config.best_metric, {"loss": value, "accuracy": value})
     assert (progress.best_step, progress.evaluations_without_improvement) == (best_step, since)
 
 
