@@ -328,7 +328,7 @@ def test_signals_before_the_rank_is_there_reach_it(tmp_path: Path) -> None:
     """The parent hears TERM while it starts, the rank gets it, and the parent ends well when the rank has saved."""
     code = (
         "import os, signal, sys, time\n"
-        "from launcher import slurm_rank\n"
+        "from launcher.batch import rank_parent\n"
         "task = rank_parent._Task()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "child = 'import time; time.sleep(60)'\n"

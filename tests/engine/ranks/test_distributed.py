@@ -25,7 +25,7 @@ def test_a_run_folder_has_one_owner(tmp_path: Path) -> None:
 
 
 def test_a_dead_owner_does_not_block_and_a_stale_one_cannot_publish(tmp_path: Path) -> None:
-    program = f"from engine.ranks.distributed import RunFolder; from pathlib import Path; RunFolder(Path({str(tmp_path)!r}), 0).own()"
+    program = f"from engine.run_folder import RunFolder; from pathlib import Path; RunFolder(Path({str(tmp_path)!r}), 0).own()"
     subprocess.run([sys.executable, "-c", program], check=True)
     second = RunFolder(tmp_path, rank=0)
     second.own()

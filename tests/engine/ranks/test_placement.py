@@ -107,7 +107,7 @@ def test_the_kernel_binds_and_threads_follow(tmp_path: Path) -> None:
     if len(cores) < 2:
         pytest.skip("one core cannot be divided")
     program = (
-        "import os; from engine import placement\n"
+        "import os; from engine.ranks import placement\n"
         "os.environ.pop('OMP_NUM_THREADS', None)\n"
         "found = placement.place_rank(os.environ)\n"
         "assert found.own == tuple(sorted(os.sched_getaffinity(0))), found\n"
