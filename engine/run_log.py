@@ -1,13 +1,11 @@
 """What a run tells: metrics.jsonl, TensorBoard, and one progress line a step on rank 0."""
 
-import contextlib
 import json
 import logging
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from tqdm import tqdm
 
 from engine.config import LogSection
 from engine.goodput import CAUSES, Goodput, useful_seconds
-from engine.ranks import heartbeat
 
 PHASES = ("data", "forward", "backward", "optimizer")
 GIB = 2.0**30
@@ -35,46 +32,6 @@ LAYOUT = {
 #: Figures that identify something: a curve of them says nothing.
 NOT_DRAWN = {"rows_hash"}
 _LOG = logging.getLogger(__name__)
-
-
-class Stopwatch:
-    """Seconds spent in named phases of a step, on the device's own clock where it has one.
-
-    On CUDA an event is recorded at each border and read once at the end, so that measuring does
-    not make the host wait in between.
-    """
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self.mark("")
-
-    def mark(self, phase: str) -> None:
-        """Say that `phase` ends here and began at the mark before."""
-        moment: Any
-        if self._cuda:
-            moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            moment.record()
-        else:
-            moment = time.perf_counter()
-        heartbeat.beat(f"after {phase}" if phase else "begin")
-        self._marks.append((phase, moment))
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count everything since the end of the phase before, and the block, as `name`."""
-        yield
-        self.mark(name)
-
-    def seconds(self) -> dict[str, float]:
-        """Total seconds of every phase since the start; waits for the device."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        totals: dict[str, float] = {}
-        for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
-            elapsed = start.elapsed_time(end) / 1000.0 if self._cuda else end - start
-            totals[phase] = totals.get(phase, 0.0) + elapsed
-        return totals
 
 
 def memory_gib() -> dict[str, float]:

@@ -14,10 +14,11 @@ from engine.batches import MicroBatches, Rows64, split_rows, stream_rows
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import NumericalStopError
+from engine.goodput import Stopwatch
 from engine.ranks import heartbeat
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
-from engine.run_log import Stopwatch, memory_gib
+from engine.run_log import memory_gib
 from engine.schedule import learning_rate
 from engine.tasks import build_batch
 from engine.zero.gradient_watch import GradientWatch

@@ -16,7 +16,7 @@ from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.save import finish_replacing
 from engine.errors import DataError
 from engine.ranks.agreement import agree, from_rank_0, num_ranks, this_rank
-from engine.tensor_files.range_reader import Wanted
+from engine.tensor_files.range_reader import ReadRequest
 from engine.tensor_files.slices import KINDS
 from engine.zero.zero_model import ZeroModel
 
@@ -132,16 +132,16 @@ def _install(zero: ZeroModel, reader: CheckpointReader) -> None:
     buffers = zero.buffers
     flat = {name: buffer.detach().clone().view(-1) for name, buffer in buffers.items()}
 
-    def wanted() -> Iterator[Wanted]:
+    def requests() -> Iterator[ReadRequest]:
         for kind in KINDS:
             for part in zero.live_state(kind):
-                yield from reader.wanted(f"{kind}/{part.name}", part.start, part.values)
+                yield from reader.requests(f"{kind}/{part.name}", part.start, part.values)
         for part in zero.frozen_to_fill():
-            yield from reader.wanted(f"frozen/{part.name}", part.start, part.values)
+            yield from reader.requests(f"frozen/{part.name}", part.start, part.values)
         for name, values in flat.items():
-            yield from reader.wanted(f"buffer/{name}", 0, values)
+            yield from reader.requests(f"buffer/{name}", 0, values)
 
-    agree(lambda: reader.read_into(wanted()))
+    agree(lambda: reader.read_into(requests()))
     for name, buffer in buffers.items():
         buffer.copy_(flat[name].view(buffer.shape))
     zero.refresh_weights()

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+import engine.zero.nvme_state as nvme_state
 from engine.batches import Batch
 from engine.errors import ConfigError
-from engine.model.buffers import persistent_buffers
 from engine.ranks.agreement import agree
 from engine.tensor_files.slices import Kind, LiveSlice, Slice
-from engine.zero import nvme_state
 
 
 class DeepSpeedEngine(Protocol):
@@ -223,6 +222,16 @@ class ZeroModel:
                 values = values[start:stop]
             if start < stop:
                 yield LiveSlice(name, start, stop, values)
+
+
+def persistent_buffers(model: Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's weights: those that its `state_dict` holds."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _equal_share(count: int) -> tuple[int, int]:

@@ -10,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.config import LogSection
-from engine.run_log import RunLog, Stopwatch, memory_gib
+from engine.goodput import Stopwatch
+from engine.run_log import RunLog, memory_gib
 
 FIGURES = {"loss": 2.5, "learning_rate": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 1000.0}
 

@@ -23,9 +23,8 @@ from torch import nn
 import engine.checkpoint.schedule as engine_saves
 import engine.export.from_training as engine_export_live
 from engine.checkpoint.restore import find_checkpoint, load_checkpoint, restore_newest
-from engine.checkpoint.retention import prune_checkpoints
 from engine.checkpoint.save import Owner, begin_save, finish_save, save_checkpoint
-from engine.checkpoint.schedule import Saves
+from engine.checkpoint.schedule import Saves, prune_checkpoints
 from engine.config import CheckpointSection
 from engine.errors import CannotWriteError, FulltuneError
 from engine.export.from_training import export_live
