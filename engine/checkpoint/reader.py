@@ -62,7 +62,7 @@ class CheckpointReader:
                 raise DataError(f"{self.path / file}: {tensor} is not the slice that the manifest names")
 
     def requests(self, tensor: str, start: int, values: Tensor) -> Iterator[ReadRequest]:
-        """The requests that fill `values` with the elements from `start` on of ``master/<name>``, ``frozen/<name>``, ..."""
+        """The requests that fill `values` with elements from `start` on of ``master/<name>``, ``frozen/<name>``, ..."""
         kind, _, name = tensor.partition("/")
         stop = start + values.numel()
         for first, last, file in self._slices[name]:
