@@ -45,6 +45,18 @@ def test_a_run_that_stopped_early_stays_stopped() -> None:
     assert is_finished(training(), Progress(step=100))
 
 
+def test_progress_is_kept_under_the_names_of_the_format() -> None:
+    """Checkpoints of earlier versions hold these names, in this order."""
+    progress = Progress(step=4, tokens=90, evaluation_pending=True)
+    values = progress.as_json()
+    assert list(values) == [
+        "step", "row_position", "tokens", "targets", "best_value", "best_step", "evaluations_without_improvement",
+        "owes_evaluation",
+    ]  # fmt: skip
+    assert values["owes_evaluation"] is True
+    assert Progress.of(values) == progress
+
+
 def test_seeds_of_micro_batches_differ_in_everything() -> None:
     seeds = {micro_batch_seed(s, t, m, r) for s in range(4) for t in range(4) for m in range(4) for r in range(4)}
     assert len(seeds) == 256
