@@ -8,14 +8,16 @@ one epoch after the other; a step takes the next ``global_rows`` of it, also acr
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from data_prep.token_store import Rows, RowSource, TokenStore
 
 Rows64 = NDArray[np.int64]
 
@@ -25,73 +27,43 @@ _ROUNDS = 4
 _LINEAR_TOKENS = 1 << 15
 
 
-class Store(Protocol):
-    """What a batch needs of a token store."""
-
-    pad_id: int
-
-    def gather(self, documents: Rows64, starts: Rows64, lengths: Rows64) -> tuple[Rows64, NDArray[np.bool_]]: ...
-    def column(self, name: str) -> NDArray[Any]: ...
-
-
-class RowSource(Protocol):
-    """Rows of one source, which follow each other, and how many of them an epoch uses."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def first_row(self) -> int: ...
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def rows_per_epoch(self) -> int: ...
-
-
-class RowIndex(Protocol):
-    """Documents arranged into rows: segments of row r are [row_ends[r-1], row_ends[r]). Unsigned or int64 arrays."""
-
-    @property
-    def documents(self) -> NDArray[Any]: ...
-    @property
-    def starts(self) -> NDArray[Any]: ...
-    @property
-    def lengths(self) -> NDArray[Any]: ...
-    @property
-    def row_ends(self) -> NDArray[Any]: ...
-    @property
-    def sources(self) -> Sequence[RowSource]: ...
-
-
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank; tensors of one device.
+    """One micro-batch of one rank; tensors of one device. B rows, T tokens, D documents, U targets.
 
-    Packed (causal_lm): input_ids and position_ids are (1, N), the documents of all rows one after
-    the other without padding; document_ends is (D + 1,) int32 from 0 to N; targets are the U
-    positions whose next token is trained, and those tokens.
-    Padded (classification): input_ids is (B, T), lengths (B,); pair_starts (B,) has the first token of
-    the second text of a pair, 0 where there is one text; targets are rows and label ids.
+    Packed: input_ids and position_ids are (1, T), the documents of all rows one after the other
+    without padding; document_ends is (D + 1,) int32 from 0 to T.
+    Padded: input_ids is (B, T), one document a row, padded on the right; lengths is (B,).
+    What targets are is the task's affair, and so are the columns that it adds.
     """
 
     input_ids: Tensor
-    target_positions: Tensor
-    target_ids: Tensor
-    rows: tuple[int, ...]
+    target_positions: Tensor  # (U,)
+    target_ids: Tensor  # (U,)
+    rows: tuple[int, ...]  # none in a filler batch
     num_tokens: int
     position_ids: Tensor | None = None
     document_ends: Tensor | None = None
     longest_document_tokens: int = 0
     lengths: Tensor | None = None
-    pair_starts: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            attribute.name: value.to(device, non_blocking=True)
+            for attribute in dataclasses.fields(self)
+            if isinstance(value := getattr(self, attribute.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        columns = {name: value.to(device, non_blocking=True) for name, value in self.columns.items()}
+        return dataclasses.replace(self, columns=columns, **moved)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, T) int64 of a padded batch: 1 for tokens, 0 for padding."""
+        assert self.lengths is not None
+        positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
+        return (positions < self.lengths[:, None]).long()
 
     @property
     def num_padding(self) -> int:
@@ -176,7 +148,7 @@ def _rows_at(places: Rows64, sources: Sequence[RowSource], seed: int, epoch: int
     return rows
 
 
-def segments_of(index: RowIndex, rows: Rows64) -> tuple[Rows64, Rows64, Rows64, Rows64]:
+def segments_of(index: Rows, rows: Rows64) -> tuple[Rows64, Rows64, Rows64, Rows64]:
     """Documents, starts and lengths of the segments of `rows`, row after row, and how many each row has."""
     ends = index.row_ends[rows].astype(np.int64)
     begins = index.row_ends[rows - 1].astype(np.int64)
@@ -191,18 +163,18 @@ def segments_of(index: RowIndex, rows: Rows64) -> tuple[Rows64, Rows64, Rows64, 
     return documents, starts, lengths, counts
 
 
-def row_lengths(index: RowIndex, rows: Rows64) -> Rows64:
+def row_lengths(index: Rows, rows: Rows64) -> Rows64:
     """Tokens of each of `rows`."""
     return _row_sums(index, rows, lambda lengths: lengths)
 
 
-def row_costs(index: RowIndex, rows: Rows64) -> Rows64:
+def row_costs(index: Rows, rows: Rows64) -> Rows64:
     """What each of `rows` costs to train, in one unit: attention is quadratic in a document's length, the
     rest linear in tokens."""
     return _row_sums(index, rows, lambda lengths: lengths * (lengths + _LINEAR_TOKENS))
 
 
-def _row_sums(index: RowIndex, rows: Rows64, value: Callable[[Rows64], Rows64]) -> Rows64:
+def _row_sums(index: Rows, rows: Rows64, value: Callable[[Rows64], Rows64]) -> Rows64:
     if len(rows) == 0:
         return np.zeros(0, dtype=np.int64)
     _, _, lengths, counts = segments_of(index, rows)
@@ -217,7 +189,7 @@ class MicroBatches:
     tokens: int | None = None  # goes before `rows`
 
 
-def split_rows(index: RowIndex, rows: Rows64, world_size: int, size: MicroBatches) -> list[list[Rows64]]:
+def split_rows(index: Rows, rows: Rows64, world_size: int, size: MicroBatches) -> list[list[Rows64]]:
     """``result[micro_batch][rank]``: the rows each rank takes, at nearly equal cost for all ranks.
 
     Ranks meet in every layer, so each micro-batch takes as long as its dearest rank. Rows of similar
@@ -225,9 +197,7 @@ def split_rows(index: RowIndex, rows: Rows64, world_size: int, size: MicroBatche
     Where rows do not divide, ranks of the last micro-batch get fewer, some perhaps none; every rank
     has the same number of micro-batches. A pure function of the rows and sizes.
     """
-    costs = row_costs(index, rows)
-    order = np.argsort(-costs, kind="stable")
-    rows, costs = rows[order], costs[order]
+    rows, costs = _dearest_first(index, rows)
     totals = np.zeros(world_size, dtype=np.int64)
     return [
         _deal(rows[begin:end], costs[begin:end], world_size, totals)
@@ -235,9 +205,20 @@ def split_rows(index: RowIndex, rows: Rows64, world_size: int, size: MicroBatche
     ]
 
 
-def _micro_batch_borders(
-    index: RowIndex, rows: Rows64, world_size: int, size: MicroBatches
-) -> Iterator[tuple[int, int]]:
+def row_groups(index: Rows, rows: Rows64, size: MicroBatches) -> list[Rows64]:
+    """`rows` in micro-batches of one rank each, of similar cost, the dearest first. No number of ranks is in it."""
+    rows, _ = _dearest_first(index, rows)
+    return [rows[begin:end] for begin, end in _micro_batch_borders(index, rows, 1, size)]
+
+
+def _dearest_first(index: Rows, rows: Rows64) -> tuple[Rows64, Rows64]:
+    """`rows` by falling cost, and their costs."""
+    costs = row_costs(index, rows)
+    order = np.argsort(-costs, kind="stable")
+    return rows[order], costs[order]
+
+
+def _micro_batch_borders(index: Rows, rows: Rows64, world_size: int, size: MicroBatches) -> Iterator[tuple[int, int]]:
     """Where micro-batches begin and end in `rows`, the dearest first."""
     lengths = None if size.tokens is None else row_lengths(index, rows)
     begin = 0
@@ -272,7 +253,7 @@ def _deal(rows: Rows64, costs: Rows64, world_size: int, totals: Rows64) -> list[
     return [np.array(own, dtype=np.int64) for own in taken]
 
 
-def packed_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -> Batch:
+def packed_batch(store: TokenStore, index: Rows, rows: Rows64, filler_row: int) -> Batch:
     """The documents of `rows`, one after the other. Without rows: `filler_row` with no targets,
     because a rank that has nothing to train must still take part in every collective."""
     taken = rows if len(rows) else np.array([filler_row])
@@ -299,22 +280,31 @@ def packed_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -
     )
 
 
-def padded_batch(store: Store, index: RowIndex, rows: Rows64, filler_row: int) -> Batch:
-    """One document a row, padded on the right to the longest. Without rows: as `packed_batch`."""
+def padded_batch(store: TokenStore, index: Rows, rows: Rows64, filler_row: int, columns: Sequence[str] = ()) -> Batch:
+    """One document a row, padded on the right to the longest. Without rows: as `packed_batch`.
+
+    Targets are the marked tokens, at their positions in the flattened (B, T). `columns` of the store,
+    which have one value a document, come along as (B,) int64.
+    """
     taken = rows if len(rows) else np.array([filler_row])
     documents, starts, lengths, _ = segments_of(index, taken)
     assert len(documents) == len(taken), "a row of a padded task holds one document"
-    tokens, _ = store.gather(documents, starts, lengths)
-    input_ids = np.full((len(taken), int(lengths.max())), store.pad_id, dtype=np.int64)
-    input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]] = tokens
-    labels = np.asarray(store.column("labels"))[documents].astype(np.int64)
-    targets = np.arange(len(rows))
+    tokens, marks = store.gather(documents, starts, lengths)
+    input_ids, marked = pad(tokens, lengths, store.pad_id), pad(marks & (len(rows) > 0), lengths, 0)
+    targets = np.flatnonzero(marked)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         lengths=torch.from_numpy(lengths),
-        pair_starts=torch.from_numpy(np.asarray(store.column("pair_starts"))[documents].astype(np.int64)),
         target_positions=torch.from_numpy(targets),
-        target_ids=torch.from_numpy(labels[: len(rows)]),
+        target_ids=torch.from_numpy(input_ids.reshape(-1)[targets]),
         rows=tuple(rows.tolist()),
         num_tokens=int(lengths.sum()) if len(rows) else 0,
+        columns={name: torch.from_numpy(store.column(name)[documents].astype(np.int64)) for name in columns},
     )
+
+
+def pad(values: NDArray[Any], lengths: Rows64, fill: int) -> Rows64:
+    """Values of documents one after the other as (B, T) int64, each document in a row of its own, `fill` behind it."""
+    padded = np.full((len(lengths), int(lengths.max())), fill, dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = values
+    return padded

@@ -6,19 +6,21 @@ needs two of its keys and leaves the others to their owner.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.arithmetic import DEFAULT_SHARD_BYTES, byte_count
 from engine.errors import ConfigError
+from engine.tasks import PREPARED_ONLY, TASKS
+from engine.tasks.task import Task
 
-#: What the engine trains.
-TaskName = Literal["causal_lm", "sequence_classification"]
-#: What a run file may prepare and inspect.
-PreparedTask = Literal[
-    "causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"
-]
+if TYPE_CHECKING:
+    TaskName = str
+    MetricName = str
+else:  # so that errors and the JSON schema have the names
+    TaskName = Literal[(*TASKS, *PREPARED_ONLY)]
+    MetricName = Literal[tuple(dict.fromkeys(name for task in TASKS.values() for name in task.metrics))]
 
 
 class Section(BaseModel):
@@ -123,7 +125,7 @@ class DurationSection(Section):
 class EvaluationSection(Section):
     eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
     micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: as in batch")
-    metric: Literal["loss", "accuracy", "macro_f1"] | None = Field(
+    metric: MetricName | None = Field(
         None, description="what best and patience go by; null: loss, or accuracy for classification"
     )
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
@@ -168,7 +170,7 @@ class RunConfig(Section):
     """A whole run file."""
 
     run_dir: FilePath = Field(description="folder for checkpoints, logs and the resolved run file")
-    task: PreparedTask = Field(description="what the data is for; see `trained_task`")
+    task: TaskName = Field(description="what the data is for; see `trained_task`")
     share_with_group: bool = Field(
         False, description="let the group read and write what is written; else its owner alone can"
     )
@@ -191,19 +193,21 @@ class RunConfig(Section):
     log: LogSection = LogSection()
 
     @property
-    def trained_task(self) -> TaskName:
+    def trained_task(self) -> Task:
         """The task, if this engine trains it. Raises ConfigError for one whose data can only be prepared."""
-        if self.task not in ("causal_lm", "sequence_classification"):
+        if self.task not in TASKS:
             raise ConfigError(
                 f"`task`: data for {self.task} can be prepared and inspected, but not trained yet;"
-                " causal_lm and sequence_classification can"
+                f" these can: {', '.join(TASKS)}"
             )
-        return self.task
+        return TASKS[self.task]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.evaluation.metric in ("accuracy", "macro_f1") and self.task != "sequence_classification":
-            raise ValueError(f"evaluation.metric {self.evaluation.metric} needs task sequence_classification")
+        metric = self.evaluation.metric
+        if metric is not None and self.task in TASKS and metric not in TASKS[self.task].metrics:
+            there = ", ".join(TASKS[self.task].metrics)
+            raise ValueError(f"evaluation.metric {metric} is not one of task {self.task}, which has {there}")
         tokens = self.batch.global_tokens
         if tokens is not None and tokens % self.data.row_tokens:
             raise ValueError(
@@ -223,8 +227,6 @@ class RunConfig(Section):
         return self.batch.global_tokens // self.data.row_tokens
 
     @property
-    def best_metric(self) -> Literal["loss", "accuracy", "macro_f1"]:
+    def best_metric(self) -> str:
         """The metric that `best` and patience go by."""
-        if self.evaluation.metric is not None:
-            return self.evaluation.metric
-        return "accuracy" if self.task == "sequence_classification" else "loss"
+        return self.evaluation.metric or self.trained_task.best

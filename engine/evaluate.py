@@ -1,84 +1,110 @@
-"""Exact figures on a held-out store: weighted by targets, whatever ranks and row counts are."""
+"""Exact figures on a held-out store, equal to the last digit on any number of ranks.
+
+Rows are put into micro-batches before they are dealt to ranks, so every document goes through the
+model with the same neighbours however many ranks there are. Of each document a result stays, a few
+numbers, never logits. The results of all ranks come together in the order of documents, and rank 0
+computes the figures from them once: two kinds of hosts cannot disagree about which model is the best.
+"""
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine.batches import MicroBatches, RowIndex, Store, split_rows
-from engine.config import TaskName
+from data_prep.token_store import Rows, TokenStore
+from engine.batches import MicroBatches, row_groups, segments_of
 from engine.errors import NumericalStopError
 from engine.ranks import heartbeat
+from engine.ranks.agreement import all_gather_json, from_rank_0
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
-from engine.tasks import build_batch
+from engine.tasks.task import DocumentResult, Task, mean_loss
 from engine.zero.zero_model import DeepSpeedEngine
+
+#: (document, its first token here, number of the source, loss, number of targets, details): as JSON carries it.
+_Entry = tuple[int, int, int, float, int, dict[str, Any]]
 
 
 def evaluate(
     engine: DeepSpeedEngine,
-    task: TaskName,
-    store: Store,
-    index: RowIndex,
-    num_labels: int,
+    task: Task,
+    store: TokenStore,
+    index: Rows,
     ranks: Ranks,
     size: MicroBatches,
     stop: StopSignal | None = None,
 ) -> dict[str, float] | None:
-    """Loss over all targets of the store; perplexity, or accuracy and macro F1. All ranks call it.
+    """Loss over all targets of the store, and the task's figures. All ranks call it.
 
     None if `stop` was asked for on any rank in the meantime: then nothing has been counted.
-
-    With several sources, also the loss of each, as ``loss/<name>``. Every row is used exactly once;
-    where rows do not divide by ranks, some ranks run a filler row that counts for nothing, so that all
-    take part in every collective.
+    With several sources, also the loss of each, as ``loss/<name>``. Every row is used exactly once.
+    Raises NumericalStopError when the loss is not finite.
     """
     started = time.perf_counter()
-    names = list(dict.fromkeys(source.name for source in index.sources))
-    losses, counts = np.zeros(len(names)), np.zeros(len(names))
-    confusion = np.zeros((num_labels, num_labels), dtype=np.int64)
     was_training = engine.module.training
     engine.eval()
     with torch.no_grad():
-        for source in index.sources:
-            number = names.index(source.name)
-            rows = np.arange(source.first_row, source.first_row + source.num_rows)
-            for parts in split_rows(index, rows, ranks.world_size, size):
-                heartbeat.beat("batch")
-                if stop is not None and ranks.any(stop.asked):
-                    engine.train(was_training)
-                    return None
-                batch = build_batch(task, store, index, parts[ranks.rank], filler_row=source.first_row)
-                batch = batch.to(ranks.device)
-                batch_loss, predictions = engine(batch)
-                losses[number] += float(batch_loss)
-                counts[number] += len(batch.target_ids)
-                if predictions is not None:
-                    np.add.at(confusion, (batch.target_ids.cpu().numpy(), predictions.cpu().numpy()), 1)
+        entries = _own_entries(engine, task, store, index, ranks, size, stop)
     engine.train(was_training)
-    sums = np.array(ranks.sum([*losses, *counts, *confusion.ravel().astype(float)]))
-    losses, counts, hits = np.split(sums, [len(names), 2 * len(names)])
-    num_targets = float(counts.sum())
-    loss = float(losses.sum()) / max(1.0, num_targets)
+    if entries is None:
+        return None
+    everything = sorted(entry for part in all_gather_json(entries) for entry in part)
+    figures = from_rank_0(lambda: _figures(everything, task, store, index))
+    return figures | {"seconds": time.perf_counter() - started}
+
+
+def _own_entries(
+    engine: DeepSpeedEngine,
+    task: Task,
+    store: TokenStore,
+    index: Rows,
+    ranks: Ranks,
+    size: MicroBatches,
+    stop: StopSignal | None,
+) -> list[_Entry] | None:
+    """The results of this rank's documents, or None after a request to stop.
+
+    All ranks run the model equally often, because ZeRO-3 needs every rank in every collective: where
+    micro-batches do not divide by ranks, some ranks run a filler row at last, which counts for nothing.
+    """
+    groups = [
+        (number, rows)
+        for number, source in enumerate(index.sources)
+        for rows in row_groups(index, np.arange(source.first_row, source.first_row + source.num_rows), size)
+    ]
+    nothing = (0, np.zeros(0, dtype=np.int64))
+    entries: list[_Entry] = []
+    for first in range(0, len(groups), ranks.world_size):
+        heartbeat.beat("batch")
+        if stop is not None and ranks.any(stop.asked):
+            return None
+        here = groups[first : first + ranks.world_size]
+        number, rows = here[ranks.rank] if ranks.rank < len(here) else nothing
+        batch = task.batch(store, index, rows, int(here[-1][1][-1])).to(ranks.device)
+        output = engine(batch)
+        if len(rows):
+            documents, starts, _, _ = segments_of(index, rows)
+            results = task.results(output, batch)
+            entries += [
+                (document, start, number, result.loss, result.num_targets, dict(result.details))
+                for document, start, result in zip(documents.tolist(), starts.tolist(), results, strict=True)
+            ]
+    return entries
+
+
+def _figures(entries: Sequence[_Entry], task: Task, store: TokenStore, index: Rows) -> dict[str, float]:
+    results = [DocumentResult(loss, targets, details) for _, _, _, loss, targets, details in entries]
+    loss = mean_loss(results)
     if not math.isfinite(loss):
         raise NumericalStopError("the held-out loss is not finite: the weights are unusable; go back to a checkpoint")
-    figures = {"loss": loss}
-    if num_labels:
-        confusion = hits.reshape(num_labels, num_labels)
-        figures |= {"accuracy": float(np.trace(confusion) / max(1.0, num_targets)), "macro_f1": macro_f1(confusion)}
-    else:
-        figures["perplexity"] = math.exp(min(loss, 700.0))
-    if len(names) > 1:
-        per_source = zip(names, losses, counts, strict=True)
-        figures |= {f"loss/{name}": float(own / max(1.0, targets)) for name, own, targets in per_source}
-    return figures | {"targets": num_targets, "seconds": time.perf_counter() - started}
-
-
-def macro_f1(confusion: np.ndarray[Any, Any]) -> float:
-    """Mean over labels of F1; confusion[i, j] counts label i predicted as j. A label that neither
-    occurs nor is predicted counts as 0, as in scikit-learn's default over all labels."""
-    hits = np.diag(confusion).astype(float)
-    total = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return float(np.mean(np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)))
+    figures = {"loss": loss} | task.figures(results, store.label_names)
+    names = [source.name for source in index.sources]
+    if len(set(names)) > 1:
+        sources: dict[str, list[DocumentResult]] = {name: [] for name in names}
+        for entry, result in zip(entries, results, strict=True):
+            sources[names[entry[2]]].append(result)
+        figures |= {f"loss/{name}": mean_loss(own) for name, own in sources.items()}
+    return figures | {"targets": float(sum(result.num_targets for result in results))}

@@ -64,8 +64,9 @@ def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
             store = TokenStore.open(path)
             if store.task != config.task:
                 raise DataError(f"data.store_dir: {path} was prepared for task {store.task}, not {config.task}")
-            if config.task == "sequence_classification" and "labels" not in store.manifest["columns"]:
-                raise DataError(f"{path}: holds scores or several labels a text; one label each can be trained yet")
+            for column, fault in config.trained_task.columns.items():
+                if column not in store.columns:
+                    raise DataError(f"{path}: {fault}")
             opened[split] = (store, open_rows(store, config.data.row_tokens))
     if "train" not in opened:
         raise MissingInputError(

@@ -20,7 +20,6 @@ from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.run_log import memory_gib
 from engine.schedule import learning_rate
-from engine.tasks import build_batch
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.zero_model import ZeroModel
 
@@ -157,14 +156,13 @@ def forward_backward(training: Training, step: StepPlan, clock: Stopwatch, stop:
             if ranks.any(stop.asked):
                 raise StepDroppedError
         with clock.phase("data"):
-            filler_row = int(step.rows[0])
-            batch = build_batch(config.trained_task, training.store, training.rows, parts[ranks.rank], filler_row)
+            batch = config.trained_task.batch(training.store, training.rows, parts[ranks.rank], int(step.rows[0]))
             tokens, padding = tokens + batch.num_tokens, padding + batch.num_padding
             used += rows_hash(batch.rows)
             batch = batch.to(ranks.device)
         with clock.phase("forward"):
             torch.manual_seed(micro_batch_seed(config.seed, step.number - 1, number, ranks.rank))
-            loss_sum, _ = engine(batch)
+            loss_sum = engine(batch).loss_sum
         with clock.phase("backward"):
             engine.backward(loss_sum * scale, scale_wrt_gas=False)
             losses.append(loss_sum.detach())

@@ -1,7 +1,8 @@
 """The training loop: what happens in which order around the steps."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
 
 from engine.batches import MicroBatches
 from engine.checkpoint.schedule import Best
@@ -136,7 +137,8 @@ def _evaluate_pending(training: Training, progress: Progress, log: RunLog, stop:
     if results is None:
         return False
     log.evaluation(progress.step, results)
-    update_best(progress, training.config.best_metric, results)
+    metric = training.config.best_metric
+    update_best(progress, results[metric], training.config.trained_task.metrics[metric])
     progress.evaluation_pending = False
     return True
 
@@ -149,16 +151,13 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
         batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
         size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
         engine, task = training.zero.engine, training.config.trained_task
-        return evaluate(engine, task, store, rows, len(store.label_names), training.ranks, size, stop)
+        return evaluate(engine, task, store, rows, training.ranks, size, stop)
 
 
-def update_best(progress: Progress, metric: str, results: Mapping[str, float]) -> None:
-    """Remember the best evaluation, and how many came after it."""
-    value = results[metric]
-    better = progress.best_value is None or (
-        value < progress.best_value if metric == "loss" else value > progress.best_value
-    )
-    if better:
+def update_best(progress: Progress, value: float, best: Literal["min", "max"]) -> None:
+    """Remember the best evaluation, whose `value` is the lowest or the highest, and how many came after it."""
+    is_better = operator.lt if best == "min" else operator.gt
+    if progress.best_value is None or is_better(value, progress.best_value):
         progress.best_value, progress.best_step = value, progress.step
         progress.evaluations_without_improvement = 0
     else:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.arithmetic import is_hub_name
+from engine.tasks import TASKS
 
-_PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
 _VERSIONS = ("torch", "deepspeed", "transformers")
 
 
@@ -21,7 +21,7 @@ def model_card(run_dir: Path, config: Mapping[str, Any], state: Mapping[str, Any
     """
     step = int(state["step"])
     base = _base_model(config["model"])
-    head = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[config['task']]}"]
+    head = ["---", "library_name: transformers", f"pipeline_tag: {TASKS[config['task']].pipeline}"]
     if base is not None and "/" in base:
         head.append(f"base_model: {json.dumps(base)}")
     head += ["tags:", "- fulltune", "- full-fine-tuning", "---", ""]

@@ -1,4 +1,4 @@
-"""Does a written folder compute what its source holds? Asked of transformers alone, when the model is small enough."""
+"""Compares what a written folder computes with what its source holds, by transformers alone, for small models."""
 
 import logging
 import math
@@ -48,7 +48,7 @@ def check_forward(folder: Path, reader: CheckpointReader, model: Any, dtype: tor
 
 
 def _logits(model: Any) -> Tensor:
-    """What the model says to a few tokens, without dropout."""
+    """All logits for a few tokens, whatever the head calls them, flattened; without dropout."""
     config = model.config.get_text_config()
     tokens = torch.arange(_TOKENS) % config.vocab_size
     end = getattr(config, "eos_token_id", None)
@@ -56,7 +56,5 @@ def _logits(model: Any) -> Tensor:
     if end is not None and 0 <= end < config.vocab_size:
         tokens[-1] = end  # where some classifiers read
     with torch.no_grad():
-        output: Tensor = model.eval()(
-            input_ids=tokens[None], attention_mask=torch.ones(1, _TOKENS, dtype=torch.long)
-        ).logits
-    return output
+        output = model.eval()(input_ids=tokens[None], attention_mask=torch.ones(1, _TOKENS, dtype=torch.long))
+    return torch.cat([value.flatten() for name, value in output.items() if name.endswith("logits")])

@@ -155,13 +155,13 @@ def document_borders(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def find_leak(model: Any, logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str | None:
-    """Ask the model itself: does anything reach a token that must not? What leaks, or None.
+def find_leak(model: Any, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> str | None:
+    """Run the model to see whether anything reaches a token that must not. Returns what leaks, or None.
 
-    `logits(input_ids, position_ids, borders)` runs it on packed documents, all positions kept,
-    giving (N, V). The gradient of the first half of the middle one of three documents with respect
-    to the embeddings of the other two, and of its own second half, is exactly zero, in every
-    precision, if and only if no path leads there.
+    `loss(input_ids, position_ids, borders, targets)` runs it on packed documents; a scalar, the loss
+    at the positions `targets`. The gradient of the loss at the first half of the middle one of three
+    documents with respect to the embeddings of the other two, and of its own second half, is exactly
+    zero, in every precision, if and only if no path leads there.
     """
     lengths = [23, 16, 41]
     generator = torch.Generator().manual_seed(1)
@@ -179,8 +179,8 @@ def find_leak(model: Any, logits: Callable[[Tensor, Tensor, Tensor], Tensor]) ->
     try:
         with torch.enable_grad():
             begin, half = lengths[0], lengths[0] + lengths[1] // 2
-            chosen = logits(input_ids, positions, document_borders(lengths))[begin:half]
-            (gradient,) = torch.autograd.grad(chosen.float().square().sum(), leaves[0])
+            chosen = loss(input_ids, positions, document_borders(lengths), torch.arange(begin, half))
+            (gradient,) = torch.autograd.grad(chosen, leaves[0])
     finally:
         handle.remove()
         model.train(was_training)

@@ -1,15 +1,19 @@
-"""Which Hugging Face model a run trains: its configuration, and the model without or with its weights."""
+"""The Hugging Face model that a run trains: its configuration, and the model without or with its weights."""
 
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.arithmetic import is_hub_name
-from engine.config import ModelSection, TaskName
+from engine.batches import Batch
+from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
@@ -17,7 +21,7 @@ from engine.model.isolation import check_isolation
 from engine.model.model_files import read_model_files
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
-from engine.tasks import auto_class
+from engine.tasks.task import Output, Task
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,24 @@ def model_folder(section: ModelSection) -> Path | None:
         ) from error
 
 
+class TaskModel(nn.Module):
+    """A Hugging Face model with the loss of its task: the module that DeepSpeed wraps.
+
+    The stock model runs inside, so every family works that transformers supports, and what is
+    trained is what an export computes.
+    """
+
+    def __init__(self, model: Any, task: Task):
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Batch) -> Output:
+        return self.task.loss(self.model, batch)
+
+
 def build_model(
-    section: ModelSection, task: TaskName, facts: StoreFacts, seed: int, needs_weights: bool = True
+    section: ModelSection, task: Task, facts: StoreFacts, seed: int, needs_weights: bool = True
 ) -> tuple[Any, StartingWeights]:
     """The model, and where its starting weights come from: the same on every rank. No communication.
 
@@ -73,36 +93,47 @@ def build_model(
     folder = model_folder(section)
     extension = _extension(facts)
     config = _model_config(section, folder, facts, extension)
-    if task == "causal_lm":
-        register_packed_attention()
-    options = {"attn_implementation": PACKED_ATTENTION} if task == "causal_lm" else {}
     pretrained = section.init == "pretrained"
     stored = read_model_files(folder, config) if folder is not None and pretrained and needs_weights else {}
-    try:
-        if pretrained or not needs_weights:
-            dtype = main_type(config, stored) if pretrained else torch.float32
-            model = empty_model(config, task, folder if pretrained else None, options, dtype)
-        else:
-            torch.manual_seed(seed)
-            model = auto_class(task).from_config(config, dtype=torch.float32, **options)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        # An attention that cannot be replaced, a model type without this task, a configuration it does not take.
-        raise DataError(f"model: {section.path or config.model_type}: {' '.join(str(error).split())}") from error
-    if task == "causal_lm":
-        check_isolation(config)
+    if pretrained or not needs_weights:
+        dtype = main_type(config, stored) if pretrained else torch.float32
+        make = partial(empty_model, config, task, folder if pretrained else None, _attention(task), dtype)
+    else:
+        make = partial(task.auto_class().from_config, config, dtype=torch.float32, **_attention(task))
+    model = _made(make, section, config, task, seed)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
-    lines: list[str] = []
     if not needs_weights:
         initialise(model, [], seed)
         weights = StartingWeights()
     elif pretrained:
         weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed)
+        if os.environ.get("RANK", "0") == "0":
+            for line in lines:
+                print(line, flush=True)
     else:
         weights = StartingWeights.of(model)
-    if os.environ.get("RANK", "0") == "0":
-        for line in lines:
-            print(line, flush=True)
+    return model, weights
+
+
+def _attention(task: Task) -> dict[str, str]:
+    """Options for transformers: which attention the model is made with."""
+    if not task.packs:
+        return {}
+    register_packed_attention()
+    return {"attn_implementation": PACKED_ATTENTION}
+
+
+def _made(make: Callable[[], Any], section: ModelSection, config: Any, task: Task, seed: int) -> Any:
+    """The model that `make` gives, fit for the task's rows, with activation checkpointing if the run file has it."""
+    torch.manual_seed(seed)
+    try:
+        model = make()
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        # An attention that cannot be replaced, a model type without this task, a configuration it does not take.
+        raise DataError(f"model: {section.path or config.model_type}: {' '.join(str(error).split())}") from error
+    if task.packs:
+        check_isolation(config, task)
     if section.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -110,7 +141,7 @@ def build_model(
             )
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model, weights
+    return model
 
 
 def _extension(facts: StoreFacts) -> Extension | None:
@@ -124,35 +155,8 @@ def _extension(facts: StoreFacts) -> Extension | None:
 
 
 def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts, extension: Extension | None) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    if folder is None:
-        assert section.config is not None
-        values = {"vocab_size": facts.vocab_size} | section.config
-        values |= {
-            key: value
-            for key, value in (
-                ("pad_token_id", facts.pad_id), ("bos_token_id", facts.bos_id), ("eos_token_id", facts.eos_id)
-            )
-            if key not in values
-        }  # fmt: skip
-        model_type = values.pop("model_type")
-        if isinstance(values["vocab_size"], int) and extension is None:
-            # Before the configuration is made: transformers would warn of every special token first.
-            _check_vocabulary(values["vocab_size"], facts.vocab_size, "model.config")
-        try:
-            config = AutoConfig.for_model(model_type, **values)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"model.config: {' '.join(str(error).split())}") from error
-        _check_config_keys(section.config, config)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (ValueError, OSError, StrictDataclassError) as error:
-            if "trust_remote_code" in str(error):
-                raise RefusedForSecurityError(f"model.path: {folder} brings its own code, which is never run") from None
-            raise DataError(f"model.path: {folder}: {str(error).splitlines()[0]}") from error
+    """The model's configuration with the labels of the store, and its vocabulary where the tokenizer was extended."""
+    config = _inline_config(section, facts, extension) if folder is None else _stored_config(folder)
     vocab_size = config.get_text_config().vocab_size
     if extension is not None and section.init == "random":
         # Fresh rows are as good as any; what is trained from them must never be made anew.
@@ -167,6 +171,37 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts,
         if config.get_text_config().pad_token_id is None:
             config.pad_token_id = facts.pad_id
     return config
+
+
+def _inline_config(section: ModelSection, facts: StoreFacts, extension: Extension | None) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    assert section.config is not None
+    tokens = {"pad_token_id": facts.pad_id, "bos_token_id": facts.bos_id, "eos_token_id": facts.eos_id}
+    values = {"vocab_size": facts.vocab_size} | tokens | section.config
+    model_type = values.pop("model_type")
+    if isinstance(values["vocab_size"], int) and extension is None:
+        # Before the configuration is made: transformers would warn of every special token first.
+        _check_vocabulary(values["vocab_size"], facts.vocab_size, "model.config")
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {' '.join(str(error).split())}") from error
+    _check_config_keys(section.config, config)
+    return config
+
+
+def _stored_config(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise RefusedForSecurityError(f"model.path: {folder} brings its own code, which is never run") from None
+        raise DataError(f"model.path: {folder}: {str(error).splitlines()[0]}") from error
 
 
 def _check_vocabulary(vocab_size: int, needed: int, source: str) -> None:

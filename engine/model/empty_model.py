@@ -10,23 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from engine.config import TaskName
 from engine.errors import DataError
 from engine.model.model_files import FLOATING_TYPES, FileTensor
 from engine.model.starting_weights import DerivedWeights, StartingWeights, exchange_parameters, read_whole
 from engine.model.vocabulary import NewRows
 from engine.model.weight_names import Conversion, NameMap, map_names
-from engine.tasks import auto_class
+from engine.tasks.task import Task
 
 
-def empty_model(config: Any, task: TaskName, folder: Path | None, options: dict[str, Any], dtype: torch.dtype) -> Any:
+def empty_model(config: Any, task: Task, folder: Path | None, options: dict[str, Any], dtype: torch.dtype) -> Any:
     """The model of `config` on the meta device, tied, with the folder's generation settings.
 
     `dtype` is that of buffers. Raises ValueError or OSError for what transformers cannot build.
     """
     creation = initialization.meta_device_safe_creation_ops()
     with torch.device("meta"), creation, initialization.no_tie_weights():
-        model = auto_class(task).from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        model = task.auto_class().from_config(config, dtype=dtype, trust_remote_code=False, **options)
     model.tie_weights(recompute_mapping=False)
     if folder is not None and model.can_generate():
         model.adjust_generation_fn(
@@ -49,7 +48,7 @@ def pretrained_weights(
     stored: dict[str, FileTensor],
     shapes: dict[str, tuple[int, ...]],
     rows: NewRows | None,
-    task: TaskName,
+    task: Task,
     seed: int,
 ) -> tuple[StartingWeights, list[str]]:
     """Where the weights of an empty model come from, and lines to say about it. Buffers and fresh heads are made.
@@ -57,7 +56,7 @@ def pretrained_weights(
     `shapes` are those that the files must have, by name in `state_dict`; `rows` are added to them.
     Raises DataError as `map_names` does, and for a hole in the body.
     """
-    names = map_names(model, stored, shapes, other_heads=task != "causal_lm")
+    names = map_names(model, stored, shapes, other_heads=task.new_head)
     _check_missing(model, names, task, stored)
     fresh = initialise(model, names.missing, seed)
     direct = dict(names.direct)
@@ -101,14 +100,14 @@ def initialise(model: Any, missing: Sequence[str], seed: int) -> dict[str, Tenso
     return {name: parameters[name].detach() for name in missing if name in parameters}
 
 
-def _check_missing(model: Any, names: NameMap, task: TaskName, stored: dict[str, FileTensor]) -> None:
-    """A fresh head for classification is expected; a hole in the body never is."""
+def _check_missing(model: Any, names: NameMap, task: Task, stored: dict[str, FileTensor]) -> None:
+    """DataError for a hole in the body, and for one in the head of a task that does not make a new head."""
     prefix = f"{model.base_model_prefix}."
     patterns = model._keys_to_ignore_on_load_missing or ()
     holes = [
         name
         for name in names.missing
-        if (task == "causal_lm" or (name.startswith(prefix) and "pooler" not in name))
+        if (not task.new_head or (name.startswith(prefix) and "pooler" not in name))
         and not any(re.search(pattern, name) for pattern in patterns)
     ]
     if holes:

@@ -1,6 +1,7 @@
-"""Is a model fit for packed rows? Asked of the model itself, made small: the answer does not depend on its weights."""
+"""Finds out whether a model is fit for packed rows: runs a small form of it, as weights do not matter."""
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from engine.batches import Batch
 from engine.errors import DataError
 from engine.model.attention import PACKED_ATTENTION, CannotPackError, find_leak
-from engine.tasks import auto_class, causal_logits
+from engine.tasks.task import Task
 
 #: Widths that no computation between tokens depends on, by the names that families give them.
 _WIDTHS = {
@@ -28,10 +29,10 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _MAX_PARAMETERS = 1_000_000_000
 
 
-def check_isolation(config: Any) -> None:
+def check_isolation(config: Any, task: Task) -> None:
     """DataError when packed documents, or a token and those after it, would see each other in this family.
 
-    `config` is the configuration of a causal language model. What is run has as many layers, of
+    `config` is the configuration of a model for `task`. The model that is run has as many layers, of
     the same kinds, but is narrow and has random weights, so that neither the size of the model nor
     its weights matter. The state of the random generator is left as it was.
     """
@@ -39,7 +40,7 @@ def check_isolation(config: Any) -> None:
     failure: Exception | None = None
     for change in (_narrow, deepcopy):
         try:
-            leak = _find_leak(change(config))
+            leak = _find_leak(change(config), task)
         except CannotPackError as error:
             raise DataError(f"model type {name} cannot keep packed documents apart: {error}") from error
         except Exception as error:
@@ -53,8 +54,8 @@ def check_isolation(config: Any) -> None:
     raise DataError(f"model type {name} cannot keep packed documents apart: {reason}") from failure
 
 
-def _find_leak(config: Any) -> str | None:
-    classes = auto_class("causal_lm")
+def _find_leak(config: Any, task: Task) -> str | None:
+    classes = task.auto_class()
     options = {"dtype": torch.float32, "attn_implementation": PACKED_ATTENTION}
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in classes.from_config(deepcopy(config), **options).parameters())
@@ -63,7 +64,7 @@ def _find_leak(config: Any) -> str | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = classes.from_config(deepcopy(config), **options)
-        return find_leak(model, _logits(model))
+        return find_leak(model, partial(_loss, model, task))
 
 
 def _narrow(config: Any) -> Any:
@@ -102,10 +103,7 @@ def _plain_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     return {key: _plain_rope(value) if isinstance(value, dict) else value for key, value in parameters.items()}
 
 
-def _logits(model: Any) -> Any:
-    def logits(input_ids: Tensor, position_ids: Tensor, borders: Tensor) -> Tensor:
-        every = torch.arange(input_ids.shape[1])
-        batch = Batch(input_ids, every, input_ids[0], (), len(every), position_ids, borders, int(borders.diff().max()))
-        return causal_logits(model, batch)
-
-    return logits
+def _loss(model: Any, task: Task, input_ids: Tensor, positions: Tensor, borders: Tensor, targets: Tensor) -> Tensor:
+    longest = int(borders.diff().max())
+    batch = Batch(input_ids, targets, input_ids[0, targets], (), input_ids.numel(), positions, borders, longest)
+    return task.loss(model, batch).loss_sum

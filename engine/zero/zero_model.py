@@ -22,6 +22,7 @@ import engine.zero.nvme_state as nvme_state
 from engine.batches import Batch
 from engine.errors import ConfigError
 from engine.ranks.agreement import agree
+from engine.tasks.task import Output
 from engine.tensor_files.slices import Kind, LiveSlice, Slice
 
 
@@ -32,7 +33,7 @@ class DeepSpeedEngine(Protocol):
     optimizer: Any
     global_steps: int
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, batch: Batch) -> Output: ...
     def backward(self, loss: Tensor, scale_wrt_gas: bool) -> Any: ...
     def step(self) -> None: ...
     def was_step_applied(self) -> bool: ...

@@ -30,10 +30,10 @@ def training(metric: str | None = None, patience: int | None = None) -> Any:
 def test_the_best_evaluation_is_the_first_of_the_best(
     metric: str | None, values: list[float], best_step: int, since: int
 ) -> None:
-    progress = Progress()
+    progress, config = Progress(), training(metric).config
     for step, value in enumerate(values, start=1):
         progress.step = step
-        update_best(progress, training(metric).config.best_metric, {"loss": value, "accuracy": value})
+        update_best(progress, value, config.trained_task.metrics[config.best_metric])
     assert (progress.best_step, progress.evaluations_without_improvement) == (best_step, since)
 
 

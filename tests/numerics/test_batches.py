@@ -17,11 +17,13 @@ from engine.batches import (
     packed_batch,
     padded_batch,
     permuted,
+    row_groups,
     row_lengths,
     rows_of_epoch,
     split_rows,
     stream_rows,
 )
+from engine.tasks import TASKS
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 50))
@@ -235,9 +237,39 @@ def test_packed_batch_lays_documents_one_after_the_other() -> None:
     assert batch.num_tokens == row_lengths(index, np.array([2, 0])).sum()
 
 
+def test_padded_batch_has_marked_tokens_as_targets_and_columns_of_its_documents() -> None:
+    store, index = memory_store("sequence_classification")
+    batch = padded_batch(store, index, np.array([4, 9]), 0, ("labels",)).to(torch.device("cpu"))
+    marked = [(line, place) for line, row in enumerate((4, 9)) for place in np.flatnonzero(store.marks[row])]
+    longest = batch.input_ids.shape[1]
+    assert batch.target_positions.tolist() == [line * longest + place for line, place in marked]
+    assert batch.target_ids.tolist() == [int(store.documents[(4, 9)[line]][place]) for line, place in marked]
+    assert batch.columns["labels"].tolist() == store.labels[[4, 9]].tolist()
+    assert batch.attention_mask.sum(1).tolist() == batch.lengths.tolist()
+    assert batch.attention_mask[0, : batch.lengths[0]].all()
+    filler = padded_batch(store, index, np.array([], dtype=np.int64), 9, ("labels",))
+    assert filler.columns["labels"].tolist() == [int(store.labels[9])]  # one a row of input_ids
+    assert filler.target_positions.numel() == filler.target_ids.numel() == 0
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_groups_hold_every_row_once_whatever_the_ranks(num_rows: int, micro_rows: int, by_tokens: bool) -> None:
+    draw = np.random.default_rng(num_rows)
+    index = index_of([[int(draw.integers(1, 50))] for _ in range(num_rows)])
+    size = MicroBatches(tokens=200) if by_tokens else MicroBatches(micro_rows)
+    groups = row_groups(index, np.arange(num_rows), size)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(num_rows))
+    assert np.all(np.diff(row_lengths(index, np.concatenate(groups))) <= 0)
+    if by_tokens:
+        assert max(int(row_lengths(index, group).max()) * len(group) for group in groups) <= 200
+    else:
+        assert all(len(group) == micro_rows for group in groups[:-1])
+
+
 def test_padded_batch_keeps_lengths_and_labels() -> None:
     store, index = memory_store("sequence_classification")
-    batch = padded_batch(store, index, np.array([4, 9]), filler_row=0)
+    batch = TASKS["sequence_classification"].batch(store, index, np.array([4, 9]), 0)
     lengths = [len(store.documents[4]), len(store.documents[9])]
     assert batch.lengths.tolist() == lengths
     assert batch.input_ids.shape == (2, max(lengths))
@@ -247,11 +279,10 @@ def test_padded_batch_keeps_lengths_and_labels() -> None:
         assert (batch.input_ids[line, lengths[line] :] == store.pad_id).all()
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+@pytest.mark.parametrize("task", TASKS)
 def test_a_rank_without_rows_gets_a_filler_without_targets(task: str) -> None:
     store, index = memory_store(task)
-    build = packed_batch if task == "causal_lm" else padded_batch
-    batch = build(store, index, np.array([], dtype=np.int64), filler_row=3)
+    batch = TASKS[task].batch(store, index, np.array([], dtype=np.int64), 3)
     assert batch.input_ids.numel() > 0
     assert batch.target_ids.numel() == batch.target_positions.numel() == 0
     assert (batch.num_tokens, batch.rows) == (0, ())

@@ -9,7 +9,8 @@ from engine.batches import Batch
 from engine.errors import DataError
 from engine.model.attention import PACKED_ATTENTION, document_borders, register_packed_attention
 from engine.model.isolation import check_isolation
-from engine.tasks import causal_logits
+from engine.tasks import TASKS
+from engine.tasks.causal_lm import causal_logits
 
 register_packed_attention()
 SMALL = {
@@ -103,7 +104,7 @@ def test_gradients_flow_as_in_stock_attention() -> None:
 )
 def test_the_probe_accepts_isolating_models(config: transformers.PretrainedConfig) -> None:
     state = torch.get_rng_state()
-    check_isolation(config)
+    check_isolation(config, TASKS["causal_lm"])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -120,7 +121,7 @@ def test_the_probe_accepts_isolating_models(config: transformers.PretrainedConfi
 def test_the_probe_refuses_leaking_models(config: transformers.PretrainedConfig) -> None:
     """State-space and convolution layers, attention outside the interface, unknown score changes."""
     with pytest.raises(DataError, match=rf"model type {config.model_type} "):
-        check_isolation(config)
+        check_isolation(config, TASKS["causal_lm"])
 
 
 def test_nothing_quadratic_in_the_row_is_allocated() -> None:

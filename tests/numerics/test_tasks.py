@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from equivalence_cases import make_model, memory_store
 
-from engine.batches import packed_batch, padded_batch
 from engine.errors import DataError
-from engine.evaluate import macro_f1
 from engine.model.attention import register_packed_attention
-from engine.model.build import decay_groups
-from engine.tasks import TaskModel, classification_logits
+from engine.model.build import TaskModel, decay_groups
+from engine.tasks import TASKS
+from engine.tasks.metrics import macro_f1
+from engine.tasks.sequence_classification import classification_logits
 
 register_packed_attention()
 
@@ -24,7 +24,7 @@ def test_pooling_equals_the_stock_head_one_text_at_a_time(family: str) -> None:
     store, index = memory_store("sequence_classification")
     rows = np.array([0, 5, 11, 17])
     with torch.no_grad():
-        together = classification_logits(model, padded_batch(store, index, rows, 0))
+        together = classification_logits(model, TASKS["sequence_classification"].batch(store, index, rows, 0))
         for row, logits in zip(rows, together, strict=True):
             alone = model(torch.from_numpy(store.documents[row])[None]).logits[0]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
@@ -34,10 +34,10 @@ def test_bert_is_told_which_text_of_a_pair_is_the_second() -> None:
     model = make_model("bert", packed=False).eval()
     store, index = memory_store("sequence_classification")
     rows = np.array([0, 5, 11])
-    batch = padded_batch(store, index, rows, 0)
-    assert batch.pair_starts is not None
+    batch = TASKS["sequence_classification"].batch(store, index, rows, 0)
+    assert batch.columns["pair_starts"].tolist() == [0, 0, 0]
     starts = [2, 0, 1]  # the second of these is one text
-    batch = dataclasses.replace(batch, pair_starts=torch.tensor(starts))
+    batch = dataclasses.replace(batch, columns={"pair_starts": torch.tensor(starts)})
     with torch.no_grad():
         together = classification_logits(model, batch)
         for row, start, logits in zip(rows, starts, together, strict=True):
@@ -55,7 +55,7 @@ def test_pooling_is_not_fooled_by_padding_ids_inside_a_text() -> None:
     model = make_model("llama_labels", packed=False).eval()
     store, index = memory_store("sequence_classification")
     store.documents[0][-1] = store.pad_id
-    batch = padded_batch(store, index, np.array([0, 1]), 0)
+    batch = TASKS["sequence_classification"].batch(store, index, np.array([0, 1]), 0)
     hidden = model.model(torch.from_numpy(store.documents[0])[None]).last_hidden_state[0, -1]
     with torch.no_grad():
         torch.testing.assert_close(classification_logits(model, batch)[0], model.score(hidden), rtol=1e-4, atol=1e-5)
@@ -66,30 +66,30 @@ def test_encoder_decoder_texts_must_end_with_the_end_token() -> None:
     store, index = memory_store("sequence_classification")
     store.documents[3][-1] = 9
     with pytest.raises(DataError, match="end token"):
-        classification_logits(model, padded_batch(store, index, np.array([3]), 0))
+        classification_logits(model, TASKS["sequence_classification"].batch(store, index, np.array([3]), 0))
 
 
 def test_the_output_layer_sees_targets_only() -> None:
     model = make_model("llama", packed=True)
     store, index = memory_store("causal_lm")
-    batch = packed_batch(store, index, np.array([1, 2]), 0)
+    batch = TASKS["causal_lm"].batch(store, index, np.array([1, 2]), 0)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel() // 32))
-    loss_sum, predictions = TaskModel(model, "causal_lm")(batch)
+    loss_sum, values = TaskModel(model, TASKS["causal_lm"])(batch)
     assert seen == [len(batch.target_ids)]
     assert len(batch.target_ids) < batch.num_tokens
-    assert predictions is None
-    assert loss_sum.dtype == torch.float32
+    assert values.keys() == {"losses"}
+    assert loss_sum.dtype == values["losses"].dtype == torch.float32
+    assert not values["losses"].requires_grad
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_filler_batch_costs_nothing_and_reaches_every_parameter(family: str) -> None:
     """ZeRO needs every rank in every collective; a rank without rows must add exactly nothing."""
-    task = "causal_lm" if family == "llama" else "sequence_classification"
-    model = make_model(family, packed=family == "llama")
-    store, index = memory_store(task)
-    build = packed_batch if task == "causal_lm" else padded_batch
-    loss_sum, _ = TaskModel(model, task)(build(store, index, np.array([], dtype=np.int64), 2))
+    task = TASKS["causal_lm" if family == "llama" else "sequence_classification"]
+    model = make_model(family, packed=task.packs)
+    store, index = memory_store(task.name)
+    loss_sum, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2))
     loss_sum.backward()
     assert loss_sum.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -99,12 +99,12 @@ def test_classification_loss_and_predictions() -> None:
     model = make_model("bert", packed=False).eval()
     store, index = memory_store("sequence_classification")
     rows = np.array([2, 3, 4])
-    batch = padded_batch(store, index, rows, 0)
-    loss_sum, predictions = TaskModel(model, "sequence_classification")(batch)
+    batch = TASKS["sequence_classification"].batch(store, index, rows, 0)
+    loss_sum, values = TaskModel(model, TASKS["sequence_classification"])(batch)
     logits = torch.stack([model(torch.from_numpy(store.documents[row])[None]).logits[0] for row in rows])
     labels = torch.from_numpy(store.labels[rows]).long()
     assert loss_sum.item() == pytest.approx(F.cross_entropy(logits, labels).item() * 3, rel=1e-5)
-    assert predictions.tolist() == logits.argmax(-1).tolist()
+    assert values["predicted"].tolist() == logits.argmax(-1).tolist()
 
 
 def test_macro_f1_equals_its_definition() -> None:

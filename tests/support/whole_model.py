@@ -4,16 +4,17 @@ from typing import Any
 
 import torch
 
-from engine.config import ModelSection, TaskName
+from engine.config import ModelSection
 from engine.model.build import StoreFacts, build_model
 from engine.model.starting_weights import StartingWeights, exchange_parameters
+from engine.tasks import TASKS
 from engine.tensor_files.slices import LiveSlice
 from engine.zero.zero_model import persistent_buffers
 
 
-def whole_model(section: ModelSection, task: TaskName, facts: StoreFacts, seed: int) -> Any:
+def whole_model(section: ModelSection, task: str, facts: StoreFacts, seed: int) -> Any:
     """What `build_model` describes, filled; stored weights keep the type of their file."""
-    return fill(*build_model(section, task, facts, seed))
+    return fill(*build_model(section, TASKS[task], facts, seed))
 
 
 def fill(model: Any, weights: StartingWeights) -> Any:

@@ -15,6 +15,7 @@ from whole_model import whole_model
 from engine.errors import DataError, FulltuneError, RefusedForSecurityError
 from engine.model.build import build_model
 from engine.model.weight_names import Conversion
+from engine.tasks import TASKS
 
 Change = Callable[[Path], None]
 INDEX = "model.safetensors.index.json"
@@ -138,6 +139,22 @@ def test_what_is_new_and_what_is_left_out_is_said(folder: Path, capsys: pytest.C
     assert capsys.readouterr().out == ""
 
 
+def test_a_pooler_is_left_out_where_the_head_reads_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 12, "intermediate_size": 17, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(vocab_size=37, pad_token_id=0, num_labels=3, **sizes)
+    )
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+    model.save_pretrained(folder / "roberta")
+    pooler = {"roberta.pooler.dense.weight": torch.ones(12, 12), "roberta.pooler.dense.bias": torch.ones(12)}
+    tensors(lambda values: values.update(pooler))(folder / "roberta")
+    load(folder, "roberta", "sequence_classification")
+    assert capsys.readouterr().out == f"left out, of another task's head: {', '.join(sorted(pooler))}\n"
+    tensors(lambda values: values.update({"roberta.extra": torch.ones(2)}))(folder / "roberta")
+    with pytest.raises(DataError, match=r"roberta.extra.* has no place in RobertaForSequenceClassification"):
+        load(folder, "roberta", "sequence_classification")
+
+
 @pytest.mark.parametrize("source", ["mixtral", "qwen2-moe"])
 def test_layouts_that_are_converted_whole_give_the_same(
     folder: Path, source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -193,7 +210,7 @@ def test_generation_settings_come_along(folder: Path) -> None:
 def test_without_need_of_weights_their_files_are_not_touched(folder: Path) -> None:
     """A checkpoint brings them: the folder needs its configuration only."""
     case = LoadCase("bert-masked", "bert-masked", task="sequence_classification")
-    arguments = (section_of(case, folder), case.task, facts_of(case, folder), SEED)
+    arguments = (section_of(case, folder), TASKS[case.task], facts_of(case, folder), SEED)
     expected, _ = build_model(*arguments)
     (folder / case.source / "model.safetensors").unlink()
     model, weights = build_model(*arguments, needs_weights=False)

@@ -176,7 +176,8 @@ def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
     marks = [generator.random(len(document)) < 0.6 for document in documents]
     for mark in marks:
         mark[0], mark[-1] = True, True  # the first mark must be ignored: nothing precedes it
-    store = MemoryStore(documents, marks, generator.integers(0, 3, 24).astype(np.int32))
+    names = () if task == "causal_lm" else ("bad", "good", "great")
+    store = MemoryStore(documents, marks, generator.integers(0, 3, 24).astype(np.int32), label_names=names)
     per_row = 3 if task == "causal_lm" else 1
     lengths = np.array([len(document) for document in documents])
     counts = np.array([int(mark[1:].sum()) for mark in marks]).reshape(-1, per_row).sum(1)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import transformers as hf
 
-from engine.config import ModelSection, TaskName
+from engine.config import ModelSection
 from engine.model.build import StoreFacts
+from engine.tasks import TASKS
 
 SEED = 5
 VOCABULARY = 37
@@ -22,7 +23,7 @@ class LoadCase:
 
     name: str
     source: str
-    task: TaskName = "causal_lm"
+    task: str = "causal_lm"
     stage: int = 3
     offload: bool = False
     bf16: bool = True
@@ -73,7 +74,7 @@ def section_of(case: LoadCase, folder: Path) -> ModelSection:
 
 
 def facts_of(case: LoadCase, folder: Path) -> StoreFacts:
-    labels = ("bad", "good", "great") if case.task == "sequence_classification" else ()
+    labels = ("bad", "good", "great") if TASKS[case.task].new_head else ()
     if case.extended:
         size = VOCABULARY + len(PIECES)
         return StoreFacts(size, 0, 1, 2, labels, tokenizer_dir=folder / "tokenizer")

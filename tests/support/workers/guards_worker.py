@@ -1,4 +1,4 @@
-"""One rank of the guard and evaluation tests; rank 0 writes what happened as JSON."""
+"""One rank of the guard tests; rank 0 writes what happened as JSON."""
 
 import dataclasses
 import json
@@ -14,13 +14,11 @@ import torch.distributed as dist
 from equivalence_cases import Case, MemoryStore, case_config, make_model, memory_store
 from safetensors.torch import load_file
 
-from data_prep.token_store import RowSource, StoreError, TokenStore, open_rows
-from engine.batches import MicroBatches
+from data_prep.token_store import StoreError, TokenStore, open_rows
 from engine.checkpoint.save import Owner, save_checkpoint
 from engine.checkpoint.schedule import Saves
 from engine.config import ModelSection, RunConfig
 from engine.errors import NumericalStopError
-from engine.evaluate import evaluate
 from engine.model.attention import register_packed_attention
 from engine.model.build import StoreFacts, build_model
 from engine.model.starting_weights import StartingWeights
@@ -28,6 +26,7 @@ from engine.ranks.distributed import leave, start_ranks
 from engine.ranks.stop import StopSignal
 from engine.setup import quiet_libraries
 from engine.step import Progress, Training, train_step
+from engine.tasks import TASKS
 from engine.zero.ds_config import resolve_ds_config, shipped_ds_configs
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.wrap import fill, wrap
@@ -90,7 +89,8 @@ def bad_loss(out_dir: Path, ranks) -> dict[str, Any]:
 
     def spoil(_module: Any, arguments: Any, output: Any) -> Any:
         calls.append(arguments[0].rows)
-        return (output[0] * float("nan"), output[1]) if ranks.rank == 1 and len(calls) == 2 else output
+        is_spoilt = ranks.rank == 1 and len(calls) == 2
+        return output._replace(loss_sum=output.loss_sum * float("nan")) if is_spoilt else output
 
     training.zero.engine.module.register_forward_hook(spoil)
     result = refused_step(training)
@@ -131,26 +131,6 @@ def missing_gradient(out_dir: Path, ranks) -> dict[str, Any]:
     result = refused_step(training)
     training.zero.engine.destroy()
     return result
-
-
-def evaluations(out_dir: Path, ranks) -> dict[str, Any]:
-    """Held-out figures at several micro-batch sizes; 8 packs and 24 texts do not divide evenly."""
-    results: dict[str, Any] = {}
-    for family, labels in (("llama", 0), ("bert", 3)):
-        case = Case("guards", family=family)
-        training = training_of(case, out_dir, ranks)
-        for size in (MicroBatches(1), MicroBatches(3), MicroBatches(100), MicroBatches(tokens=60)):
-            figures = evaluate(training.zero.engine, case.task, training.store, training.rows, labels, ranks, size)
-            results[f"{family}-{size.tokens or size.rows}"] = figures
-        cut = training.rows.num_rows // 3
-        halves = (RowSource("first", 0, cut, cut), RowSource("second", cut, training.rows.num_rows - cut, 1))
-        rows = dataclasses.replace(training.rows, sources=halves)
-        results[f"{family}-sources"] = evaluate(
-            training.zero.engine, case.task, training.store, rows, labels, ranks, MicroBatches(2)
-        )  # fmt: skip
-        results[f"{family}-trains-again"] = training.zero.engine.module.training
-        training.zero.engine.destroy()
-    return results
 
 
 def fp32_masters(out_dir: Path, ranks) -> dict[str, Any]:
@@ -225,7 +205,7 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
     store = TokenStore.open(Path((out_dir / "store.txt").read_text()))
     facts = StoreFacts(store.vocab_size, store.pad_id, store.bos_id, store.eos_id, (), store.tokenizer_dir)
     section = ModelSection(path=str(out_dir / "model"), activation_checkpointing=False)
-    model, weights = build_model(section, "causal_lm", facts, 5)
+    model, weights = build_model(section, TASKS["causal_lm"], facts, 5)
     old = load_file(out_dir / "model" / "model.safetensors")
     pieces = json.loads((store.tokenizer_dir / "extension.json").read_text())["pieces"]
     first = min(map(int, pieces))
@@ -282,7 +262,6 @@ def main() -> None:
             bad_loss,
             bad_gradient,
             missing_gradient,
-            evaluations,
             fp32_masters,
             dropout,
             shipped,

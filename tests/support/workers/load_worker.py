@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from engine.model.build import build_model
 from engine.ranks.distributed import leave, start_ranks
 from engine.setup import quiet_libraries
+from engine.tasks import TASKS
 from engine.zero.ds_config import resolve_ds_config
 from engine.zero.wrap import fill, wrap
 from engine.zero.zero_model import ZeroModel
@@ -42,7 +43,7 @@ def run(case: LoadCase, folder: Path, out_dir: Path, ranks: Any) -> None:
     ds_config = resolve_ds_config(config, ranks.world_size)
     printed = io.StringIO()
     with redirect_stdout(printed):
-        model, weights = build_model(section_of(case, folder), case.task, facts_of(case, folder), SEED)
+        model, weights = build_model(section_of(case, folder), TASKS[case.task], facts_of(case, folder), SEED)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in case.frozen)
         zero = wrap(model, config, ds_config)

@@ -12,6 +12,8 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,13 +51,13 @@ def misbehave(what: str) -> None:
 def install(faults: str) -> None:
     """Put the faults into the engine's functions."""
     import engine.checkpoint.save
-    import engine.train
+    from engine.tasks import TASKS
 
-    build_batch, write_own = engine.train.build_batch, engine.checkpoint.save._write_own
+    write_own = engine.checkpoint.save._write_own
     parsed = [word.split(":") for word in faults.split()]
     words = {word[0] for word in parsed}
 
-    def faulty_build_batch(*arguments: Any, **options: Any) -> Any:
+    def faulty_batch(batch: Any, *arguments: Any) -> Any:
         from engine.ranks import heartbeat
 
         if "slow" in words:
@@ -63,14 +65,14 @@ def install(faults: str) -> None:
         for what, *where in parsed:
             if where == [os.environ["RANK"], str(heartbeat.current().step)]:
                 misbehave(what)
-        return build_batch(*arguments, **options)
+        return batch(*arguments)
 
     def slow_write_own(*arguments: Any) -> Any:
         records = write_own(*arguments)
         time.sleep(2.0)
         return records
 
-    engine.train.build_batch = faulty_build_batch
+    TASKS.update({name: replace(task, batch=partial(faulty_batch, task.batch)) for name, task in TASKS.items()})
     if "slow_save" in words:
         engine.checkpoint.save._write_own = slow_write_own
 

@@ -1,0 +1,16 @@
+"""All that differs between tasks on the engine's side: one frozen `Task` in a file of its own for each.
+
+May import errors; batches, transformers and torch only inside functions, because `engine.config` reads the names here.
+Read first: task.py, then causal_lm.py.
+"""
+
+from collections.abc import Mapping
+
+from engine.tasks.causal_lm import CAUSAL_LM
+from engine.tasks.sequence_classification import SEQUENCE_CLASSIFICATION
+from engine.tasks.task import Task
+
+#: The tasks that the engine trains, by name.
+TASKS: Mapping[str, Task] = {task.name: task for task in (CAUSAL_LM, SEQUENCE_CLASSIFICATION)}
+#: The tasks whose data can be prepared and inspected, but not trained yet.
+PREPARED_ONLY = ("token_classification", "question_answering", "seq2seq_lm")

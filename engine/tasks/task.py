@@ -1,0 +1,76 @@
+"""What a task is for the engine: how rows become a batch, the loss, and the figures of an evaluation.
+
+Everything else (model, training loop, evaluation, export) takes a `Task` and knows no task by name.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_prep.token_store import Rows, TokenStore
+    from engine.batches import Batch, Rows64
+
+#: Anything that JSON carries: results travel between ranks.
+Detail = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
+
+
+class Output(NamedTuple):
+    """The result of a forward pass. A tuple, because DeepSpeed's hooks find tensors only in tuples, lists and dicts."""
+
+    loss_sum: "Tensor"  # fp32 scalar: the sum of the losses of all targets, with a gradient
+    values: dict[str, "Tensor"]  # what `Task.results` reads, detached: "losses" (U,) of the targets in fp32, and others
+
+
+@dataclass(frozen=True)
+class DocumentResult:
+    """What an evaluation keeps of one document (of one piece of it, where rows are packed with pieces)."""
+
+    loss: float  # fp64 sum of the fp32 losses of its targets
+    num_targets: int
+    details: Mapping[str, Detail] = field(default_factory=dict)  # what the task's `figures` needs besides
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that the engine must know of a task. U: the batch's targets; a result a document, in the batch's order."""
+
+    name: str
+    pipeline: str  # the Hub's name for it, for the model card
+    auto_class: Callable[[], Any]  # returns the transformers class that makes and loads its models
+    packs: bool  # rows hold several documents: attention keeps them apart, and models that cannot are refused
+    new_head: bool  # the head is made where the model's files have none; a head of another task is left out
+    columns: Mapping[str, str]  # what it needs in the store, by column: what to say of a store without it
+    #: (store, row index, rows, filler row) -> the rows' tensors. Without rows: the filler row's, without targets.
+    batch: Callable[["TokenStore", "Rows", "Rows64", int], "Batch"]
+    loss: Callable[[Any, "Batch"], Output]  # (Hugging Face model, batch) -> ...
+    results: Callable[[Output, "Batch"], list[DocumentResult]]
+    #: (results of all documents, label names of the store) -> figures beside the loss
+    figures: Callable[[Sequence[DocumentResult], Sequence[str]], dict[str, float]]
+    metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
+    best: str  # the metric that is taken where the run file names none
+
+
+def document_results(
+    losses: "Tensor", owners: "Tensor", num_documents: int, details: Sequence[Mapping[str, Detail]] | None = None
+) -> list[DocumentResult]:
+    """One result for each of `num_documents`: the fp64 sums of `losses` (U,) by the document that each belongs to.
+
+    `owners` (U,) are numbers of documents.
+    """
+    import numpy as np
+
+    places = owners.cpu().numpy()
+    sums = np.bincount(places, losses.double().cpu().numpy(), num_documents).tolist()
+    counts = np.bincount(places, minlength=num_documents).tolist()
+    each = [{} for _ in counts] if details is None else details
+    return [DocumentResult(*values) for values in zip(sums, counts, each, strict=True)]
+
+
+def mean_loss(results: Sequence[DocumentResult]) -> float:
+    """The mean over all targets; 0 without any. The sum is exact, so the order of results does not matter."""
+    total = math.fsum(result.loss for result in results)
+    return total / max(1, sum(result.num_targets for result in results))
