@@ -126,18 +126,15 @@ def export_live(
 ) -> bool:  # fmt: skip
     """Write the weights as they are now as a folder that `from_pretrained` loads alone, whole or not at all.
 
-    `model_dir` holds config.json; the other arguments are those of `export_checkpoint`. Returns
-    False, having written nothing, for a family that is stored in another layout than its modules':
-    its checkpoints can be exported. With `replace` it takes the place of an older folder. What
-    `check_owner` raises on rank 0 just before it is published, all raise. Raises CannotWriteError for
-    an `out_dir` that holds something, StorageError on all ranks when one cannot write, there is no
-    room, or the disk holds something else than was written.
+    The arguments are those of `export_checkpoint`; with `replace` an older folder gives way. Returns False,
+    having written nothing, for a family that is stored in another layout than its modules': its checkpoints can
+    be exported. If `check_owner` raises on rank 0 just before it is published, all raise. CannotWriteError for an
+    `out_dir` that holds something, StorageError on all ranks when one cannot write or reads back something else.
     """
-    target = weight_dtype(dtype)
     values, config = agree(lambda: read_config(model_dir))
     architecture = type(zero.model).__name__
     model = empty_model(config, architecture, model_dir)
-    shards = plan_shards(model, _described(zero), target, max_shard_bytes)
+    shards = plan_shards(model, _described(zero), weight_dtype(dtype), max_shard_bytes)
     if shards is None:
         if this_rank() == 0:
             _LOG.warning("%s is stored in another layout than its modules': export a checkpoint of it", architecture)
