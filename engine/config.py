@@ -192,14 +192,18 @@ class RunConfig(Section):
     export: ExportSection = ExportSection()
     log: LogSection = LogSection()
 
-    @property
-    def trained_task(self) -> Task:
-        """The task, if this engine trains it. Raises ConfigError for one whose data can only be prepared."""
+    def check_trainable(self) -> None:
+        """Raise ConfigError for a task whose data can only be prepared and inspected."""
         if self.task not in TASKS:
             raise ConfigError(
                 f"`task`: data for {self.task} can be prepared and inspected, but not trained yet;"
                 f" these can: {', '.join(TASKS)}"
             )
+
+    @property
+    def trained_task(self) -> Task:
+        """The task that this run trains. ConfigError as `check_trainable` raises it."""
+        self.check_trainable()
         return TASKS[self.task]
 
     @model_validator(mode="after")

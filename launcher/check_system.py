@@ -1,4 +1,4 @@
-"""Says in one line which Debian packages this machine lacks. Standard library only; runs before .venv exists."""
+"""Prints in one line which Debian packages this machine lacks. Standard library only; runs before .venv exists."""
 
 import importlib.util
 import os

@@ -1,9 +1,9 @@
-"""One Slurm task: checks that the world is the one asked for, then is the parent of one rank.
+"""The parent of one rank in a Slurm task: checks that Slurm started the wanted number of ranks, then runs the rank.
 
-`srun` starts ``python -m launcher.batch.rank_parent`` once a rank (see launcher.batch.slurm_job). A parent of its own,
-because `srun` kills all tasks as soon as one ends badly: ranks that stopped with a checkpoint end
-with 75, and the others must live until they have said so too. So the task's code is 0 then; the
-honest codes are in the ranks' exit records. And it tells which signal ended a rank that could not.
+`srun` starts ``python -m launcher.batch.rank_parent`` once a rank (see launcher.batch.slurm_job). A rank needs a parent
+because `srun` kills all tasks as soon as one ends badly. A rank that stopped with a checkpoint ends with 75, and the
+others must live until they have stopped too; the task's code is 0 then. The honest codes are in the ranks' exit
+records. The parent also notes which signal ended a rank that could not write a record itself.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ, arguments.ranks, arguments.ranks_per_node, arguments.master_addr, arguments.master_port
         )
     except ConfigError as error:
-        _tell(arguments.run_dir, rank, error)
+        _write_exit_record(arguments.run_dir, rank, error)
         return error.exit_code
     command = [sys.executable, "-m", "engine", arguments.run_file, *engine_flags]
     code = task.run(command, os.environ | placed)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def rank_environment(
     environment: Mapping[str, str], ranks: int, ranks_per_node: int, master_addr: str, master_port: int
 ) -> dict[str, str]:
-    """What a rank must know, from Slurm's variables. ConfigError when Slurm started another world than `ranks`.
+    """The variables that a rank needs, made from Slurm's. ConfigError when Slurm started another number than `ranks`.
 
     LOCAL_RANK is the number of the rank's device among those it can see: a cluster may show every
     task all devices of the node, or (per-task binding) its own alone, which then is number 0.
@@ -91,9 +91,9 @@ def _num_visible(environment: Mapping[str, str]) -> int:
 
 
 class _Task:
-    """The rank's parent: hands every signal on, also those that come before the rank is there.
+    """Hands every signal on to the rank, also a signal that comes before the rank has started.
 
-    Some clusters signal every process of a task, others the first alone: a rank may be told twice.
+    Some clusters signal every process of a task, others only the first: a rank may get a signal twice.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class _Task:
             self._child.send_signal(number)
 
 
-def _tell(run_dir: Path, rank: int, error: ConfigError) -> None:
+def _write_exit_record(run_dir: Path, rank: int, error: ConfigError) -> None:
     record = {"rank": rank, "code": error.exit_code, "phase": "start", "message": str(error)}
     _write(run_dir / "ranks" / f"exit-{rank:05d}.json", record)
 

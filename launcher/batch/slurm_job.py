@@ -2,6 +2,10 @@
 
 `srun` starts `launcher.batch.rank_parent` in every task, which becomes the parent of one rank. Signals:
 Slurm sends TERM to every task by itself when it wants the job to end; what reaches us is handed on.
+
+When a node dies, the ranks of the others lose their peers within seconds, but Slurm notices a dead node only after its
+`SlurmdTimeout` (five minutes unless changed), and requeues the job then. A job that ended by itself before that would
+count as failed and would not come back. So a lost node is looked for at once, and Slurm gets the time to notice it too.
 """
 
 import contextlib
@@ -12,31 +16,34 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError
 from engine.ranks.stop import END_TIME_VARIABLES
-from launcher.batch.nodes import lost_nodes, wait_for_slurm
 from launcher.job.environment import job_environment, remove_shared_memory
 from launcher.job.hosts import Node, is_host_name
 from launcher.job.job import Job, free_port
 from launcher.job.records import RankExit, clear_records, read_exits, read_starts
 from launcher.ssh.mailbox import killed_path
-from launcher.supervision.explain import conclude
+from launcher.supervision.explain import explain_end
 from launcher.supervision.supervisor import Stop, Supervision, liveness
 
 _ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")
 # A rank that ended well waits this long for the others before `srun` ends the step.
 _WAIT_SECONDS = 300
+_PROBE_SECONDS = 30.0
+_POLL_SECONDS = 0.5
+_USUAL_TIMEOUT_SECONDS = 300
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave to this job. `cpus` and `gpus` are those of one node, the fewest where nodes differ.
+    """The nodes of this Slurm job. `cpus` and `gpus` are those of one node, the fewest where nodes differ.
 
-    `end_time`: when its time limit ends it, in seconds since 1970; None without a limit.
+    `end_time` is the end of the job's time limit in seconds since 1970, None without a limit.
     """
 
     job_id: int
@@ -50,16 +57,16 @@ class Allocation:
 
 
 def is_inside(environment: Mapping[str, str]) -> bool:
-    """Whether this process runs inside a Slurm job."""
+    """True inside a Slurm job."""
     return bool(environment.get("SLURM_JOB_ID"))
 
 
 def read_allocation(environment: Mapping[str, str]) -> Allocation:
-    """The allocation this process runs in. ConfigError for what Slurm would not say, or for one task of many."""
+    """The allocation this process runs in. ConfigError when Slurm does not describe it, or in one of many tasks."""
     if int(_number(environment, "SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ConfigError("`fulltune train` was started once in every task: start it once a job, without srun")
     job_id = int(_number(environment, "SLURM_JOB_ID"))
-    names = _ask("scontrol", "show", "hostnames", "--", environment.get("SLURM_JOB_NODELIST", "")).split()
+    names = _output_of("scontrol", "show", "hostnames", "--", environment.get("SLURM_JOB_NODELIST", "")).split()
     if not names or not all(map(is_host_name, names)):
         raise ConfigError(f"SLURM_JOB_NODELIST: `{environment.get('SLURM_JOB_NODELIST')}` names no hosts")
     per_task = environment.get("SLURM_NTASKS_PER_NODE")
@@ -94,7 +101,7 @@ def plan_slurm_job(
             f"--ranks-per-node {ranks}: the job has {allocation.cpus} CPU(s) a node, and a rank needs one: "
             "ask for more with --cpus-per-task"
         )
-    # The port is asked of the machine where rank 0 will run, if this is it; else it follows from the job.
+    # Where rank 0 runs here, a free port is found here; elsewhere the port follows from the job's number.
     port = master_port or (free_port() if allocation.is_first_node else 15000 + allocation.job_id % 15000)
     count = len(allocation.nodes)
     command = (
@@ -136,18 +143,18 @@ def run_slurm_job(job: Job, stop: Stop) -> tuple[int, str]:
             supervision.end()
             remove_shared_memory("*", job.master_port)
     silent_nodes = _silent_nodes(job)
-    code, message = _conclude(job, process.returncode, supervision)
+    code, message = _explain_end_of_step(job, process.returncode, supervision)
     if code in (INTERNAL, LOST_PEER) and not stop.requests and (lost := lost_nodes(silent_nodes)):
         wait_for_slurm(lost, lambda: bool(stop.requests))
         return LOST_PEER, f"lost {'node' if len(lost) == 1 else 'nodes'} {', '.join(lost)}: {message}"
     return (130, "interrupted twice: killed, no checkpoint saved") if stop.at_once and code else (code, message)
 
 
-def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, str]:
-    """The verdict: what ranks wrote, and of those that could not, what their parents saw.
+def _explain_end_of_step(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, str]:
+    """The exit code and its explanation, from the ranks' records and, where a rank left none, its parent's note.
 
-    `srun` kills the other ranks when one fails, so that its own code often is theirs and says nothing, nor does who
-    is gone. Ranks that were asked to stop before they could listen have lost nothing: a stop like any other.
+    `srun` kills the other ranks when one fails. Its own code is often theirs and explains nothing, and neither does
+    the list of dead ranks. A rank that a signal ended while it was starting has lost nothing: the job stopped.
     """
     asked: list[tuple[float, int, int]] = []
     crashed: list[tuple[float, int, int]] = []
@@ -164,23 +171,23 @@ def _conclude(job: Job, srun_code: int, supervision: Supervision) -> tuple[int, 
     ]
     is_asked = bool(supervision.stop.requests) or srun_code == 128 + signal.SIGTERM
     too_early = (asked and not failed) or (is_asked and not read_starts(job.run_dir))
-    if asked:  # `srun` kills the others after the first that could not listen
+    if asked:  # `srun` kills the others after the first that ended while it was starting
         crashed = [found for found in crashed if found[2] != signal.SIGKILL or found[0] < min(asked)[0]]
     if too_early and not crashed and findings.hang is None:
         return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting: start again"
     # Whoever died after another rank had failed was ended because of it.
     findings.died_first = [rank for moment, rank, _ in sorted(crashed)[:1] if not failed or moment <= min(failed)]
     findings.signals = {rank: number for _, rank, number in crashed}
-    return conclude(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
+    return explain_end(job.run_dir, job.num_ranks, 1 if exits else srun_code, supervision, job.memory_rule)
 
 
 def _lost_its_peer(record: RankExit) -> bool:
-    """Whether a rank failed in a collective: as a peer's death makes it, before anybody can have noted that death."""
+    """True for a failure in a collective, which follows from a peer's death before anything can note that death."""
     return record.code == INTERNAL and "torch/distributed/" in record.traceback
 
 
 def _silent_nodes(job: Job) -> list[str]:
-    """Nodes of which a rank has said nothing, nor its parent for it: `srun` killed both, or the node is gone."""
+    """Nodes with a rank that left no record and no note of its parent: `srun` killed both, or the node is gone."""
     exits = read_exits(job.run_dir)
     first, silent = 0, []
     for node in job.nodes:
@@ -191,27 +198,29 @@ def _silent_nodes(job: Job) -> list[str]:
     return silent
 
 
-def _ask(*words: str) -> str:
+def _output_of(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
         raise ConfigError(f"inside a Slurm job, but there is no `{words[0]}` here: load Slurm's module") from None
     except subprocess.SubprocessError as error:
-        told = getattr(error, "stderr", None) or str(error)
-        raise ConfigError(f"`{' '.join(words)}` failed: {' '.join(told.split())}") from None
+        reason = getattr(error, "stderr", None) or str(error)
+        raise ConfigError(f"`{' '.join(words)}` failed: {' '.join(reason.split())}") from None
     return done.stdout
 
 
 def _address(node: str) -> str:
-    """Where Slurm itself reaches a node: its name need not mean anything outside of Slurm."""
-    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", _ask("scontrol", "show", "node", "-o", node))
+    """The address at which Slurm itself reaches a node: the name may mean nothing outside of Slurm."""
+    match = re.search(r"(?:^|\s)NodeAddr=(\S+)", _output_of("scontrol", "show", "node", "-o", node))
     if match is None or not _ADDRESS.fullmatch(match[1]):
         raise ConfigError(f"Slurm gives no usable address for node {node}")
     return match[1]
 
 
 def _end_time(job_id: int) -> int | None:
-    match = re.search(r"\sEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", _ask("scontrol", "show", "job", "-o", str(job_id)))
+    match = re.search(
+        r"\sEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", _output_of("scontrol", "show", "job", "-o", str(job_id))
+    )
     return int(datetime.datetime.fromisoformat(match[1]).timestamp()) if match else None  # local time, as Slurm writes
 
 
@@ -233,8 +242,58 @@ def _fewest(environment: Mapping[str, str], name: str) -> int:
 
 
 def _gpus(environment: Mapping[str, str]) -> int:
-    """GPUs a node; on a login node (salloc) from what was asked for, `8` or `a100:8`."""
+    """GPUs a node; on a login node (salloc) from the job's request, `8` or `a100:8`."""
     if environment.get("SLURM_GPUS_ON_NODE"):
         return int(_number(environment, "SLURM_GPUS_ON_NODE"))
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", environment.get("SLURM_GPUS_PER_NODE", ""))
     return int(match[1]) if match else 0
+
+
+def lost_nodes(nodes: Sequence[str]) -> list[str]:
+    """The job's nodes on which Slurm cannot start the simplest task now."""
+    probes = {
+        node: subprocess.Popen(_probe(node), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for node in nodes
+    }
+    deadline = time.monotonic() + _PROBE_SECONDS
+    lost = []
+    for node, probe in probes.items():
+        try:
+            answered = probe.wait(max(0.1, deadline - time.monotonic())) == 0
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            probe.wait()
+            answered = False
+        if not answered:
+            lost.append(node)
+    return lost
+
+
+def wait_for_slurm(nodes: Sequence[str], is_stopped: Callable[[], bool]) -> None:
+    """Wait for Slurm to take back a job whose `nodes` are lost, which ends this process; returns if it does not."""
+    limit_seconds = 2 * _slurmd_timeout_seconds() + 60
+    print(
+        f"fulltune: no answer from {', '.join(nodes)}: waiting up to {limit_seconds} s for Slurm to notice and to "
+        "requeue the job",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + limit_seconds
+    while time.monotonic() < deadline and not is_stopped():
+        time.sleep(_POLL_SECONDS)
+
+
+def _probe(node: str) -> list[str]:
+    return ["srun", "--overlap", "--input=none", "--nodes=1", "--ntasks=1", "--cpus-per-task=1", f"--nodelist={node}",
+            "--export=ALL", "true"]  # fmt: skip
+
+
+def _slurmd_timeout_seconds() -> int:
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, timeout=30, check=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return _USUAL_TIMEOUT_SECONDS
+    match = re.search(r"^SlurmdTimeout\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    return int(match[1]) if match else _USUAL_TIMEOUT_SECONDS

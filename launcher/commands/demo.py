@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _step(title: str, result: Path, make: Callable[[], object]) -> None:
-    """Do a step unless its result is there from an earlier run; say which, and how long it took."""
+    """Do a step unless its result is there from an earlier run; print its title and how long it took."""
     if result.exists():
         print(f"== {title}: done before, reused", flush=True)
         return
@@ -270,7 +270,7 @@ def _top_level_pieces(lines: list[str], module: ast.Module) -> Iterator[dict[str
 
 
 def _docstring_records(lines: list[str], module: ast.Module) -> list[dict[str, str]]:
-    """A record for each function whose body says something beside its docstring and is short enough."""
+    """A record for each short function whose body holds more than its docstring."""
     records = []
     for node in ast.walk(module):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

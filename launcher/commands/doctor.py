@@ -1,44 +1,46 @@
 """``fulltune doctor``: would a run start and last on these machines? Looks at all of them at once, changes nothing.
 
-`launcher.doctor.node_facts` runs on every node and collects facts (`launcher.doctor.gather` starts it); `judge_node`,
-`judge_job` and `judge_run` turn facts into findings. Torch is not imported, so the answer takes seconds.
+`launcher.doctor.node_facts` runs on every node and collects facts (`launcher.doctor.gather` starts it); `check_node`,
+`check_job` and `check_run` turn facts into findings. Torch is not imported, so the answer takes seconds.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from engine.errors import ConfigError
 from engine.zero.ds_config import resolve_ds_config
-from launcher.doctor.gather import Answer, Target, ask, local_target, nonces, srun_target, ssh_target
-from launcher.doctor.judge_job import judge_job
-from launcher.doctor.judge_node import Needs, judge_node
+from launcher.doctor.check_job import check_job
+from launcher.doctor.check_node import Needs, check_node
+from launcher.doctor.gather import Answer, Target, gather, local_target, nonces, srun_target, ssh_target
 from launcher.doctor.measure import measure
-from launcher.doctor.table import merged, print_table
 from launcher.job.finding import Finding, is_bad
 from launcher.job.hosts import Node
 from launcher.job.job import Job
 from launcher.job.run_config import Run, load_run
 from launcher.start.dry_run import host_memory
-from launcher.start.place import Place, find_place
-from launcher.start.preflight import CURRENT_DIR, NVME, RUN_DIR, SHARED, STORE_DIR, folders_of, judge_folders, judge_run
+from launcher.start.find_hosts import Hosts, find_hosts
+from launcher.start.preflight import CURRENT_DIR, NVME, RUN_DIR, SHARED, STORE_DIR, check_folders, check_run, folders_of
 from launcher.start.start import plan_job
+
+_COLOURS = {"ok": "32", "warning": "33", "error": "31;1", "skipped": "2"}
 
 
 @dataclass
 class Checkup:
-    """All that was found. `facts` are those of the nodes that answered; `ds_config` is the resolved one of the run."""
+    """All that was found. `facts` come from the nodes that answered; `ds_config` is the run's resolved JSON."""
 
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    place: Place | None = None
+    hosts: Hosts | None = None
     run: Run | None = None
     job: Job | None = None
     ds_config: dict[str, Any] | None = None
@@ -46,8 +48,8 @@ class Checkup:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all nodes that were asked."""
-        return self.place.names if self.place is not None else ("localhost",)
+        """Names of all nodes."""
+        return self.hosts.names if self.hosts is not None else ("localhost",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, measure with --measure, print the findings. The exit code is 78 when something would break the run."""
     checkup = examine(arguments)
     measurements: list[Any] = []
-    if arguments.measure and checkup.place is not None and not is_bad(checkup.findings):
-        measured = measure(checkup.place, checkup.facts, *_to_write_in(checkup))
+    if arguments.measure and checkup.hosts is not None and not is_bad(checkup.findings):
+        measured = measure(checkup.hosts, checkup.facts, *_to_write_in(checkup))
         checkup.findings += measured.findings
         measurements = measured.figures
     elif arguments.measure:
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         values = {
             "exit_code": code,
-            "findings": [asdict(finding) for finding in checkup.findings],
+            "findings": [dataclasses.asdict(finding) for finding in checkup.findings],
             "measurements": measurements,
             "nodes": checkup.facts,
         }
@@ -135,23 +137,23 @@ def examine(arguments: argparse.Namespace) -> Checkup:
     is_folder = given is not None and given.is_dir()
     if given is not None and not is_folder:
         _load(checkup, given, arguments.overrides)
-    _place(checkup, arguments)
+    _find_hosts(checkup, arguments)
     if checkup.run is not None:
-        checkup.findings += judge_run(checkup.run)
+        checkup.findings += check_run(checkup.run)
         checkup.folders = folders_of(checkup.run, checkup.ds_config)
     if is_folder and given is not None:
         checkup.folders = {SHARED: given.absolute()}
     # Where ranks would run is not known: this machine can be looked at all the same.
-    place = checkup.place or Place((Node("localhost", (0,)),), False, None)
-    if place.over_ssh:
+    hosts = checkup.hosts or Hosts((Node("localhost", (0,)),), False, None)
+    if hosts.over_ssh:
         checkup.findings.append(_pdsh())
-    answers = _ask(place, checkup.folders, arguments.wait_seconds)
+    answers = _gather(hosts, checkup.folders, arguments.wait_seconds)
     checkup.facts = {answer.node: answer.facts for answer in answers if answer.facts is not None}
-    checkup.findings += judge_job(answers, place.names[0], place.port, place.over_ssh)
-    for node in place.nodes:
+    checkup.findings += check_job(answers, hosts.names[0], hosts.port, hosts.over_ssh)
+    for node in hosts.nodes:
         if (facts := checkup.facts.get(node.name)) is not None:
-            checkup.findings += judge_node(facts, _needs(node, place, checkup))
-            checkup.findings += judge_folders(facts, checkup.run, len(place.nodes))
+            checkup.findings += check_node(facts, _needs(node, hosts, checkup))
+            checkup.findings += check_folders(facts, checkup.run, len(hosts.nodes))
     return checkup
 
 
@@ -162,10 +164,10 @@ def _load(checkup: Checkup, path: Path, overrides: list[str]) -> None:
         checkup.findings.append(_failure("run file", error, "correct it: nothing else of the run could be checked"))
 
 
-def _place(checkup: Checkup, arguments: argparse.Namespace) -> None:
-    """Where ranks would run and, with a run file, what `fulltune train` would start there."""
+def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
+    """Find the nodes for the ranks and, with a run file, the job that `fulltune train` would start there."""
     try:
-        checkup.place = find_place(arguments)
+        checkup.hosts = find_hosts(arguments)
     except Exception as error:
         name = "hosts" if arguments.hostfile or arguments.include or arguments.exclude else "ranks"
         checkup.findings.append(_failure(name, error))
@@ -184,7 +186,7 @@ def _place(checkup: Checkup, arguments: argparse.Namespace) -> None:
 
 def _failure(name: str, error: Exception, to_do: str = "") -> Finding:
     if not isinstance(getattr(error, "exit_code", None), int):
-        raise error  # a defect of ours, told as one
+        raise error  # a defect of ours
     return Finding(name, "error", " ".join(str(error).split()), to_do)
 
 
@@ -194,15 +196,15 @@ def _pdsh() -> Finding:
     return Finding("pdsh", "ok", "here")
 
 
-def _needs(node: Node, place: Place, checkup: Checkup) -> Needs:
-    """What the run asks of a node; of the memory, what the fullest node needs."""
+def _needs(node: Node, hosts: Hosts, checkup: Checkup) -> Needs:
+    """The run's needs on a node; the memory is that of the fullest node."""
     memory = None
     if checkup.run is not None and checkup.job is not None and checkup.ds_config is not None:
         memory = host_memory(checkup.run.config, checkup.job, checkup.ds_config)
     return Needs(
         ranks=len(node.slots),
-        world_size=sum(len(each.slots) for each in place.nodes),
-        uses_gpus=place.uses_gpus,
+        world_size=sum(len(each.slots) for each in hosts.nodes),
+        uses_gpus=hosts.uses_gpus,
         slots=node.slots,
         host_bytes=None if memory is None else memory.bytes,
         host_rule="" if memory is None else memory.sum_text,
@@ -211,31 +213,75 @@ def _needs(node: Node, place: Place, checkup: Checkup) -> Needs:
     )
 
 
-def _ask(place: Place, folders: dict[str, Path], limit_seconds: float) -> list[Answer]:
+def _gather(hosts: Hosts, folders: dict[str, Path], limit_seconds: float) -> list[Answer]:
     """Have all nodes look, with files in the folders that must be shared for them to find."""
     shared = {name: _nearest(folders[name]) for name in (RUN_DIR, STORE_DIR, SHARED) if name in folders}
-    here = {CURRENT_DIR: Path.cwd()} if place.over_ssh else {}
-    with nonces(shared if len(place.nodes) > 1 else {}) as made:
+    here = {CURRENT_DIR: Path.cwd()} if hosts.over_ssh else {}
+    with nonces(shared if len(hosts.nodes) > 1 else {}) as made:
         request = {
             "folders": {name: str(path) for name, path in (folders | here).items()},
             "nonces": made,
             "uses_nvme": NVME in folders,
             "nvme": str(folders[NVME]) if NVME in folders else None,
-            "first": place.names[0],
-            "port": place.port,
+            "first": hosts.names[0],
+            "port": hosts.port,
             "token": secrets.token_hex(8),
-            "ssh_back": place.names[0] if place.over_ssh and len(place.nodes) > 1 else None,
+            "ssh_back": hosts.names[0] if hosts.over_ssh and len(hosts.nodes) > 1 else None,
         }
-        return ask(_targets(place, request), place.names[0], place.port, place.address, limit_seconds)
+        return gather(_targets(hosts, request), hosts.names[0], hosts.port, hosts.address, limit_seconds)
 
 
-def _targets(place: Place, request: Mapping[str, Any]) -> Sequence[Target]:
-    if place.srun:
-        return [srun_target(place.names, request)]
-    if place.over_ssh:
-        return [ssh_target(name, request) for name in place.names]
-    return [local_target(place.names[0], request)]
+def _targets(hosts: Hosts, request: Mapping[str, Any]) -> Sequence[Target]:
+    if hosts.srun:
+        return [srun_target(hosts.names, request)]
+    if hosts.over_ssh:
+        return [ssh_target(name, request) for name in hosts.names]
+    return [local_target(hosts.names[0], request)]
 
 
 def _nearest(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def print_table(findings: Sequence[Finding], nodes: Sequence[str], out: TextIO) -> None:
+    """Write the table to `out`."""
+    colours = has_colours(out)
+    rows = merged(findings, nodes)
+    width = max((len(row.name) for row in rows), default=0)
+    for row in rows:
+        where = f"{row.node}: " if row.node else ""
+        print(f"{_verdict(row, colours)}  {row.name:<{width}}  {where}{_text(row)}", file=out)
+
+
+def has_colours(out: TextIO) -> bool:
+    """True for a terminal whose user has not chosen plain text (https://no-color.org)."""
+    return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _verdict(row: Finding, colours: bool) -> str:
+    text = f"{row.verdict:<7}"
+    return f"\x1b[{_COLOURS[row.verdict]}m{text}\x1b[0m" if colours else text
+
+
+def _text(row: Finding) -> str:
+    text = f"{row.found}; {row.to_do}" if row.to_do else row.found
+    # Some of it comes from other machines and files: nothing in it may act on the terminal.
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def merged(findings: Sequence[Finding], nodes: Sequence[str]) -> list[Finding]:
+    """Equal findings of several nodes as one, in the order of the first; a lone node needs no name."""
+    places: dict[Finding, list[str]] = {}
+    for finding in findings:
+        places.setdefault(dataclasses.replace(finding, node=""), []).append(finding.node)
+    rows = []
+    for finding, where in places.items():
+        named = [node for node in where if node]
+        if len(nodes) < 2 or not named:
+            label = ""
+        elif len(named) == len(nodes):
+            label = f"all {len(nodes)} nodes"
+        else:
+            label = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+        rows.append(dataclasses.replace(finding, node=label))
+    return rows

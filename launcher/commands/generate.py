@@ -46,24 +46,8 @@ def generate(
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError("--max-new-tokens must be at least 1 and --temperature at least 0")
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        # Never left out: without it transformers asks on the terminal whether to run the folder's code.
-        architectures = AutoConfig.from_pretrained(model_name, trust_remote_code=False).architectures or []
-    except (ValueError, OSError) as error:
-        if "trust_remote_code" in str(error):
-            raise RefusedForSecurityError(f"{model_name}: brings its own code, which is never run") from None
-        raise DataError(f"{model_name}: {str(error).splitlines()[0]}") from error
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise ConfigError(f"{model_name}: {', '.join(architectures) or 'this model'} does not generate text")
-    # tokenizer.json as it is: for some model types AutoTokenizer puts its own splitting rules over it.
-    whole = (Path(model_name) / "tokenizer.json").is_file()
-    kind = PreTrainedTokenizerFast if whole else AutoTokenizer
-    tokenizer = kind.from_pretrained(model_name, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(model_name, use_safetensors=True, trust_remote_code=False)
+    tokenizer, model = _load(model_name)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(seed)
     for prompt in prompts:
@@ -79,6 +63,29 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
         yield tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _load(model_name: str) -> tuple[Any, Any]:
+    """The folder's tokenizer and model. Refuses a folder with code of its own and a model that does not generate."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        # Never leave it out: without it a prompt on the terminal offers to run the folder's code.
+        architectures = AutoConfig.from_pretrained(model_name, trust_remote_code=False).architectures or []
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise RefusedForSecurityError(f"{model_name}: brings its own code, which is never run") from None
+        raise DataError(f"{model_name}: {str(error).splitlines()[0]}") from error
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise ConfigError(f"{model_name}: {', '.join(architectures) or 'this model'} does not generate text")
+    # tokenizer.json as it is: for some model types AutoTokenizer puts its own splitting rules over it.
+    whole = (Path(model_name) / "tokenizer.json").is_file()
+    kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+    tokenizer = kind.from_pretrained(model_name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(model_name, use_safetensors=True, trust_remote_code=False)
+    return tokenizer, model
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

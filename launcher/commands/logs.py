@@ -52,7 +52,7 @@ def _lines(path: Path, record: JobRecord, follow: bool) -> Iterator[str]:
     position = 0
     while True:
         try:
-            alive = follow and is_alive(record)  # asked before reading, so that last words are not lost
+            alive = follow and is_alive(record)  # checked before reading, so that the last lines are not lost
         except FulltuneError:
             alive = True  # a controller that is restarted answers again later
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:

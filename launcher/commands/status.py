@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.arithmetic import newest_checkpoint, step_of
 from engine.errors import STOPPED_WITH_CHECKPOINT, FulltuneError, MissingInputError
-from launcher.job.records import judge, read_starts
+from launcher.job.records import exit_code_of, read_starts
 from launcher.job.runs import (
     COMPLETE,
     find_runs,
@@ -92,7 +92,7 @@ def _outcome(folder: Path) -> str:
         return "complete"
     if not ranks:
         return "never started"
-    code, _ = judge(folder, ranks, 1)
+    code, _ = exit_code_of(folder, ranks, 1)
     return words.get(code, f"failed ({code})")
 
 

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from engine.errors import MissingInputError
-from launcher.job.runs import ask_slurm, find_runs, forbid_requeue, is_alive, read_record, slurm_facts
+from launcher.job.runs import find_runs, forbid_requeue, is_alive, read_record, slurm_command, slurm_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +34,14 @@ def stop_run(run_dir: Path) -> int:
     if slurm_facts(record.job_id).state == "PENDING":
         first = record.prepare_job_id
         also = [str(first)] if first is not None and slurm_facts(first).is_alive else []
-        ask_slurm("scancel", job, *also)
+        slurm_command("scancel", job, *also)
         print(f"Slurm job {job} had not started; cancelled" + (f", with the preparing job {first}" if also else ""))
         return 0
-    # First it loses the right to come back, then it is asked to end: Slurm refuses to requeue it. The file is for a
+    # First it loses the right to come back, then it gets TERM: Slurm refuses to requeue it. The file is for a
     # job that has no ranks yet, whose store is being prepared.
     forbid_requeue(record.job_id)
     with contextlib.suppress(OSError):
         (run_dir / "STOP").touch()
-    ask_slurm("scancel", "--signal=TERM", job)
+    slurm_command("scancel", "--signal=TERM", job)
     print(f"Slurm job {job} was asked to save a checkpoint and end; it does not come back")
     return 0

@@ -21,7 +21,7 @@ from engine.zero.ds_config import resolve_ds_config
 from launcher.commands.arguments import add_run_file, checked_run
 from launcher.job import runs
 from launcher.job.run_config import Run
-from launcher.start.preflight import judge_run
+from launcher.start.preflight import check_run
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(,[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,15}")
@@ -38,7 +38,7 @@ _STOP_SECONDS = 180
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of Slurm, checked. None: Slurm's own default."""
+    """The job that Slurm is to run, checked. None: Slurm's own default."""
 
     nodes: int
     ranks_per_node: int
@@ -62,7 +62,7 @@ class Request:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run file, and what to ask Slurm for."""
+    """The run file, and the options for Slurm."""
     add_run_file(parser)
     add = parser.add_argument
     add("--nodes", type=int, default=1, metavar="N", help="default: 1")
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_request(arguments: argparse.Namespace, run_dir: Path) -> Request:
-    """The options of ``fulltune submit`` as a request. ConfigError names the option that is not usable."""
+    """The options of ``fulltune submit`` as a checked request. ConfigError names the option that is wrong."""
     gpus = _count(arguments.gpus_per_node, "--gpus-per-node", 0)
     ranks = arguments.ranks_per_node if arguments.ranks_per_node is not None else gpus
     if ranks == 0:
@@ -124,6 +124,12 @@ def check_request(arguments: argparse.Namespace, run_dir: Path) -> Request:
         prepare_time=_optional(_TIME, arguments.prepare_time, "--prepare-time", "a time such as 04:00:00"),
         restarts=_count(arguments.restarts, "--restarts", 0),
     )
+    _check_together(request)
+    return request
+
+
+def _check_together(request: Request) -> None:
+    """ConfigError for a time limit that leaves no time to train, or a site file that is not there."""
     limit = None if request.time is None else seconds_of(request.time)
     if limit and limit <= request.stop_seconds:  # 0: Slurm's word for no limit
         raise ConfigError(
@@ -132,7 +138,6 @@ def check_request(arguments: argparse.Namespace, run_dir: Path) -> Request:
         )
     if request.site is not None and not request.site.is_file():
         raise ConfigError(f"--site {request.site}: no such file")
-    return request
 
 
 def seconds_of(time: str) -> int:
@@ -238,7 +243,7 @@ def _fill(template: str, header: dict[str, str | int | None], request: Request, 
 
 def _submit(run: Run, request: Request, dry_run: bool) -> int:
     """Write the scripts of a run into its folder and submit them; returns the exit code."""
-    _ = run.config.trained_task
+    run.config.check_trainable()
     resolve_ds_config(run.config, request.nodes * request.ranks_per_node)
     run_dir = run.config.run_dir
     scripts = [("prepare.sbatch", preparation_script(request, run_dir))] if request.prepare else []
@@ -275,7 +280,7 @@ def _submit(run: Run, request: Request, dry_run: bool) -> int:
 
 def _refuse_what_is_not_there(run: Run) -> None:
     """MissingInputError for records, a tokenizer or a model that would be missed only after the queue."""
-    wrong = next((finding for finding in judge_run(run) if finding.verdict == "error"), None)
+    wrong = next((finding for finding in check_run(run) if finding.verdict == "error"), None)
     if wrong is not None:
         advice = f"; {wrong.to_do}" if wrong.to_do else ""
         raise MissingInputError(f"{wrong.name}: {wrong.found}{advice} (`fulltune doctor` tells more)")
@@ -290,7 +295,7 @@ def _refuse_running(run_dir: Path) -> None:
 
 def _hand_over(scripts: list[Path], request: Request, umask: int) -> list[int]:
     """`sbatch` each, the next after the one before; their ids. If one is refused, those before it are cancelled."""
-    # What was given here counts, whatever SBATCH_PARTITION and its like say; others may be a site's defaults.
+    # An option given here wins over its variable, such as SBATCH_PARTITION; other variables may be a site's defaults.
     given = [name for name in _common(request) if getattr(request, name) is not None]
     environment = {key: value for key, value in os.environ.items() if key not in {f"SBATCH_{n.upper()}" for n in given}}
     job_ids: list[int] = []
@@ -300,7 +305,7 @@ def _hand_over(scripts: list[Path], request: Request, umask: int) -> list[int]:
             job_ids.append(_sbatch([*after, str(script)], environment, umask))
         except FulltuneError:
             for job_id in job_ids:
-                runs.ask_slurm("scancel", str(job_id), check=False)
+                runs.slurm_command("scancel", str(job_id), check=False)
             raise
     return job_ids
 

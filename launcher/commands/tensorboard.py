@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def name_runs(run_dirs: Sequence[Path]) -> dict[str, Path]:
-    """Names to tell the runs apart by: the folders' own, with as much of their parents as it takes."""
+    """Distinct names for the runs: the folders' own, with as much of their parents as is needed."""
     absolute = list(dict.fromkeys(Path(os.path.abspath(run_dir)) for run_dir in run_dirs))  # noqa: PTH100 (no `..`)
     for run_dir in absolute:
         if not (run_dir / "tensorboard").is_dir():

@@ -18,7 +18,7 @@ _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One of the two actions, with its own arguments."""
+    """The two actions, each with its own arguments."""
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     train_summary, extend_summary = (
         "train a tokenizer on text or record files", "add pieces learned from new text; old pieces keep their ids"

@@ -1,4 +1,4 @@
-"""What devices should give: makers' figures for GPUs, and shares of them that a healthy one reaches in practice."""
+"""Expected speeds of devices: makers' figures for GPUs, and the share of them that a healthy device reaches."""
 
 import re
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def known_gpu(name: str) -> Gpu | None:
 
 
 def pcie_gb_s(facts: Mapping[str, str]) -> float | None:
-    """One way, for the link that the slot and the GPU have."""
+    """GB/s in one direction over the PCIe link of slot and GPU."""
     lane = _PCIE_LANE_GB_S.get(facts["pcie.link.gen.max"])
     width = facts["pcie.link.width.max"]
     return lane * int(width) if lane is not None and width.isdecimal() else None
@@ -64,7 +64,7 @@ def pcie_gb_s(facts: Mapping[str, str]) -> float | None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a measurement should come to, where the figure is from, and the share of it that is still healthy."""
+    """The expected value of a measurement, its source, and the share of it that is still healthy."""
 
     value: float | None
     source: str

@@ -1,8 +1,8 @@
-"""Facts of every node of a job, asked for all at once: here, over ssh, or through `srun`.
+"""Gathers the facts of all nodes of a job at once: here, over ssh, or through `srun`.
 
-A node is a process that runs `launcher.doctor.node_facts` and talks over its stdin and stdout, so nothing
-but the name of the Python program reaches a remote shell, and no answer is waited for longer than
-the limit. What a node prints besides (greetings of a login shell or a module system) is skipped.
+A node is a process that runs `launcher.doctor.node_facts` and exchanges lines over its stdin and stdout. So only the
+name of the Python program reaches a remote shell, and the wait for an answer ends at the limit. Other lines that a node
+prints (greetings of a login shell or a module system) are skipped.
 """
 
 import collections
@@ -35,9 +35,9 @@ _SAFE = re.compile(r"[\w@%+=:,./-]+")
 
 @dataclass
 class Answer:
-    """What came of asking one node: its facts, or why there are none.
+    """The facts of one node, or the reason why there are none.
 
-    `skew_seconds` is the least error of its clock against ours that fits what was seen: 0 unless it is certain.
+    `skew_seconds` is the smallest error of its clock that explains the moments seen: 0 unless an error is certain.
     """
 
     node: str
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Target:
-    """How to reach nodes: the argv of one process, the nodes that answer through it, what each is asked."""
+    """How to reach nodes: the argv of one process, the nodes that answer through it, the request to each."""
 
     command: tuple[str, ...]
     nodes: tuple[str, ...]
@@ -65,7 +65,7 @@ class _Line:
 
 
 class _Talk:
-    """One running process of a target."""
+    """The running process of a target."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -80,10 +80,10 @@ class _Talk:
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
         for reader in self._readers:
             reader.start()
-        self.say(target.request)
+        self.send(target.request)
 
-    def say(self, values: Mapping[str, Any]) -> None:
-        """Hand the nodes one line; one that is gone does not read it."""
+    def send(self, values: Mapping[str, Any]) -> None:
+        """Write one line to the nodes; a node that is gone does not read it."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(values) + "\n")
@@ -107,7 +107,7 @@ class _Talk:
                 self._errors.append(" ".join(line.split()))
 
     def answers(self, deadline: float) -> Iterator[_Line]:
-        """One line of each node, as they come, until the deadline or the end of the process."""
+        """Yield a line of each node, as they come, until the deadline or the end of the process."""
         for _ in self.target.nodes:
             try:
                 line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -119,7 +119,7 @@ class _Talk:
             yield line
 
     def why_silent(self, limit_seconds: float) -> str:
-        """What the process said on its way out, for the nodes that did not answer."""
+        """The reason why nodes did not answer: the last useful line that the process printed, or its exit code."""
         # Its output may have ended a moment before it has.
         self._readers[0].join(0.2)
         if not self._readers[0].is_alive():
@@ -175,7 +175,7 @@ def srun_target(nodes: Sequence[str], request: Mapping[str, Any]) -> Target:
 def nonces(folders: Mapping[str, Path]) -> Iterator[dict[str, str]]:
     """A new file in each folder, by the same names, for other nodes to read; removed afterwards.
 
-    The file holds its own path. A folder where none can be made is left out: that is told of it anyway.
+    The file holds its own path. A folder where no file can be made is left out; the folder's own check reports it.
     """
     made: dict[str, str] = {}
     try:
@@ -192,17 +192,17 @@ def nonces(folders: Mapping[str, Path]) -> Iterator[dict[str, str]]:
             Path(path_text).unlink(missing_ok=True)
 
 
-def ask(
+def gather(
     targets: Sequence[Target],
     first: str,
     port: int | None,
     address: str | None = None,
     limit_seconds: float = LIMIT_SECONDS,
 ) -> list[Answer]:
-    """Ask all targets at once; an answer for every node, in order.
+    """Send all targets their requests at once; an answer for every node, in order.
 
-    Then, if there are several nodes and the first could take `port`, whether the others reach it
-    there: at `address`, or where DeepSpeed would look for it.
+    If there are several nodes and the first could take `port`, the others then try to reach it there: at `address`,
+    or where DeepSpeed would look for it.
     """
     answers = {node: Answer(node) for target in targets for node in target.nodes}
     talks = []
@@ -237,11 +237,11 @@ def _take(answers: Mapping[str, Answer], talk: _Talk, line: _Line) -> None:
     answer = answers[node]
     answer.facts = line.values
     # Its first look at the clock came after our start, its last before its line came: what is outside is certain.
-    began, said = (float(moment) for moment in line.values.get("clock", (talk.started, line.seconds)))
+    began, ended = (float(moment) for moment in line.values.get("clock", (talk.started, line.seconds)))
     if began < talk.started:
         answer.skew_seconds = began - talk.started
-    elif said > line.seconds:
-        answer.skew_seconds = said - line.seconds
+    elif ended > line.seconds:
+        answer.skew_seconds = ended - line.seconds
 
 
 def _try_to_meet(
@@ -255,7 +255,7 @@ def _try_to_meet(
     if place is None:
         return
     for talk in talks:
-        talk.say({"address": place, "port": port, "token": talk.target.request.get("token")})
+        talk.send({"address": place, "port": port, "token": talk.target.request.get("token")})
     deadline = time.monotonic() + LIMIT_SECONDS / 2
     for talk in talks:
         for line in talk.answers(deadline):
@@ -266,7 +266,7 @@ def _try_to_meet(
 
 
 def _look_for_answers(answers: Mapping[str, Answer], talk: _Talk) -> None:
-    """Whether each node sees the files made here, and we the ones it made beside them."""
+    """Note for each node and folder if the node sees our file there, and we see the node's file beside it."""
     wanted: Mapping[str, str] = talk.target.request.get("nonces", {})
     for node in talk.target.nodes:
         facts = answers[node].facts

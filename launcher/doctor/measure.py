@@ -1,4 +1,4 @@
-"""``fulltune doctor --measure``: starts `measure_rank` where training would run, and judges its figures."""
+"""``fulltune doctor --measure``: runs `measure_rank` where training would run, and compares its figures."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from launcher.job.finding import Finding
 from launcher.job.hosts import Node
 from launcher.job.job import free_port, hostfile_command, local_command
 from launcher.job.processes import session_members, signal_processes
-from launcher.start.place import Place
+from launcher.start.find_hosts import Hosts
 
 _LIMIT_SECONDS = 240.0
 #: A node this much slower than the median holds the others up.
@@ -32,7 +32,7 @@ _RANK_BYTES = 3 * 2**29
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement of one node, in the unit of `FIGURES`, and what it should come to."""
+    """A measurement of a node, in the unit of `FIGURES`, and its expected value."""
 
     name: str
     node: str
@@ -42,51 +42,51 @@ class Figure:
 
 @dataclass
 class Measured:
-    """What was measured and what it means; `figures` as plain values."""
+    """The measurements as plain values, and the findings about them."""
 
     findings: list[Finding] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
 
 
-def measure(place: Place, facts: Mapping[str, Any], folder: Path | None, nvme: Path | None) -> Measured:
+def measure(hosts: Hosts, facts: Mapping[str, Any], folder: Path | None, nvme: Path | None) -> Measured:
     """Run the measurements and compare them; a failure of theirs is a finding too.
 
     `folder` and `nvme` are where writing is measured. All nodes must have equally many ranks.
     """
-    if len({len(node.slots) for node in place.nodes}) > 1:
+    if len({len(node.slots) for node in hosts.nodes}) > 1:
         return Measured([Finding("measurements", "skipped", "the nodes have different numbers of ranks")])
-    ranks = len(place.nodes[0].slots)
-    free = min(facts[name]["memory"]["available_bytes"] for name in place.names)
+    ranks = len(hosts.nodes[0].slots)
+    free = min(facts[name]["memory"]["available_bytes"] for name in hosts.names)
     if free < ranks * _RANK_BYTES:
         found = f"they take {ranks * _RANK_BYTES / 2**30:.0f} GiB a node, and {free / 2**30:.1f} GiB are free"
         return Measured([Finding("measurements", "skipped", found)])
     words = ["--ranks-per-node", str(ranks)]
     for option, path in (("--folder", folder), ("--nvme", nvme)):
         words += [option, str(path)] if path is not None else []
-    port = place.port or free_port()
+    port = hosts.port or free_port()
     with tempfile.TemporaryDirectory(prefix="fulltune-measure-") as scratch:
-        command = _command(place, port, words)
-        environment = {**place.environment}
-        if place.over_ssh:
+        command = _command(hosts, port, words)
+        environment = {**hosts.environment}
+        if hosts.over_ssh:
             environment |= remote_environment(Path(scratch), environment)
         print(f"measuring: {shlex.join(command)}", file=sys.stderr, flush=True)
         rows, problem = _run(command, environment)
-    remove_shared_memory("*" if place.srun else "127.0.0.1", port)
+    remove_shared_memory("*" if hosts.srun else "127.0.0.1", port)
     if rows is None:
         to_do = "a run would fare no better; see what was printed above"
         return Measured([Finding("measurements", "error", problem, to_do)])
-    figures = collect(rows, place.nodes, facts)
-    return Measured(judge(figures), [asdict(figure) for figure in figures])
+    figures = collect(rows, hosts.nodes, facts)
+    return Measured(compare(figures), [asdict(figure) for figure in figures])
 
 
-def _command(place: Place, port: int, words: list[str]) -> tuple[str, ...]:
-    """What starts the ranks: as `fulltune train` would, with another module."""
+def _command(hosts: Hosts, port: int, words: list[str]) -> tuple[str, ...]:
+    """The argv that starts the ranks as `fulltune train` would, with another module."""
     module = "launcher.doctor.measure_rank"
-    if place.srun:
-        return (*place.srun, sys.executable, "-m", module, *words, "--master", f"{place.address}:{port}")
-    if place.hostfile is not None:
-        return hostfile_command(place.hostfile, list(place.nodes), list(place.selection), port, words, module)
-    return local_command(place.nodes[0], port, words, module)
+    if hosts.srun:
+        return (*hosts.srun, sys.executable, "-m", module, *words, "--master", f"{hosts.address}:{port}")
+    if hosts.hostfile is not None:
+        return hostfile_command(hosts.hostfile, list(hosts.nodes), list(hosts.selection), port, words, module)
+    return local_command(hosts.nodes[0], port, words, module)
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[list[list[float | None]] | None, str]:
@@ -136,26 +136,26 @@ def collect(rows: Sequence[Sequence[float | None]], nodes: Sequence[Node], facts
     return found
 
 
-def judge(figures: Sequence[Figure]) -> list[Finding]:
+def compare(figures: Sequence[Figure]) -> list[Finding]:
     """Each figure against what the device should give, and against the same of the other nodes."""
-    return [_judge(figure, [other.value for other in figures if other.name == figure.name]) for figure in figures]
+    return [_compare(figure, [other.value for other in figures if other.name == figure.name]) for figure in figures]
 
 
-def _judge(figure: Figure, of_all_nodes: Sequence[float]) -> Finding:
-    said = f"{_number(figure.value)} {FIGURES[figure.name]}"
+def _compare(figure: Figure, of_all_nodes: Sequence[float]) -> Finding:
+    text = f"{_number(figure.value)} {FIGURES[figure.name]}"
     usual = statistics.median(of_all_nodes)
     expected = figure.expected
     if expected.value is None:
-        said += ", no reference"
+        text += ", no reference"
     else:
-        said += f", {figure.value / expected.value:.0%} of {_number(expected.value)} ({expected.source})"
+        text += f", {figure.value / expected.value:.0%} of {_number(expected.value)} ({expected.source})"
         if figure.value < expected.healthy_share * expected.value:
             to_do = f"a healthy one gives {expected.healthy_share:.0%} or more: is something else running there?"
-            return Finding(figure.name, "warning", said, to_do, figure.node)
+            return Finding(figure.name, "warning", text, to_do, figure.node)
     if figure.value < _STRAGGLER_SHARE * usual:
         to_do = f"the nodes' median is {_number(usual)}: the others will wait for it"
-        return Finding(figure.name, "warning", said, to_do, figure.node)
-    return Finding(figure.name, "ok", said, node=figure.node)
+        return Finding(figure.name, "warning", text, to_do, figure.node)
+    return Finding(figure.name, "ok", text, node=figure.node)
 
 
 def _number(value: float) -> str:

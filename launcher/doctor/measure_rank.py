@@ -1,7 +1,7 @@
-"""One rank of `fulltune doctor --measure`: short measurements, all ranks at once, as in training.
+"""A rank of `fulltune doctor --measure`: short measurements, on all ranks at once, as in training.
 
-Started as training is (`deepspeed --module launcher.doctor.measure_rank`, or a task of `srun`); rank 0
-prints what all have measured. Every figure is the median of a few repetitions.
+The ranks start as in training (`deepspeed --module launcher.doctor.measure_rank`, or a task of `srun`). Rank 0
+prints the figures of all. Every figure is the median of a few repetitions.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from engine.ranks.distributed import Ranks, leave, start_ranks
 from engine.zero.prebuild import load_ops_once
 from launcher.batch.rank_parent import rank_environment
 from launcher.doctor.device_figures import FIGURES
-from launcher.doctor.node_facts import say
+from launcher.doctor.node_facts import send
 
 _REPEATS = 5
 _NOTHING = float("nan")
@@ -121,7 +121,7 @@ def _own_group(members: Sequence[range], rank: int) -> dist.ProcessGroup | None:
 
 
 def _collectives(bench: _Bench, group: dist.ProcessGroup) -> tuple[float, float]:
-    """What each rank sends, and receives, per second in an all-gather and in a reduce-scatter of one message."""
+    """GB/s that each rank sends, and receives, in an all-gather and in a reduce-scatter of one message."""
     count = dist.get_world_size(group)
     part = torch.ones(_MESSAGE_BYTES // 2 // count, dtype=torch.bfloat16, device=bench.ranks.device)
     whole = torch.ones(part.numel() * count, dtype=torch.bfloat16, device=bench.ranks.device)
@@ -184,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dist.all_gather(everyone, mine)
         if ranks.rank == 0:
             rows = [[round(value, 6) for value in row.tolist()] for row in everyone]
-            say({"node": "measured", "figures": [[None if value != value else value for value in row] for row in rows]})
+            figures = [[None if value != value else value for value in row] for row in rows]
+            send({"node": "measured", "figures": figures})
         dist.barrier()
     except FulltuneError as error:
         print(f"fulltune: error: {error}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""One node looks at itself and answers `fulltune doctor` on stdout: ``python -m launcher.doctor.node_facts``.
+"""A node looks at itself and answers `fulltune doctor` on stdout: ``python -m launcher.doctor.node_facts``.
 
-It reads one line of JSON (what to look at), prints one line of facts, reads what to connect to, says
-whether that worked, and leaves when its stdin ends. Whoever starts it may be ssh, `srun` or a plain
-process. Standard library and torch-free modules only: it has to answer at once, also where torch is broken.
+The program reads a line of JSON (the request), prints a line of facts, reads an address to connect to, prints how that
+went, and leaves when its stdin ends. ssh, `srun` or a plain process may start it. It imports the standard library and
+torch-free modules only, because it has to answer at once, also where torch is broken.
 """
 
 import base64
@@ -29,7 +29,7 @@ from launcher.doctor.folder_facts import folder_facts, try_file
 from launcher.doctor.node_software import accelerator_facts, link_facts, op_facts, version_facts
 from launcher.supervision.out_of_memory import machine_limit_bytes, memory_cgroup_text
 
-#: The wait for the next line, or for the end: whoever asked is gone if neither comes.
+#: The wait for the next line or the end of stdin: the requesting machine is gone if neither comes.
 _PATIENCE_SECONDS = 20.0
 _CONNECT_SECONDS = 3.0
 _SSH_SECONDS = 4
@@ -44,7 +44,7 @@ _CAPABILITIES = {"CAP_IPC_LOCK": 14, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24
 
 
 def look(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What matters of this node, as plain values; whatever cannot be found out is None or says why."""
+    """The facts of this node as plain values. A fact that cannot be found out is None or holds the reason."""
     return {
         "host": platform.node(),
         "versions": version_facts(),
@@ -69,7 +69,7 @@ def look(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _direct_error(folder: str | None) -> str | None:
-    """Why DeepSpeed could not keep optimizer states in a folder; None if it can, or nobody asked."""
+    """The reason why DeepSpeed could not keep optimizer states in `folder`; None if it can, and without a folder."""
     if folder is None or not Path(folder).is_dir():
         return None
     try:
@@ -80,7 +80,7 @@ def _direct_error(folder: str | None) -> str | None:
 
 
 def _read_nonce(path: Path) -> str | None:
-    """What stands in a file that the asking machine has just written; None where this node does not see it."""
+    """The text of a file that the requesting machine has just written; None where this node does not see it."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
@@ -89,7 +89,7 @@ def _read_nonce(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _answers(request: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Beside each such file one of this node's own, for the asking machine to find; removed afterwards."""
+    """Make a file of this node beside each of those, for the requesting machine to find; removed afterwards."""
     made: dict[str, str] = {}
     for name, nonce in request.get("nonces", {}).items():
         path = Path(f"{nonce}.{secrets.token_hex(8)}")
@@ -128,7 +128,7 @@ def _limits() -> dict[str, Any]:
 
 
 def _threads_of_mine() -> int:
-    """What counts against the limit of processes already: every thread of this user."""
+    """The number of this user's threads: each counts against the limit of processes."""
     count = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -174,7 +174,7 @@ def _mapped() -> set[str]:
 
 
 def _addresses() -> list[str]:
-    """What `hostname -I` says: DeepSpeed takes the first of the first host for the rendezvous."""
+    """The addresses that `hostname -I` prints: DeepSpeed takes the first one of the first host for the rendezvous."""
     try:
         done = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -183,7 +183,7 @@ def _addresses() -> list[str]:
 
 
 def _ssh_back(host: str | None) -> str | None:
-    """An empty text if ssh from here to `host` works without a question, else what it says; None when not asked."""
+    """ "" if ssh from here to `host` works without a question, else its error; None without a host."""
     if host is None:
         return None
     words = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}", "--", host, "true"]
@@ -220,7 +220,7 @@ class _Door:
 
 
 def _connect(address: str, port: int, token: str) -> str:
-    """An empty text if the first node answers there with `token`, else why not."""
+    """ "" if the first node answers there with `token`, else the reason why not."""
     deadline = time.monotonic() + _CONNECT_SECONDS
     problem = ""
     while time.monotonic() < deadline:
@@ -245,7 +245,7 @@ def _next_line() -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def say(values: Mapping[str, Any]) -> None:
+def send(values: Mapping[str, Any]) -> None:
     """Print values in lines of less than 1024 bytes: longer ones of several nodes come out of `srun` mixed up."""
     text = base64.b64encode(json.dumps(values).encode()).decode()
     pieces = [text[start : start + _PIECE_BYTES] for start in range(0, len(text), _PIECE_BYTES)]
@@ -254,7 +254,7 @@ def say(values: Mapping[str, Any]) -> None:
 
 
 def join(lines: Mapping[str, list[str]], line: str) -> dict[str, Any] | None:
-    """Add a line of `_say` to the pieces of its node; the values when it was the last, else None. ValueError."""
+    """Add a line of `send` to the pieces of its node. Returns the values when it was the last one. ValueError."""
     entry = json.loads(line)
     if not isinstance(entry, dict) or "piece" not in entry:
         raise ValueError("not from a node")
@@ -269,7 +269,7 @@ def join(lines: Mapping[str, list[str]], line: str) -> dict[str, Any] | None:
 
 
 def main() -> int:
-    """Answer once; always 0, for whatever is wrong here is for the asking machine to judge."""
+    """Answer once. Always 0: the requesting machine checks the facts."""
     began = time.time()
     request = _next_line()
     node = request.get("node") or os.environ.get("SLURMD_NODENAME") or platform.node()
@@ -280,13 +280,13 @@ def main() -> int:
         if is_first and request.get("port"):
             door = _Door(int(request["port"]), str(request.get("token")))
         facts |= {"node": node, "answers": answers, "port_error": door.error if door else None}
-        say(facts | {"clock": [began, time.time()]})
+        send(facts | {"clock": [began, time.time()]})
         then = _next_line()
         if then.get("address") and not is_first:
-            say({"node": node, "reach": _connect(str(then["address"]), int(then["port"]), str(then["token"]))})
+            send({"node": node, "reach": _connect(str(then["address"]), int(then["port"]), str(then["token"]))})
             _next_line()
         elif then:
-            say({"node": node, "reach": ""})
+            send({"node": node, "reach": ""})
             _next_line()
     return 0
 

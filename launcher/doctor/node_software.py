@@ -1,4 +1,4 @@
-"""What is installed on a node, without importing it: versions, compiled ops, NVIDIA's tools, network links."""
+"""Facts about a node's software, without importing it: versions, compiled ops, NVIDIA's tools, network links."""
 
 import contextlib
 import hashlib
@@ -51,8 +51,8 @@ def _torch_cuda() -> str | None:
 def _source_digest() -> str:
     root = Path(engine.__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(path for package in _OURS for path in (root / package).glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(path for package in _OURS for path in (root / package).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -61,7 +61,7 @@ def op_facts(uses_nvme: bool) -> dict[str, Any]:
     try:
         folder = extensions_dir()
     except importlib.metadata.PackageNotFoundError:
-        return {"folder": None}  # said of the packages
+        return {"folder": None}  # the check of the packages reports it
     above = next(path for path in (folder, *folder.parents) if path.exists())
     uses_gpus = bool(accelerator_facts()["gpus"]) and os.environ.get("DS_ACCELERATOR") != "cpu"
     return {
@@ -76,9 +76,9 @@ def op_facts(uses_nvme: bool) -> dict[str, Any]:
 
 
 def accelerator_facts() -> dict[str, Any]:
-    """NVIDIA's GPUs as nvidia-smi tells of them, why it does not, and the CUDA compiler.
+    """NVIDIA's GPUs as nvidia-smi lists them, its error if it fails, and the CUDA compiler.
 
-    `devices` is how many device files there are: more than nvidia-smi names when the driver is broken.
+    `devices` is the number of device files: more than nvidia-smi lists when the driver is broken.
     """
     devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdecimal()])
     facts: dict[str, Any] = {"gpus": [], "error": None, "devices": devices, "nvcc": _nvcc()}

@@ -18,7 +18,7 @@ PROJECT_DIR = Path(engine.__file__).resolve().parent.parent
 
 
 def python_environment() -> dict[str, str]:
-    """So that `python -m engine` finds ours from any folder, and never a folder `engine` that lies there."""
+    """Make `python -m engine` import this checkout, whatever the current folder contains."""
     python_path = os.environ.get("PYTHONPATH")
     return {
         "PYTHONPATH": f"{PROJECT_DIR}:{python_path}" if python_path else str(PROJECT_DIR),

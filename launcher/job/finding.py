@@ -1,4 +1,4 @@
-"""What `fulltune doctor` says: one finding a check and node, with a verdict that never promises more than was seen."""
+"""A finding of a check, for `fulltune doctor` and before a start; its verdict never promises more than was seen."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ Verdict = Literal["ok", "warning", "error", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: the check's name, the node it is about ("" for the whole job), what was found, what to do about it."""
+    """A line: the check's name, the node it is about ("" for the whole job), what was found, what to do about it."""
 
     name: str
     verdict: Verdict
@@ -19,5 +19,5 @@ class Finding:
 
 
 def is_bad(findings: list[Finding]) -> bool:
-    """Whether one of them would break the run."""
+    """True if one of them would break the run."""
     return any(finding.verdict == "error" for finding in findings)

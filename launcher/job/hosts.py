@@ -1,4 +1,4 @@
-"""Where ranks run: this machine's devices, or the hosts of a DeepSpeed hostfile.
+"""The machines for ranks: this one with its devices, or the hosts of a DeepSpeed hostfile.
 
 DeepSpeed resolves the same things itself once it runs. They are resolved here first, without
 torch, so that a plan can be shown and a mistake named before anything starts.
@@ -20,7 +20,7 @@ _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})\s*(#.*)?")
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of the job and the devices (slots) that get a rank each."""
+    """A machine of the job, and the devices (slots) that get a rank each."""
 
     name: str
     slots: tuple[int, ...]
@@ -123,11 +123,11 @@ def _parse_filter(text: str, option: str) -> dict[str, frozenset[int]]:
 
 
 def is_host_name(name: str) -> bool:
-    """Whether `name` is spelled as a host name, so that no tool can take it for an option or a command."""
+    """True if `name` is spelled as a host name, so that no tool can take it for an option or a command."""
     return _HOST.fullmatch(name) is not None
 
 
 def is_local(name: str) -> bool:
-    """Whether a host name of a hostfile means this machine, without asking the network."""
+    """True if a host name of a hostfile means this machine. Does not use the network."""
     host = os.uname().nodename
     return name in ("localhost", "127.0.0.1", host, host.partition(".")[0])

@@ -16,7 +16,7 @@ from engine.secrets_in_text import is_secret_value, names_a_secret
 from launcher.job.hosts import Node, is_local
 
 DEFAULT_PORT = 29500
-#: A hang in a step is one from here on, in seconds, or 3 times the 99th percentile of the steps' seconds.
+#: Shortest silence in a step that counts as a hang; raised to 3x the p99 step time once steps are known.
 LEAST_SECONDS = 15.0
 #: The module that is the parent of a rank on the hosts of a hostfile.
 SSH_RANK = "launcher.ssh.rank_parent"
@@ -27,10 +27,10 @@ _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 @dataclass(frozen=True)
 class Job:
-    """One start of the engine: what runs where. `command` is the complete argv of `deepspeed`, or of `srun`.
+    """A start of the engine: what runs where. `command` is the complete argv of `deepspeed`, or of `srun`.
 
-    `memory_rule` says, for people, what host memory the run should need; `hang_seconds` is the least
-    time without a sign of life that counts as a hang in a step, 0 for never.
+    `memory_rule` is a text about the host memory that the run should need; `hang_seconds` is the shortest silence
+    in a step that counts as a hang, 0 for never.
     """
 
     run_dir: Path
@@ -49,17 +49,17 @@ class Job:
 
     @property
     def starts_through_ssh(self) -> bool:
-        """Whether `deepspeed` starts the ranks by ssh, those of this machine too (see launcher.ssh.rank_parent)."""
+        """True if `deepspeed` starts the ranks by ssh, also those of this machine (see launcher.ssh.rank_parent)."""
         return SSH_RANK in self.command
 
     @property
     def master_addr(self) -> str:
-        """Where ranks meet."""
+        """The address at which ranks meet."""
         return self.command[self.command.index("--master_addr") + 1]
 
     @property
     def starts_through_srun(self) -> bool:
-        """Whether Slurm starts the ranks (see launcher.batch.slurm_job)."""
+        """True if Slurm starts the ranks (see launcher.batch.slurm_job)."""
         return self.command[0] == "srun"
 
 
@@ -82,7 +82,7 @@ def local_command(node: Node, master_port: int, engine_arguments: list[str], mod
     else:
         where = ["--include", f"localhost:{','.join(map(str, node.slots))}"]
     address = ["--master_addr", "127.0.0.1", "--master_port", str(master_port)]
-    # Not even `error`: all it would tell is that a rank failed, and we say which and why.
+    # Not even `error`: it would only print that a rank failed, and we print which one and why.
     return (deepspeed_program(), "--log_level", "critical", *where, *address, "--module", module, *engine_arguments)
 
 

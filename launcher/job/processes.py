@@ -28,12 +28,12 @@ def state_of(pid: int) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is not merely waited for."""
+    """True if the process exists and is no zombie."""
     return bool(state_of(pid))
 
 
 def death_signal(pid: int) -> int | None:
-    """The signal that ended a process whose parent has not yet asked for its status; None if none did."""
+    """The signal that ended a process whose parent has not yet read its status; None if no signal did."""
     fields = stat_fields(pid)
     is_zombie = len(fields) > _EXIT_CODE_FIELD and fields[0] == "Z"
     return int(fields[_EXIT_CODE_FIELD]) & 0x7F or None if is_zombie else None
@@ -65,18 +65,18 @@ def signal_processes(pids: list[int], number: int) -> None:
 
 
 def end_processes(
-    members: Callable[[], list[int]], ask: Callable[[], None], grace_seconds: Callable[[], float]
+    members: Callable[[], list[int]], request_end: Callable[[], None], grace_seconds: Callable[[], float]
 ) -> list[int]:
-    """`ask` the job to end; KILL to all `members` that are left after the grace period; returns when none is.
+    """Call `request_end`; send KILL to all `members` that are left after the grace period; wait for their end.
 
     All three are called again and again: processes may still start others, and the grace may be cut
-    short. Returns those that even KILL does not end, because the kernel waits for a disk that does not answer.
+    short. Returns the processes that even KILL does not end, because the kernel waits for a disk that does not answer.
     """
     began, killed = time.monotonic(), 0.0
     while living := members():
         now = time.monotonic()
         if now - began < grace_seconds():
-            ask()
+            request_end()
         elif killed and now - killed >= _UNKILLABLE_SECONDS:
             return living
         else:

@@ -1,4 +1,4 @@
-"""What really became of a run: the ranks' own exit records, not the launcher's exit code.
+"""The ranks' own records of their start and end, and the exit code of the run that follows from them.
 
 `deepspeed` ends with 0 in some crashes. Every rank writes ``ranks/rank-00000.json`` when it starts
 and ``ranks/exit-00000.json`` as its last act, so a rank without the second was killed. A batch
@@ -45,7 +45,7 @@ class RankStart:
 
 @dataclass(frozen=True)
 class RankExit:
-    """A rank's last word."""
+    """A rank's record of its end."""
 
     rank: int
     code: int
@@ -74,7 +74,7 @@ def read_starts(run_dir: Path) -> list[RankStart]:
 
 
 def failed_before(run_dir: Path, moment: float) -> bool:
-    """Whether a rank wrote a failing exit record before `moment` (seconds since 1970)."""
+    """True if a rank wrote a failing exit record before `moment` (seconds since 1970)."""
     return any(
         record.code and (run_dir / "ranks" / f"exit-{rank:05d}.json").stat().st_mtime < moment
         for rank, record in read_exits(run_dir).items()
@@ -82,7 +82,7 @@ def failed_before(run_dir: Path, moment: float) -> bool:
 
 
 def read_exits(run_dir: Path) -> dict[int, RankExit]:
-    """The last words written so far, by rank."""
+    """The exit records written so far, by rank."""
     return {
         int(record["rank"]): RankExit(
             int(record["rank"]),
@@ -107,11 +107,11 @@ def _read_records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return records
 
 
-def judge(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequence[int] = ()) -> tuple[int, str]:
+def exit_code_of(run_dir: Path, num_ranks: int, launcher_code: int, died_first: Sequence[int] = ()) -> tuple[int, str]:
     """The honest exit code of a run and, unless it is 0, one line that explains it.
 
     0 only if every rank wrote 0. If the ranks agree, their code. A killed rank leaves no record; its
-    peers then fail because of it, so it is told first, with 76. Otherwise the code of the cause.
+    peers then fail because of it, so the killed rank is the cause, with 76. Otherwise the code of the cause.
     `launcher_code` is what `deepspeed` or `srun` returned: how one of the first failing ranks ended.
     `died_first` are ranks that a supervisor saw vanish without a record while no other had failed.
     """
@@ -162,9 +162,9 @@ def _describe(record: RankExit) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """For batch scripts: clear the records before the start, judge them after the end."""
+    """For batch scripts: clear the records before the start, read them after the end."""
     parser = argparse.ArgumentParser(
-        prog="python -m launcher.job.records", description="judge a run by its exit records"
+        prog="python -m launcher.job.records", description="the exit code of a run, by its ranks' records"
     )
     actions = parser.add_subparsers(dest="action", required=True)
     start = actions.add_parser("start", help="remove the records of earlier starts and print the run folder")
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.action == "start":
         return _start(arguments.run_file, arguments.overrides)
-    code, message = judge(arguments.run_dir, arguments.ranks, arguments.code)
+    code, message = exit_code_of(arguments.run_dir, arguments.ranks, arguments.code)
     if message:
         print(f"fulltune: {message}", file=sys.stderr)
     return code

@@ -24,7 +24,7 @@ class Run:
 
     @property
     def resolved_path(self) -> Path:
-        """Where the resolved run file goes."""
+        """The path of the resolved run file."""
         return self.config.run_dir / "run.yaml"
 
 

@@ -1,4 +1,4 @@
-"""Who runs a run folder, and what was completed in it: records in the folder itself, and what Slurm says.
+"""Records in a run folder of the process or job that runs it and of what it completed; and Slurm's view of the job.
 
 ``run_dir/job.json`` names the local process or the Slurm job, ``run_dir/complete.json`` what was
 completed. Nothing is kept outside of run folders.
@@ -28,7 +28,7 @@ _NUMBERS = ("job_id", "prepare_job_id", "pid", "started_ticks")
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """Who runs a run folder: a process of `host`, or the Slurm job `job_id`, which may wait for one that prepares."""
+    """The process of `host` that runs a run folder, or the Slurm job, which may wait for `prepare_job_id`."""
 
     host: str
     job_id: int | None = None
@@ -58,7 +58,7 @@ def write_record(run_dir: Path, record: JobRecord) -> None:
 
 
 def read_record(run_dir: Path) -> JobRecord | None:
-    """Who ran this folder last; None if nobody said."""
+    """The record of the last run of this folder; None without one."""
     try:
         values = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
         numbers = {key: None if values[key] is None else int(values[key]) for key in _NUMBERS}
@@ -95,7 +95,7 @@ def write_private(path: Path, text: str) -> None:
 
 def record_outcome(run_dir: Path, code: int, message: str) -> None:
     """Note how this start of the run ended, in the words that its terminal got."""
-    with contextlib.suppress(CannotWriteError):  # a full disk: the ranks' records tell as much
+    with contextlib.suppress(CannotWriteError):  # a full disk: the ranks' records hold the same
         write_private(run_dir / OUTCOME, json.dumps({"code": code, "message": message}, indent=2) + "\n")
 
 
@@ -114,7 +114,7 @@ def record_complete(run: Run) -> None:
 
 
 def is_complete(run: Run) -> bool:
-    """Whether this run file, as it is, was trained to its end and the checkpoint is still there."""
+    """True if this run file, as it is, was trained to its end and the checkpoint is still there."""
     try:
         values = json.loads((run.config.run_dir / COMPLETE).read_text(encoding="utf-8"))
         return bool(values == _what_is_complete(run))
@@ -131,7 +131,7 @@ def _what_is_complete(run: Run) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class SlurmFacts:
-    """What Slurm says about a job now; `state` is "" when it no longer knows it."""
+    """The state of a job in Slurm; `state` is "" when Slurm no longer knows the job."""
 
     state: str
     reason: str
@@ -141,13 +141,13 @@ class SlurmFacts:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs or will."""
+        """True if it runs or will run."""
         return bool(self.state) and self.state not in _ENDED
 
 
 def slurm_facts(job_id: int) -> SlurmFacts:
-    """Ask `scontrol`. ConfigError when there is none, or when it does not answer."""
-    done = ask_slurm("scontrol", "show", "job", "-o", str(job_id), check=False)
+    """The job's facts from `scontrol`. ConfigError when there is none, or when it does not answer."""
+    done = slurm_command("scontrol", "show", "job", "-o", str(job_id), check=False)
     if done.returncode:
         if "Invalid job id" not in done.stderr:
             raise FulltuneError(f"`scontrol show job {job_id}` failed: {' '.join(done.stderr.split())}")
@@ -161,7 +161,7 @@ def slurm_facts(job_id: int) -> SlurmFacts:
     return SlurmFacts(value("JobState"), value("Reason"), value("NodeList"), value("Restarts"), log[1] if log else None)
 
 
-def ask_slurm(*words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+def slurm_command(*words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
     """Run one of Slurm's commands. ConfigError where there is none, FulltuneError with its words if it fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
@@ -175,7 +175,7 @@ def ask_slurm(*words: str, check: bool = True) -> "subprocess.CompletedProcess[s
 
 
 def is_alive(record: JobRecord) -> bool:
-    """Whether the process or job of a record runs or waits to run."""
+    """True if the process or job of a record runs or waits to run."""
     if record.job_id is not None:
         return slurm_facts(record.job_id).is_alive
     if record.host != socket.gethostname():
@@ -186,7 +186,7 @@ def is_alive(record: JobRecord) -> bool:
 
 
 def has_ended_elsewhere(run_dir: Path, record: JobRecord) -> bool:
-    """Whether a run that a process of another machine started has ended: all its ranks have said so."""
+    """True if a run that a process of another machine started has ended: all its ranks have exit records."""
     if record.job_id is not None or record.host == socket.gethostname():
         return False
     starts, exits = read_starts(run_dir), read_exits(run_dir)
@@ -204,4 +204,4 @@ def start_ticks(pid: int) -> int | None:
 
 def forbid_requeue(job_id: int) -> None:
     """Take from a Slurm job the right to come back: a preemption or `scontrol requeue` then ends it."""
-    ask_slurm("scontrol", "update", f"JobId={job_id}", "Requeue=0")
+    slurm_command("scontrol", "update", f"JobId={job_id}", "Requeue=0")

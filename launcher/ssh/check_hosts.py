@@ -1,10 +1,12 @@
-"""Before ranks start on several hosts: does every one answer, and is it what the hostfile says?
+"""Before ranks start on several hosts: does every host answer, and is it what the hostfile promises?
 
-Each host is asked by ssh, all at once. What is wrong with any is told in one line, before DeepSpeed is
-started: it would start the others, and they would wait.
+`check_hosts` runs ``python -m launcher.ssh.check_hosts FILE`` on all hosts at once, which prints one line of JSON. FILE
+was just written into the run folder: a host that can read it shares that folder. A wrong host is named in one line
+before DeepSpeed starts, which would start the other hosts and let them wait.
 """
 
 import contextlib
+import importlib.metadata
 import ipaddress
 import json
 import os
@@ -19,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import CannotWriteError, ConfigError
-from launcher.job.hosts import Node
-from launcher.job.job import refuse_unsafe
-from launcher.ssh.host_facts import PACKAGES, boot_id
+from launcher.job.hosts import Node, local_gpus
+from launcher.job.job import free_port, refuse_unsafe
 from launcher.ssh.ranks import SSH_OPTIONS
 
+#: These packages must have the same version on all hosts.
+_PACKAGES = ("torch", "deepspeed", "transformers")
 _CONNECT_SECONDS = 10
 _ANSWER_SECONDS = 60
 _AT_ONCE = 64
@@ -31,7 +34,7 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What a host says of itself (see launcher.ssh.host_facts)."""
+    """The facts that a host prints, and both ends of our ssh connection to it."""
 
     name: str
     boot: str
@@ -44,7 +47,7 @@ class HostFacts:
 
 
 def check_hosts(nodes: Sequence[Node], run_dir: Path, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Ask every host. ConfigError names the first that is not as it must be.
+    """Check every host. ConfigError names the first that is not as it must be.
 
     Returns the address at which the others reach the first host, and a port that is free there.
     """
@@ -59,11 +62,11 @@ def check_hosts(nodes: Sequence[Node], run_dir: Path, environment: Mapping[str, 
     words = ["env", f"PYTHONPATH={environment['PYTHONPATH']}", "PYTHONSAFEPATH=1"]
     if environment.get("DS_ACCELERATOR"):
         words.append(f"DS_ACCELERATOR={environment['DS_ACCELERATOR']}")
-    words += [sys.executable, "-m", "launcher.ssh.host_facts", str(path)]
+    words += [sys.executable, "-m", "launcher.ssh.check_hosts", str(path)]
     refuse_unsafe(words)
     try:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            facts = list(pool.map(lambda node: _ask(node.name, words), nodes))
+            facts = list(pool.map(lambda node: _facts_of(node.name, words), nodes))
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -77,7 +80,7 @@ def check_hosts(nodes: Sequence[Node], run_dir: Path, environment: Mapping[str, 
     return _meeting_address(facts), facts[0].port
 
 
-def _ask(host: str, words: list[str]) -> HostFacts:
+def _facts_of(host: str, words: list[str]) -> HostFacts:
     options = [*SSH_OPTIONS.split(), f"-oConnectTimeout={_CONNECT_SECONDS}"]
     try:
         done = subprocess.run(
@@ -88,7 +91,7 @@ def _ask(host: str, words: list[str]) -> HostFacts:
         raise ConfigError("--hostfile: there is no `ssh` here: install it, and pdsh") from None
     except subprocess.TimeoutExpired:
         raise ConfigError(f"host {host} does not answer: connected, but silent for {_ANSWER_SECONDS} s") from None
-    last = " ".join((done.stderr.strip().splitlines() or ["it said nothing"])[-1].split())
+    last = " ".join((done.stderr.strip().splitlines() or ["it printed nothing"])[-1].split())
     if done.returncode == 255:
         raise ConfigError(f"host {host} does not answer over ssh: {last}")
     if done.returncode:
@@ -99,7 +102,7 @@ def _ask(host: str, words: list[str]) -> HostFacts:
         client, _, own, _ = str(facts.pop("connection")).split()
         return HostFacts(**facts, client_address=client, own_address=own)
     except (StopIteration, ValueError, TypeError, KeyError):
-        raise ConfigError(f"host {host} did not say what it is: {done.stdout[-200:]!r}") from None
+        raise ConfigError(f"host {host} printed no facts: {done.stdout[-200:]!r}") from None
 
 
 def _check_alike(nodes: Sequence[Node], facts: Sequence[HostFacts]) -> None:
@@ -107,7 +110,7 @@ def _check_alike(nodes: Sequence[Node], facts: Sequence[HostFacts]) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for node, found in zip(nodes, facts, strict=True):
         # Ranks know by the name whether the supervisor runs on their own host.
-        if found.name == socket.gethostname() and found.boot != boot_id():
+        if found.name == socket.gethostname() and found.boot != _boot_id():
             raise ConfigError(f"host {node.name} calls itself {found.name}, as this one does: they need two names")
         if found.name in seen:
             other, boot = seen[found.name]
@@ -115,7 +118,7 @@ def _check_alike(nodes: Sequence[Node], facts: Sequence[HostFacts]) -> None:
                 raise ConfigError(f"hosts {other} and {node.name} are one machine: name it once, with all its slots")
             raise ConfigError(f"hosts {other} and {node.name} both call themselves {found.name}: they need two names")
         seen[found.name] = node.name, found.boot
-    for package in PACKAGES:
+    for package in _PACKAGES:
         for node, found in zip(nodes, facts, strict=True):
             if found.versions[package] != facts[0].versions[package]:
                 first, here = facts[0].versions[package], found.versions[package]
@@ -135,3 +138,34 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         return True
+
+
+def main() -> None:
+    """On a host: print its facts."""
+    try:
+        read = Path(sys.argv[1]).read_text(encoding="utf-8")
+    except OSError:
+        read = ""
+    facts = {
+        "name": socket.gethostname(),
+        "boot": _boot_id(),
+        "gpus": len(local_gpus()),
+        "read": read,
+        "port": free_port(),
+        # client's address, its port, our address, our port
+        "connection": os.environ.get("SSH_CONNECTION", ""),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    print(json.dumps(facts), flush=True)
+
+
+def _boot_id() -> str:
+    """The kernel's identifier of this start of the machine; "" where it gives none."""
+    try:
+        return Path("/proc/sys/kernel/random/_boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
-"""What a supervisor and the parents of ranks on several hosts say to one another, in files of the run folder.
+"""Files in the run folder through which a supervisor and the parents of ranks on several hosts reach one another.
 
-``ranks/supervisor`` and ``ranks/alive-00000`` hold a job's token and a number that grows for as long
-as their writer lives; ``ranks/stop`` and ``ranks/leave`` hold the token of the job that they are for.
+``ranks/supervisor`` and ``ranks/alive-00000`` are heartbeats: a job's token and a number that grows while the writer
+lives. ``ranks/stop`` and ``ranks/leave`` are requests: each holds the token of the job that it is for.
 Files are opened anew at every look, so that a network file system shows what others wrote.
 """
 
@@ -9,35 +9,35 @@ import contextlib
 import os
 from pathlib import Path
 
-#: What the supervisor says last, instead of a number.
+#: The supervisor's last heartbeat, in place of a number.
 OVER = "over"
 
 
 def killed_path(run_dir: Path, rank: int) -> Path:
-    """Where the parent of a rank notes that a signal ended it."""
+    """The parent's note of the signal that ended a rank."""
     return run_dir / "ranks" / f"killed-{rank:05d}.json"
 
 
 def alive_path(run_dir: Path, rank: int) -> Path:
-    """Where the parent of a rank says that both live."""
+    """The heartbeat of a rank's parent, which means that both live."""
     return run_dir / "ranks" / f"alive-{rank:05d}"
 
 
 def supervisor_path(run_dir: Path) -> Path:
-    """Where the supervisor says that it lives."""
+    """The heartbeat of the supervisor."""
     return run_dir / "ranks" / "supervisor"
 
 
-def say(path: Path, token: str, what: str | int) -> None:
-    """Write a sign of life; a full or broken disk ends nobody."""
+def write_heartbeat(path: Path, token: str, what: str | int) -> None:
+    """Write a heartbeat; a full or broken disk is no error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         temporary.write_text(f"{token} {what}\n", encoding="utf-8")
         temporary.replace(path)
 
 
-def heard(path: Path) -> tuple[str, str]:
-    """The token and what was said last; empty strings if nothing was."""
+def read_heartbeat(path: Path) -> tuple[str, str]:
+    """The token and the last number or word; two empty strings without a heartbeat."""
     try:
         token, _, what = path.read_text(encoding="utf-8").strip().partition(" ")
     except OSError:
@@ -45,8 +45,8 @@ def heard(path: Path) -> tuple[str, str]:
     return token, what
 
 
-def tell(run_dir: Path, what: str, token: str) -> None:
-    """`stop` (save a checkpoint and end), `leave` (at once) or `dump` (stacks), to ranks of other hosts."""
+def request(run_dir: Path, what: str, token: str) -> None:
+    """Request `stop` (save a checkpoint and end), `leave` (end at once) or `dump` (stacks) from ranks of all hosts."""
     path = run_dir / "ranks" / what
     temporary = path.with_name(f".{what}.{os.getpid()}")
     with contextlib.suppress(OSError):
@@ -54,8 +54,8 @@ def tell(run_dir: Path, what: str, token: str) -> None:
         temporary.replace(path)
 
 
-def is_told(run_dir: Path, what: str, token: str) -> bool:
-    """Whether the job with this token was told so."""
+def is_requested(run_dir: Path, what: str, token: str) -> bool:
+    """True if this was requested from the job with this token."""
     try:
         return (run_dir / "ranks" / what).read_text(encoding="utf-8") == token
     except OSError:

@@ -90,7 +90,7 @@ class HostMemory:
 
     @property
     def sum_text(self) -> str:
-        """How it comes about."""
+        """The formula, for messages."""
         return (
             f"{self.parameters:,} parameters x {self.bytes_each} bytes x {self.ranks}/{self.num_ranks} ranks + "
             f"{_PROCESS_GIB} GiB a process"
@@ -98,7 +98,7 @@ class HostMemory:
 
 
 def host_memory(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> HostMemory | None:
-    """What the rule says of a job; None where it does not apply, or the model's size is not known yet."""
+    """The memory rule applied to a job; None where it does not apply, or the model's size is not known yet."""
     zero = ds_config["zero_optimization"]
     offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
     parameters = count_parameters(config.model.path)
@@ -110,7 +110,7 @@ def host_memory(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> HostM
 
 
 def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
-    """The same for people; "" where there is none."""
+    """`host_memory` as one line; "" where there is none."""
     need = host_memory(config, job, ds_config)
     return "" if need is None else f"host memory: about {need.bytes / _GIB:.1f} GiB a node ({need.sum_text})"
 
@@ -128,7 +128,7 @@ def count_parameters(model_path: str | None) -> int | None:
                 header = json.loads(file.read(header_bytes))
             total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, struct.error):
-        return None  # the model's own loader says what is wrong with it
+        return None  # the model's own loader names the fault
     return total or None
 
 

@@ -1,4 +1,4 @@
-"""What a run file asks for and whether it is there: data, model, tokenizer, run folder, room for its checkpoints."""
+"""Checks that the inputs of a run file are there: data, model, tokenizer, run folder, room for its checkpoints."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ _GIB = 2.0**30
 _LEAST_INODES = 64
 _TIGHT_BYTES = 2**30
 _EXPORT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-#: Folders a run needs, by the names they are told by.
+#: Folders a run needs, by the names in findings.
 RUN_DIR, STORE_DIR, MODEL, NVME = "run folder", "store folder", "model folder", "NVMe folder"
 CURRENT_DIR, SHARED = "current folder", "given folder"
 
@@ -34,8 +34,8 @@ def folders_of(run: Run, ds_config: Mapping[str, Any] | None) -> dict[str, Path]
     return found | ({NVME: swap} if swap is not None else {})
 
 
-def judge_run(run: Run) -> list[Finding]:
-    """What this machine alone can say of a run file that is valid."""
+def check_run(run: Run) -> list[Finding]:
+    """The checks of a valid run file that this machine can do alone."""
     return [
         Finding("run file", "ok", f"{run.source} is valid"),
         *_records(run),
@@ -99,10 +99,10 @@ def _store(run: Run) -> Finding:
             return Finding("token store", "error", f"{config.data.store_dir} has no train split", "prepare it again")
         store = TokenStore.open(folder)
     except StoreError as error:
-        said = str(error)
-        if error.exit_code == 66 or "prepared from other settings" in said or "prepared for task" in said:
-            return Finding("token store", "ok", f"not there yet, made first: {said.partition(';')[0]}")
-        return Finding("token store", "error", said, f"rm -r {config.data.store_dir} and prepare it again")
+        text = str(error)
+        if error.exit_code == 66 or "prepared from other settings" in text or "prepared for task" in text:
+            return Finding("token store", "ok", f"not there yet, made first: {text.partition(';')[0]}")
+        return Finding("token store", "error", text, f"rm -r {config.data.store_dir} and prepare it again")
     return Finding("token store", "ok", f"{store.num_documents:,} documents, {store.num_tokens:,} tokens")
 
 
@@ -124,7 +124,7 @@ def _model(run: Run) -> Finding:
 
 
 def _in_use(run_dir: Path) -> Finding:
-    """Whether another job holds one of the two locks of a run folder."""
+    """An error if another job holds one of the two locks of a run folder."""
     for name, whose in (("launcher.lock", "`fulltune train`"), ("owner.lock", "job")):
         try:
             with (run_dir / name).open("r+") as lock:
@@ -133,11 +133,11 @@ def _in_use(run_dir: Path) -> Finding:
             advice = "wait for it, stop it, or choose another run_dir"
             return Finding("run folder in use", "error", f"another {whose} is using {run_dir}", advice)
         except OSError:
-            continue  # not there, or not ours: the folder's own findings tell
+            continue  # not there, or not ours: the folder's own check reports it
     return Finding("run folder in use", "ok", "by nobody")
 
 
-def judge_folders(facts: Mapping[str, Any], run: Run | None, num_nodes: int) -> list[Finding]:
+def check_folders(facts: Mapping[str, Any], run: Run | None, num_nodes: int) -> list[Finding]:
     """The folders as one node sees them."""
     node = str(facts["node"])
     found = [_temporary(facts["temporary"], node)]
@@ -186,15 +186,15 @@ def _room(name: str, folder: Mapping[str, Any], run: Run | None, num_nodes: int,
     """Bytes and inodes where something is going to be written."""
     free = folder["free_bytes"]
     needed, what = _needed(name, run, num_nodes) if run is not None else (0, "")
-    said = f"{free / _GIB:.1f} GiB free for the {name}"
+    text = f"{free / _GIB:.1f} GiB free for the {name}"
     if needed > free:
-        found = f"{what} need {needed / _GIB:.1f} GiB, and there are {said}"
+        found = f"{what} need {needed / _GIB:.1f} GiB, and there are {text}"
         advice = "make room, lower checkpoint.keep_checkpoints, or choose another run_dir"
         yield Finding("disk", "error", found, advice if name == RUN_DIR else "make room or choose another path", node)
     elif needed:
-        yield Finding("disk", "ok", f"{what} need {needed / _GIB:.1f} GiB, {said}", node=node)
+        yield Finding("disk", "ok", f"{what} need {needed / _GIB:.1f} GiB, {text}", node=node)
     elif free < _TIGHT_BYTES:
-        yield Finding("disk", "warning", said, "make room", node)
+        yield Finding("disk", "warning", text, "make room", node)
     inodes = folder["free_inodes"]
     if inodes is not None and inodes < _LEAST_INODES:
         found = f"{inodes} left for the {name}"
@@ -210,7 +210,7 @@ def _needed(name: str, run: Run, num_nodes: int) -> tuple[int, str]:
         return 0, ""
     checkpoint, export = run.config.checkpoint, run.config.export
     there = 0
-    with contextlib.suppress(OSError):  # not this user's to look into: the folder's own findings tell
+    with contextlib.suppress(OSError):  # not this user's to look into: the folder's own check reports it
         there = len(list_checkpoints(run.config.run_dir))
     # A checkpoint is written before the oldest one goes, and the best one may be none of the newest.
     count = max(1, checkpoint.keep_checkpoints + 1 + checkpoint.save_best - there)

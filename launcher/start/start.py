@@ -8,7 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.errors import STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError
+from engine.arithmetic import newest_checkpoint, step_of
+from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError, StorageError
 from engine.ranks.stop import check_not_held, is_held
 from engine.zero.ds_config import needs_async_io, resolve_ds_config
 from engine.zero.prebuild import extensions_dir, missing_ops
@@ -20,7 +21,11 @@ from launcher.job.job import DEFAULT_PORT, LEAST_SECONDS, Job, free_port, hostfi
 from launcher.job.run_config import Run, write_resolved
 from launcher.ssh.check_hosts import check_hosts
 from launcher.start.dry_run import memory_rule
-from launcher.start.restart import run_with_restarts
+from launcher.supervision.run import run_job
+from launcher.supervision.supervisor import Stop
+
+#: Exit codes after which another start can succeed. Wrong configuration, data or numbers would only fail again.
+RESTARTED = (INTERNAL, StorageError.exit_code, LOST_PEER)
 
 
 def plan_job(
@@ -37,45 +42,60 @@ def plan_job(
 ) -> Job:
     """Decide what runs where. Starts and writes nothing; ConfigError for what cannot work.
 
-    Inside a Slurm allocation all of it is used, unless `ranks` or `hostfile` say otherwise.
+    Inside a Slurm allocation all of it is used, unless `ranks` or `hostfile` is given.
     """
-    _ = run.config.trained_task  # one that is not trained is told before anything is prepared
+    run.config.check_trainable()
+    flags = engine_flags or []
     if slurm_job.is_inside(os.environ) and ranks is None and hostfile is None:
-        allocation = slurm_job.read_allocation(os.environ)
-        # A job that comes back goes on; it does not start over again.
-        comes_back = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        flags = [flag for flag in engine_flags or [] if not (comes_back and flag == "--fresh")]
-        job = slurm_job.plan_slurm_job(
-            allocation, run.config.run_dir, run.resolved_path, flags, ranks_per_node, master_port
-        )
-        rule = memory_rule(run.config, job, resolve_ds_config(run.config, job.num_ranks))
-        return dataclasses.replace(job, memory_rule=rule, hang_seconds=hang_seconds)
-    if ranks_per_node is not None:
+        job = _in_allocation(run, ranks_per_node, master_port, flags)
+    elif ranks_per_node is not None:
         raise ConfigError("--ranks-per-node is for Slurm jobs: on one machine --ranks says how many")
-    engine_arguments = [str(run.resolved_path), *(engine_flags or [])]
-    if hostfile is None:
+    elif hostfile is None:
         if include or exclude:
             raise ConfigError("--include and --exclude choose from a hostfile: give --hostfile HOSTS")
-        node, uses_gpus = local_node(ranks)
-        port = master_port or free_port()
-        command = local_command(node, port, engine_arguments)
-        nodes = [node]
+        job = _on_this_machine(run, ranks, master_port, flags)
     else:
         if ranks is not None:
             raise ConfigError("--ranks is for this machine alone: with --hostfile, slots=N says how many")
-        nodes = filter_nodes(read_hostfile(hostfile), include, exclude)
-        # The other machines are taken to be like this one; DeepSpeed asks each for itself.
-        _, uses_gpus = local_node(None)
-        port = master_port or (free_port() if all(is_local(node.name) for node in nodes) else DEFAULT_PORT)
-        selection = ["--include", include] if include else ["--exclude", exclude] if exclude else []
-        command = hostfile_command(
-            hostfile.absolute(), nodes, selection, port, engine_arguments, run_dir=run.config.run_dir
-        )
-    ds_config = resolve_ds_config(run.config, sum(len(node.slots) for node in nodes))
-    environment = job_environment(max(len(node.slots) for node in nodes), uses_gpus)
-    job = Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
-    rule = memory_rule(run.config, job, ds_config)
+        job = _through_hostfile(run, hostfile, include, exclude, master_port, flags)
+    rule = memory_rule(run.config, job, resolve_ds_config(run.config, job.num_ranks))
     return dataclasses.replace(job, memory_rule=rule, hang_seconds=hang_seconds)
+
+
+def _in_allocation(run: Run, ranks_per_node: int | None, master_port: int | None, flags: list[str]) -> Job:
+    """The job on all nodes of the Slurm allocation that this process runs in."""
+    allocation = slurm_job.read_allocation(os.environ)
+    # A job that comes back goes on; it does not start over again.
+    comes_back = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    kept = [flag for flag in flags if not (comes_back and flag == "--fresh")]
+    return slurm_job.plan_slurm_job(
+        allocation, run.config.run_dir, run.resolved_path, kept, ranks_per_node, master_port
+    )
+
+
+def _on_this_machine(run: Run, ranks: int | None, master_port: int | None, flags: list[str]) -> Job:
+    node, uses_gpus = local_node(ranks)
+    port = master_port or free_port()
+    command = local_command(node, port, [str(run.resolved_path), *flags])
+    environment = job_environment(len(node.slots), uses_gpus)
+    return Job(run.config.run_dir, run.resolved_path, (node,), command, environment, port)
+
+
+def _through_hostfile(
+    run: Run, hostfile: Path, include: str | None, exclude: str | None, master_port: int | None, flags: list[str]
+) -> Job:
+    """The job on the chosen hosts of a hostfile, which may be this machine alone."""
+    nodes = filter_nodes(read_hostfile(hostfile), include, exclude)
+    # The other machines are taken to be like this one; each rank finds its own device anyway.
+    _, uses_gpus = local_node(None)
+    port = master_port or (free_port() if all(is_local(node.name) for node in nodes) else DEFAULT_PORT)
+    selection = ["--include", include] if include else ["--exclude", exclude] if exclude else []
+    engine_arguments = [str(run.resolved_path), *flags]
+    command = hostfile_command(
+        hostfile.absolute(), nodes, selection, port, engine_arguments, run_dir=run.config.run_dir
+    )
+    environment = job_environment(max(len(node.slots) for node in nodes), uses_gpus)
+    return Job(run.config.run_dir, run.resolved_path, tuple(nodes), command, environment, port)
 
 
 def array_part(environment: Mapping[str, str]) -> tuple[int, int] | None:
@@ -96,7 +116,7 @@ def array_part(environment: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
-    """Make the token store the run file describes, or a `part` of it, or say that it is there already."""
+    """Make the token store of the run file, or a `part` of it, unless it is there already."""
     from data_prep.prepare import prepare
 
     prepare(run.data, run.values["data"], run.config.task, part=part)
@@ -130,7 +150,7 @@ def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None)
     prepare_store(run)
     write_resolved(run)
     if job.starts_through_srun:
-        _tell_command(job)
+        _print_command(job)
         code, message = run_with_restarts(job, restarts)
         if code == 0:
             runs.record_complete(run)
@@ -143,7 +163,7 @@ def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None)
     if job.starts_through_ssh:
         ours = job.environment | remote_environment(job.run_dir, job.environment)
         job = dataclasses.replace(job, environment=ours)
-    _tell_command(job)
+    _print_command(job)
     try:
         return run_with_restarts(job, restarts)
     finally:
@@ -151,14 +171,14 @@ def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None)
 
 
 def _on_hosts(job: Job, master_port: int | None) -> Job:
-    """The job for hosts that have been asked: with the address of the first one, and a port that is free there."""
+    """The job after a check of its hosts: with the address of the first one, and a port that is free there."""
     address, port = check_hosts(job.nodes, job.run_dir, job.environment)
     words = {"--master_addr": address, "--master_port": str(master_port or port)}
     command = [words.get(before, word) for before, word in zip(("", *job.command), job.command, strict=False)]
     return dataclasses.replace(job, command=tuple(command), master_port=master_port or port)
 
 
-def _tell_command(job: Job) -> None:
+def _print_command(job: Job) -> None:
     print(f"starting: {shlex.join(job.command)}", flush=True)
 
 
@@ -173,3 +193,39 @@ def _prebuild(environment: dict[str, str], uses_nvme: bool) -> None:
     if result.returncode:
         kind = ConfigError if result.returncode == ConfigError.exit_code else FulltuneError
         raise kind(result.stderr.strip().rpartition("fulltune: error: ")[2] or "DeepSpeed's ops could not be compiled")
+
+
+def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:
+    """Run a job up to 1 + `restarts` times; the last start's exit code and the line that explains it.
+
+    Ends early after a request to stop, and when a restart got no further: no newer checkpoint
+    since the restart before.
+    """
+    run = slurm_job.run_slurm_job if job.starts_through_srun else run_job
+    stop = Stop()
+    reached: int | None = None
+    with stop.handling():
+        code, message = run(job, stop)
+        for number in range(1, restarts + 1):
+            if code not in RESTARTED or stop.requests:
+                break
+            newest = _newest_step(job.run_dir)
+            if reached is not None and newest <= reached:
+                return (
+                    code,
+                    f"{message}; not restarted again: no newer checkpoint than step {newest} since the last one",
+                )
+            reached = newest
+            where = f"after step {newest}" if newest >= 0 else "from the beginning: there is no checkpoint yet"
+            print(f"fulltune: {message}", file=sys.stderr)
+            print(f"fulltune: restart {number} of {restarts}, {where}", file=sys.stderr, flush=True)
+            # What was there before this run is out of the way since its first start.
+            job = dataclasses.replace(job, command=tuple(word for word in job.command if word != "--fresh"))
+            code, message = run(job, stop)
+    return code, message
+
+
+def _newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint in the run folder; -1 without one."""
+    newest = newest_checkpoint(run_dir)
+    return -1 if newest is None else step_of(newest.name)

@@ -1,4 +1,4 @@
-"""What is said and written at the end of a supervised job: the cause last, with its traceback, stacks or evidence."""
+"""Explains how a job ended, with the cause's traceback, stacks or evidence, and writes missing exit records."""
 
 import contextlib
 import json
@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from engine.errors import LOST_PEER, STOPPED_WITH_CHECKPOINT
-from launcher.job.records import judge, named, read_exits, read_starts
-from launcher.ssh.ranks import FarRanks
+from launcher.job.records import exit_code_of, named, read_exits, read_starts, signal_number
+from launcher.ssh.ranks import SshRanks
 from launcher.supervision.hang import Hang
 from launcher.supervision.out_of_memory import machine_limit_bytes
 from launcher.supervision.supervisor import MISSING_SECONDS, Supervision
@@ -18,13 +18,13 @@ _GIB = 2.0**30
 _LAST_LINES = 30
 
 
-def conclude(
+def explain_end(
     run_dir: Path, num_ranks: int, launcher_code: int, supervision: Supervision, memory_rule: str
 ) -> tuple[int, str]:
-    """The exit code of the job and the line that explains it; what is longer is printed here, and records completed."""
-    findings, far = supervision.findings, supervision.far
-    if findings.hang is not None and far is not None and far.cut_off:
-        hosts = ", ".join(far.cut_off)
+    """The exit code of the job and the line that explains it. Prints longer evidence and writes missing records."""
+    findings, ssh_ranks = supervision.findings, supervision.ssh_ranks
+    if findings.hang is not None and ssh_ranks is not None and ssh_ranks.cut_off:
+        hosts = ", ".join(ssh_ranks.cut_off)
         return LOST_PEER, f"no network leads to {hosts} any more: ssh has ended, and the ranks could not agree to stop"
     if findings.hang is not None:
         text = _hang_text(run_dir, findings.hang, findings.culprit, findings.hang_file)
@@ -34,15 +34,15 @@ def conclude(
         return STOPPED_WITH_CHECKPOINT, "stopped on request while the ranks were starting, nothing to save: start again"
     if findings.missing:
         return LOST_PEER, f"{named(findings.missing)} never started, {MISSING_SECONDS:.0f} s after the first one did"
-    # What we ended ourselves says nothing about how it would have ended.
-    code, message = judge(run_dir, num_ranks, 1 if supervision.gave_up else launcher_code, findings.died_first)
+    # The code of a launcher that we ended ourselves means nothing.
+    code, message = exit_code_of(run_dir, num_ranks, 1 if supervision.gave_up else launcher_code, findings.died_first)
     exits = read_exits(run_dir)
     signals = {rank: findings.signals.get(rank) for rank in findings.died_first}
     if code == LOST_PEER and signals:
-        elsewhere = far is not None and not signals.keys() <= supervision.pids.keys()
+        elsewhere = ssh_ranks is not None and not signals.keys() <= supervision.pids.keys()
         message = (
-            _lost_text(far, signals, supervision)
-            if far is not None and elsewhere
+            _lost_text(ssh_ranks, signals, supervision)
+            if ssh_ranks is not None and elsewhere
             else _killed_text(run_dir, signals, launcher_code, supervision, memory_rule)
         )
         _write_records(run_dir, supervision, signals, message)
@@ -76,9 +76,7 @@ def _excerpt(path: Path | None, rank: int) -> str:
 def _killed_text(
     run_dir: Path, signals: dict[int, int | None], launcher_code: int, supervision: Supervision, memory_rule: str
 ) -> str:
-    """Who was killed, by what, in which phase; for KILL also whether memory was the reason, and how much there was."""
-    from launcher.job.records import signal_number
-
+    """The killed ranks, the signal and the phase; for KILL also the evidence for or against memory as the reason."""
     ranks = sorted(signals)
     given = 0 if supervision.gave_up else signal_number(launcher_code) or 0
     number = next((found for found in signals.values() if found), given)
@@ -102,10 +100,10 @@ def _killed_text(
     )
 
 
-def _lost_text(far: FarRanks, signals: dict[int, int | None], supervision: Supervision) -> str:
-    """Who was killed on another host, or is gone with it; all that is known of it is what came over the network."""
+def _lost_text(ssh_ranks: SshRanks, signals: dict[int, int | None], supervision: Supervision) -> str:
+    """The ranks that were killed on another host or are gone with it; only the network has brought facts about them."""
     ranks = sorted(signals)
-    hosts = sorted({far.hosts[rank] for rank in ranks})
+    hosts = sorted({ssh_ranks.hosts[rank] for rank in ranks})
     which, is_are, was = (
         f"{named(ranks)} on {', '.join(hosts)}",
         *(("is", "was") if len(ranks) == 1 else ("are", "were")),
@@ -116,7 +114,7 @@ def _lost_text(far: FarRanks, signals: dict[int, int | None], supervision: Super
     if number is not None:
         hint = f"; often the kernel's out-of-memory killer: see dmesg on {hosts[0]}" if number == signal.SIGKILL else ""
         return f"{which} {was} killed (signal {number}, {signal.Signals(number).name}){where}, no exit record{hint}"
-    if not all(map(far.was_heard, ranks)):
+    if not all(map(ssh_ranks.has_come_up, ranks)):
         return f"{which} did not come up: ssh to {', '.join(hosts)} has ended; the reason is printed above"
     return f"{which} {is_are} lost: ssh to {', '.join(hosts)} has ended, and no sign of life comes from there{where}"
 

@@ -1,8 +1,8 @@
 """A small process beside `fulltune train` that ends the job should `fulltune` itself be killed.
 
-Its standard input is a pipe that only the supervisor holds: a word means that all is well and over,
-the bare end of it that the supervisor is gone. Then nobody else can end ranks that are stopped or
-stuck, or remove what they leave in /dev/shm.
+Its standard input is a pipe that only the supervisor holds: a line on it means that the job is over,
+its end without a line that the supervisor is gone. Then only the guard can end ranks that are stopped or
+stuck, and remove the files that they leave in /dev/shm.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from pathlib import Path
 from engine.ranks.liveness import ALONE_SECONDS
 from launcher.job.environment import remove_shared_memory
 from launcher.job.processes import end_processes, session_and_children, session_members
-from launcher.ssh.mailbox import OVER, say, supervisor_path, tell
+from launcher.ssh.mailbox import OVER, request, supervisor_path, write_heartbeat
 
 _DONE = b"done\n"
 
 
 class Guard:
-    """The supervisor's end: started with the job, told when the job is over."""
+    """The supervisor's side of the guard, which starts with the job and ends with `dismiss`."""
 
     def __init__(
         self,
@@ -29,9 +29,12 @@ class Guard:
         master: tuple[str, int],
         private_dir: Path,
         environment: dict[str, str],
-        far: tuple[Path, str] | None = None,
+        ssh_job: tuple[Path, str] | None = None,
     ):
-        """`master`: where ranks meet, which names what they leave; `far`: run folder and token of a job over ssh."""
+        """`master` is where ranks meet, which names their files in /dev/shm.
+
+        `ssh_job` is the run folder and token of a job over ssh.
+        """
         words = [
             sys.executable,
             "-m",
@@ -41,7 +44,7 @@ class Guard:
             str(master[1]),
             str(private_dir),
         ]
-        words += [str(word) for word in far or ()]
+        words += [str(word) for word in ssh_job or ()]
         self._process = subprocess.Popen(
             words,
             env=environment,
@@ -61,20 +64,20 @@ class Guard:
 
 
 def main() -> None:
-    """Wait for the supervisor's last word, or its end."""
+    """Wait for the end of the job, or of the supervisor."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # these are for the ranks, which are told by others
+        signal.signal(number, signal.SIG_IGN)  # these are for the ranks, which get them from others
     session, master_addr, master_port, private_dir = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     if sys.stdin.buffer.readline() == _DONE:
         return
-    far = (Path(sys.argv[5]), sys.argv[6]) if len(sys.argv) > 5 else None
-    if far is not None:
-        tell(far[0], "stop", far[1])
-    # The ranks see the end of the supervisor's FIFO and have begun to stop: nobody needs to be asked.
-    members = session_members if far is None else session_and_children
+    ssh_job = (Path(sys.argv[5]), sys.argv[6]) if len(sys.argv) > 5 else None
+    if ssh_job is not None:
+        request(ssh_job[0], "stop", ssh_job[1])
+    # The ranks see the end of the supervisor's FIFO and have begun to stop: no request is needed.
+    members = session_members if ssh_job is None else session_and_children
     end_processes(lambda: members(session), lambda: None, lambda: ALONE_SECONDS + 1)
-    if far is not None:
-        say(supervisor_path(far[0]), far[1], OVER)
+    if ssh_job is not None:
+        write_heartbeat(supervisor_path(ssh_job[0]), ssh_job[1], OVER)
     remove_shared_memory(master_addr, master_port)
     shutil.rmtree(private_dir, ignore_errors=True)
 

@@ -30,7 +30,7 @@ _MULTIPLE = 3.0
 #: A look counts for no more than this: nobody hangs because the supervisor itself, or the whole machine, stood still.
 _LONGEST_LOOK_SECONDS = 1.0
 _STACKS_SECONDS = 3.0
-#: A stopped process is no slow one: it need not be waited for as long, and all is told before the limit is over.
+#: A stopped process is no slow one: this share of the shortest limit is enough, and the report is out within the limit.
 _STOPPED_SHARE = 2 / 3
 
 
@@ -59,7 +59,7 @@ class Hang:
 
 
 class HangWatch:
-    """Looks at all ranks' pages from time to time and says when one of them hangs."""
+    """Looks at all ranks' pages from time to time and finds a rank that hangs."""
 
     def __init__(self, run_dir: Path, least_seconds: float = LEAST_SECONDS):
         self._run_dir = run_dir
@@ -91,13 +91,13 @@ class HangWatch:
         before = self._beats.get(rank)
         changed = before is None or beat.count != before.count
         self._silent[rank] = 0.0 if changed else self._silent[rank] + passed_seconds
-        is_timed = rank == min((rank, *self._beats))  # one rank tells how long steps take, or many would outvote time
+        is_timed = rank == min((rank, *self._beats))  # steps of one rank count, or many ranks would fill the window
         if is_timed and before is not None and beat.step_seconds != before.step_seconds and beat.step_seconds > 0:
             self._step_seconds.append(beat.step_seconds)
         self._beats[rank] = beat
 
-    def judge(self, ended: set[int]) -> Hang | None:
-        """The rank that hangs, or None. Ranks that have `ended` are judged by others."""
+    def find_hang(self, ended: set[int]) -> Hang | None:
+        """The rank that hangs, or None. Ranks that have `ended` do not count."""
         living = {rank: beat for rank, beat in self._beats.items() if rank not in ended}
         for rank, seconds in self._stopped.items():
             if rank in living and seconds >= self._least_seconds * _STOPPED_SHARE:
@@ -112,7 +112,7 @@ class HangWatch:
 
 
 def write_stacks(run_dir: Path, pids: Mapping[int, int], hang: Hang, beats: Mapping[int, Beat]) -> tuple[Path, int]:
-    """Ask all ranks for their stacks and write them down with the kernel's view of every rank.
+    """Write down the stacks of all ranks with the kernel's view of every rank.
 
     Returns the file and the culprit: `hang.rank`, or, when all are at the same place, the one that
     waits for nobody.
@@ -150,7 +150,7 @@ def _culprit(hang: Hang, beats: Mapping[int, Beat], stacks: Mapping[int, str]) -
 
 
 def is_in_collective(stacks: str) -> bool:
-    """Whether any thread of these stacks is inside a collective: at the innermost frames, not further out."""
+    """True if any thread of these stacks is inside a collective: at the innermost frames, not further out."""
     for thread in stacks.split("\n\n"):
         innermost = thread.splitlines()[1:6]
         if any("distributed_c10d" in line or "deepspeed/comm" in line for line in innermost):
@@ -159,7 +159,7 @@ def is_in_collective(stacks: str) -> bool:
 
 
 def _kernel_view(pid: int) -> str:
-    """What the kernel says of a process: it needs nothing from the process itself."""
+    """The kernel's view of a process, which needs nothing from the process itself."""
     status = _read(Path(f"/proc/{pid}/status")).splitlines()
     lines = [line for line in status if line.startswith(("State:", "Threads:", "VmRSS:"))]
     lines.append(f"waits in the kernel at: {_read(Path(f'/proc/{pid}/wchan')) or '?'}")

@@ -1,4 +1,4 @@
-"""Was it the kernel's out-of-memory killer, and how much memory did the ranks have? Evidence, not a guess."""
+"""Evidence for or against the kernel's out-of-memory killer, and how much memory the ranks had."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ _UNLIMITED_BYTES = 2**60  # cgroup v1 writes a number of this size for "no limit
 
 
 class MemoryWatch:
-    """Looks at the memory of this machine's ranks while they run; tells afterwards what killed one."""
+    """Looks at the memory of this machine's ranks while they run, for evidence of what killed one."""
 
     def __init__(self) -> None:
         self._bytes: dict[int, int] = {}  # last seen, by pid
@@ -35,7 +35,7 @@ class MemoryWatch:
                     self._kills_before[folder] = _cgroup_kills(folder)
 
     def used_text(self, pids: dict[int, int]) -> str:
-        """What the ranks of this machine used at the last look; `pids` by rank."""
+        """The memory that the ranks of this machine used at the last look, as text; `pids` by rank."""
         parts = [
             f"rank {rank} {self._bytes[pid] / _GIB:.1f} GiB (peak {self._peaks[pid] / _GIB:.1f})"
             for rank, pid in sorted(pids.items())

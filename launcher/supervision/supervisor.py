@@ -26,8 +26,8 @@ from launcher.job.processes import (
     signal_processes,
 )
 from launcher.job.records import RankStart, failed_before, read_exits, read_starts
-from launcher.ssh.mailbox import tell
-from launcher.ssh.ranks import FarRanks
+from launcher.ssh.mailbox import request
+from launcher.ssh.ranks import SshRanks
 from launcher.supervision.hang import Hang, HangWatch, write_stacks
 from launcher.supervision.out_of_memory import MemoryWatch
 
@@ -39,17 +39,17 @@ _GRACE_SECONDS = 30.0
 _AFTER_FAILURE_SECONDS = 5.0
 # What Slurm needs to end a step on all nodes.
 _END_OF_STEP_SECONDS = 15.0
-#: Phases in which there is nothing to save, and how long ranks may stay in them when they were asked to stop.
+#: Phases in which there is nothing to save, and how long ranks may stay in them after a request to stop.
 STARTING = ("start", "run file", "import", "rendezvous", "set-up")
 _STARTING_SECONDS = 60.0
-#: A rank that comes up so much later than the first one does not come at all.
+#: Give up on ranks that have not started this long after the first.
 MISSING_SECONDS = 900.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
 class Stop:
-    """What the user or the system has asked for so far; filled by signal handlers."""
+    """The stop signals received so far; filled by signal handlers."""
 
     requests: list[int] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class Stop:
 
 @dataclass
 class Liveness:
-    """What ranks know their supervisor by: a token, and a FIFO that is at its end when the supervisor is gone."""
+    """A token that names the supervisor, and a FIFO whose readers see its end when the supervisor is gone."""
 
     token: str
     private_dir: Path
@@ -107,25 +107,25 @@ def liveness() -> Iterator[Liveness]:
 
 @dataclass
 class Findings:
-    """What the supervisor saw and the ranks' own records do not tell."""
+    """Observations of the supervisor that are not in the ranks' own records."""
 
-    #: Ranks that vanished without a record while no other had failed: the killed ones, of which `deepspeed`
-    #: often does not tell, because a peer that fails next may come first in its eyes.
+    #: Ranks that vanished without a record while no other had failed: the killed ones. `deepspeed` often reports
+    #: another rank, because it may notice the peer that fails next before the killed one.
     died_first: list[int] = field(default_factory=list)
-    #: What ended ranks of this machine, as far as it could be seen.
+    #: Signals that ended ranks of this machine, as far as they were seen.
     signals: dict[int, int] = field(default_factory=dict)
     hang: Hang | None = None
     hang_file: Path | None = None
-    #: Whether the ranks were asked to stop while they were starting, and did not come to a place where they could.
+    #: The ranks got a request to stop while they were starting, and did not come to a place where they could stop.
     stopped_starting: bool = False
     #: Ranks that never came up although others did.
     missing: list[int] = field(default_factory=list)
-    #: Who hung, after a look at all stacks.
+    #: The rank that hung, after a look at all stacks.
     culprit: int = -1
 
 
 class Supervision:
-    """One job under supervision, from its start until `end` has made sure that nothing of it is left."""
+    """A job under supervision, from its start until `end` has made sure that no process of it is left."""
 
     def __init__(
         self,
@@ -137,12 +137,12 @@ class Supervision:
         hang_seconds: float = LEAST_SECONDS,
         num_ranks: int = 0,
         is_srun: bool = False,
-        far: FarRanks | None = None,
+        ssh_ranks: SshRanks | None = None,
     ):
         """`num_ranks` that do not all come up are a hang; 0: unknown. `is_srun`: the process is `srun`.
 
-        `srun` hands USR1 on to every rank of every node. TERM it does not: it kills the ranks. `far`: the
-        ranks, if the process starts them by ssh; those of this machine too.
+        `srun` hands USR1 on to every rank of every node, but not TERM: it kills the ranks. `ssh_ranks` are all
+        ranks, also those of this machine, if the process starts them by ssh.
         """
         self._process = process
         self._num_ranks = num_ranks
@@ -151,14 +151,14 @@ class Supervision:
         self._run_file = run_file
         self.stop = stop
         self._token = token
-        self.far = far
+        self.ssh_ranks = ssh_ranks
         self._failed_since: float | None = None
         #: Whether the job did not end by itself.
         self.gave_up = False
         self._announced = False
-        self._told: set[int] = set()
+        self._terminated: set[int] = set()
         self._first_start = 0.0
-        self._asked_since = 0.0
+        self._stop_requested_at = 0.0
         self._starts: list[RankStart] = []
         self.hangs = HangWatch(run_dir, hang_seconds or 1e9)
         self.memory = MemoryWatch()
@@ -180,7 +180,7 @@ class Supervision:
                 self._look(looked, now)
                 looked = time.time()
             has_waited = self._failed_since is not None and now - self._failed_since >= _AFTER_FAILURE_SECONDS
-            if has_waited or self.findings.hang or self.findings.missing or (self.far and self.far.lost):
+            if has_waited or self.findings.hang or self.findings.missing or (self.ssh_ranks and self.ssh_ranks.lost):
                 return
             if len(self._starts) < self._num_ranks:  # one that dies at once shall be known before it is gone
                 self._starts = read_starts(self._run_dir)
@@ -210,11 +210,11 @@ class Supervision:
         def grace_seconds() -> float:
             return 0.0 if hopeless or self.stop.at_once else _GRACE_SECONDS
 
-        if self.far is not None:
-            self.far.end(self._process, grace_seconds)
-            silent = self.far.silent_since(self._failed_since) if findings.hang is None else set()
+        if self.ssh_ranks is not None:
+            self.ssh_ranks.end(self._process, grace_seconds)
+            silent = self.ssh_ranks.silent_since(self._failed_since) if findings.hang is None else set()
             findings.died_first = sorted({*findings.died_first, *silent})
-        if left := end_processes(self._members, self._ask, grace_seconds):
+        if left := end_processes(self._members, self._terminate, grace_seconds):
             print(
                 f"fulltune: these processes cannot be killed, the kernel waits for a device: {left}",
                 file=sys.stderr, flush=True,
@@ -224,16 +224,16 @@ class Supervision:
         self.memory.close()
 
     def _members(self) -> list[int]:
-        """What is left of the job on this machine; ranks that another daemon started are not of the session."""
+        """The processes of the job left on this machine; ranks that another daemon started are not of the session."""
         self._starts = read_starts(self._run_dir)
-        members = session_members if self.far is None else session_and_children
+        members = session_members if self.ssh_ranks is None else session_and_children
         return sorted({*members(self._process.pid), *self._living_ranks()})
 
-    def _ask(self) -> None:
-        """Ask those to save and end that can: the ranks, each once. Not what they have started: it may be needed."""
-        new = [pid for pid in self._living_ranks() if pid not in self._told]
+    def _terminate(self) -> None:
+        """Send TERM to each rank once, so that it saves and ends. Its children get none: it may need them."""
+        new = [pid for pid in self._living_ranks() if pid not in self._terminated]
         signal_processes(new, signal.SIGTERM)
-        self._told |= set(new)
+        self._terminated |= set(new)
 
     def _living_ranks(self) -> list[int]:
         return [pid for pid in self.pids.values() if is_running(pid) and self._is_ours(pid)]
@@ -249,10 +249,10 @@ class Supervision:
             if gone:
                 exits = read_exits(self._run_dir)  # what they wrote just before
             self.findings.died_first = [rank for rank in gone if rank not in exits]
-        if self.far is not None:
-            self.far.look(self._process)
-            self.findings.signals |= self.far.killed
-            self.findings.died_first = sorted({*self.findings.died_first, *self.far.killed, *self.far.lost})
+        if self.ssh_ranks is not None:
+            self.ssh_ranks.look(self._process)
+            self.findings.signals |= self.ssh_ranks.killed
+            self.findings.died_first = sorted({*self.findings.died_first, *self.ssh_ranks.killed, *self.ssh_ranks.lost})
         failed = any(record.code not in (0, 75) for record in exits.values())
         if self._failed_since is None and (failed or self.findings.died_first):
             self._failed_since = now
@@ -261,9 +261,9 @@ class Supervision:
         self.hangs.look(self._starts, living, now)
         if self._failed_since is not None or self._process.poll() is not None:
             return
-        hang = self.hangs.judge(set(exits))
+        hang = self.hangs.find_hang(set(exits))
         if hang is not None and self.findings.hang is None:
-            tell(self._run_dir, "dump", self._token)
+            request(self._run_dir, "dump", self._token)
             self.findings.hang = hang
             self.findings.hang_file, self.findings.culprit = write_stacks(
                 self._run_dir,
@@ -280,23 +280,23 @@ class Supervision:
             self.findings.missing = [rank for rank in range(self._num_ranks) if rank not in started]
 
     def _is_stuck_starting(self, now: float) -> bool:
-        """Whether no rank has got as far as its first step, where it would stop, long after it was asked to."""
-        self._asked_since = self._asked_since or now
+        """True if no rank has reached its first step, where it would stop, long after the request to stop."""
+        self._stop_requested_at = self._stop_requested_at or now
         beats = [beat for rank, beat in self.hangs.beats.items() if rank in {start.rank for start in self._starts}]
         is_starting = all(beat.phase in STARTING for beat in beats)
-        return is_starting and now - self._asked_since >= _STARTING_SECONDS
+        return is_starting and now - self._stop_requested_at >= _STARTING_SECONDS
 
     def _pass_on(self) -> None:
-        """Tell every rank to stop, also those of this machine that have come up since."""
+        """Make every rank stop, also the ranks of this machine that have come up since."""
         if not self._announced:
             self._announced = True
             print("fulltune: stopping: ranks save a checkpoint and end (Ctrl-C again kills them)", file=sys.stderr)
             if self._is_srun:
                 self._process.send_signal(signal.SIGUSR1)
-            if self.far is not None:
-                self.far.tell("stop")
+            if self.ssh_ranks is not None:
+                self.ssh_ranks.request("stop")
         if not self._is_srun:
-            self._ask()
+            self._terminate()
 
     def _is_ours(self, pid: int) -> bool:
         """Still the rank, and not a process that got its number later."""

@@ -220,10 +220,10 @@ def test_hosts(words: list[str], tmp_path: Path) -> None:
             assert asked[:3] != ("scontrol", "show", "hostnames") or asked[3] == "--", "no name can be an option"
             return asked[4] if asked[2] == "hostnames" else "NodeName=x NodeAddr=10.0.0.1"
 
-        patch.setattr(slurm_job, "_ask", answer)
+        patch.setattr(slurm_job, "_output_of", answer)
         taken(words, as_nodelist, "SLURM_JOB_NODELIST")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slurm_job, "_ask", lambda *asked: f"NodeName=x NodeAddr={asked[-1]}")
+        patch.setattr(slurm_job, "_output_of", lambda *asked: f"NodeName=x NodeAddr={asked[-1]}")
         fine = taken(words, slurm_job._address, "no usable address")
         assert not [address for address in fine if address.startswith("-")]
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from doctor_cases import ROOT, make_setting
 
-from launcher.doctor.gather import Answer, Target, ask, local_target, nonces, ssh_target
-from launcher.doctor.judge_job import judge_job
-from launcher.doctor.judge_node import Needs, judge_node
+from launcher.commands.doctor import merged, print_table
+from launcher.doctor.check_job import check_job
+from launcher.doctor.check_node import Needs, check_node
+from launcher.doctor.gather import Answer, Target, gather, local_target, nonces, ssh_target
 from launcher.doctor.node_facts import look
-from launcher.doctor.table import merged, print_table
 from launcher.job.finding import Finding, Verdict
 from launcher.job.job import free_port
 
@@ -37,7 +37,7 @@ def ask_two(before: Sequence[str], folder: Path | None = None, port: int | None 
     with nonces({"run folder": folder} if folder else {}) as made:
         request = {"nonces": made, "first": "one", "port": port, "token": "x"}
         targets = [local_target("one", request), Target((*before, *NODE), ("two",), request | {"node": "two"})]
-        return judge_job(ask(targets, "one", port, "127.0.0.1", 60), "one", port, over_ssh=False)
+        return check_job(gather(targets, "one", port, "127.0.0.1", 60), "one", port, over_ssh=False)
 
 
 def test_two_nodes_that_are_alike(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_node_with_another_torch(tmp_path: Path) -> None:
 def test_a_node_with_other_source(tmp_path: Path) -> None:
     for package in ("launcher", "engine", "data_prep", "ds_configs"):
         shutil.copytree(ROOT / package, tmp_path / package)
-    with (tmp_path / "engine" / "schedule.py").open("a") as file:
+    with (tmp_path / "engine" / "zero" / "ds_config.py").open("a") as file:
         file.write("# another line\n")
     found = ask_two(("env", f"PYTHONPATH={tmp_path}"))
     assert ": the source of fulltune differs: " in named(found, "error")["versions"]
@@ -75,13 +75,13 @@ def test_a_node_with_other_source(tmp_path: Path) -> None:
 
 def test_a_node_without_our_packages() -> None:
     request = {"first": "one"}
-    (answer,) = ask(
+    (answer,) = gather(
         [Target((sys.executable, "-S", "-m", "launcher.doctor.node_facts"), ("two",), request | {"node": "two"})],
         "one",
         None,
     )
     assert answer.facts is not None, answer.error
-    found = named(judge_node(answer.facts, Needs(1, 1, False, (0,))), "error")
+    found = named(check_node(answer.facts, Needs(1, 1, False, (0,))), "error")
     assert list(found) == ["packages"]
     assert "not installed: torch, deepspeed" in found["packages"]
 
@@ -93,20 +93,20 @@ def test_processes_are_counted_against_their_limit(
     plain = copy.deepcopy(facts)
     plain["limits"] |= {"processes": limit, "threads": threads, "is_root": False, "capabilities": []}
     plain["machine"]["cores"] = 2
-    assert "processes" in named(judge_node(plain, Needs(2, 2, False, (0, 1))), verdict)
+    assert "processes" in named(check_node(plain, Needs(2, 2, False, (0, 1))), verdict)
 
 
 def test_gpus_that_would_lie_idle_are_told(facts: dict[str, Any]) -> None:
     plain = copy.deepcopy(facts) | {"gpus": TWO_GPUS}
-    assert "2 here, and not used" in named(judge_node(plain, Needs(2, 2, False, (0, 1))), "warning")["GPUs"]
-    assert "GPUs" in named(judge_node(plain, Needs(2, 2, False, (0, 1), cpu_on_purpose=True)), "ok")
+    assert "2 here, and not used" in named(check_node(plain, Needs(2, 2, False, (0, 1))), "warning")["GPUs"]
+    assert "GPUs" in named(check_node(plain, Needs(2, 2, False, (0, 1), cpu_on_purpose=True)), "ok")
 
 
 def test_a_host_that_takes_the_connection_and_says_nothing(ssh: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         (ssh / "ssh_config").write_text(f"Host *\nPort {server.getsockname()[1]}\n")
-        (answer,) = ask([ssh_target("127.0.0.1", {})], "127.0.0.1", None, limit_seconds=60)
-    (found,) = judge_job([answer], "127.0.0.1", None, over_ssh=True)
+        (answer,) = gather([ssh_target("127.0.0.1", {})], "127.0.0.1", None, limit_seconds=60)
+    (found,) = check_job([answer], "127.0.0.1", None, over_ssh=True)
     assert (found.name, found.verdict, found.node) == ("ssh", "error", "127.0.0.1")
     assert "timed out" in found.found
 
@@ -142,7 +142,7 @@ def test_a_node_that_cannot_reach_the_first() -> None:
 
 def test_a_node_that_does_not_answer_in_time_is_named() -> None:
     targets = [local_target("one", {}), Target(("sleep", "100"), ("two",), {}), Target(("/no/such",), ("three",), {})]
-    found = judge_job(ask(targets, "one", None, limit_seconds=5), "one", None, over_ssh=False)
+    found = check_job(gather(targets, "one", None, limit_seconds=5), "one", None, over_ssh=False)
     assert {each.node: each.found for each in found if each.verdict == "error"} == {
         "two": "no answer within 5 s", "three": "cannot run /no/such: No such file or directory",
     }  # fmt: skip
@@ -187,11 +187,11 @@ def test_a_fault_of_a_gpu_node_is_named(case: str, facts: dict[str, Any]) -> Non
     sound = copy.deepcopy(facts) | {"gpus": copy.deepcopy(TWO_GPUS)}
     sound["versions"]["torch CUDA"] = "13.0"
     sound["shared_memory"]["left"] = []
-    assert {each.verdict for each in judge_node(sound, needs)} == {"ok"}, judge_node(sound, needs)
+    assert {each.verdict for each in check_node(sound, needs)} == {"ok"}, check_node(sound, needs)
     changes, name, verdict, words = GPU_FAULTS[case]
     for section, (key, value) in changes.items():
         sound[section][key] = value
-    found = named(judge_node(sound, needs), verdict)
+    found = named(check_node(sound, needs), verdict)
     assert list(found) == [name]
     assert words in found[name]
 
@@ -214,7 +214,7 @@ def test_a_difference_between_nodes_is_named(case: str, facts: dict[str, Any]) -
     two = copy.deepcopy(facts) | {"node": "two"}
     two[section][key] = value
     answers = [Answer("here", facts), Answer("two", two)]
-    found = named(judge_job(answers, "here", None, over_ssh=False), verdict)
+    found = named(check_job(answers, "here", None, over_ssh=False), verdict)
     assert list(found) == [name]
     assert words in found[name]
 

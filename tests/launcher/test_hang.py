@@ -30,7 +30,7 @@ def silent_until_found(watch: HangWatch, beats: dict[int, Beat]) -> tuple[int, f
     for number in range(100_000):
         for rank, beat in beats.items():
             watch.take(rank, beat, LOOK if number else 0.0)
-        if hang := watch.judge(set()):
+        if hang := watch.find_hang(set()):
             return hang.rank, number * LOOK
     raise AssertionError("never found")
 
@@ -74,7 +74,7 @@ def test_no_false_alarm_when_steps_vary_tenfold_both_ways(tmp_path: Path, base_s
         for _ in range(int(seconds / LOOK)):
             for rank in (0, 1):
                 watch.take(rank, after(step, step, watch.beats[rank].step_seconds if step else 0.0), LOOK)
-            assert watch.judge(set()) is None, (step, seconds)
+            assert watch.find_hang(set()) is None, (step, seconds)
         step += 1
         for rank in (0, 1):
             watch.take(rank, after(step, step, seconds), LOOK)
@@ -87,7 +87,7 @@ def test_a_slow_save_is_no_hang_and_neither_is_waiting_for_it(tmp_path: Path) ->
     for _ in range(2 * 600):  # ten minutes
         watch.take(0, after(300, 201), LOOK)
         watch.take(1, after(299, 201, phase="save"), LOOK)
-        assert watch.judge(set()) is None
+        assert watch.find_hang(set()) is None
     rank, seconds = silent_until_found(watch, {0: after(300, 201), 1: after(299, 201, phase="save")})
     assert rank == 1
     assert 600 < seconds < 7200 + 60
@@ -104,10 +104,10 @@ def test_time_in_which_nobody_looked_does_not_count(tmp_path: Path) -> None:
         trained(watch, [0.5 + number / 1e4 for number in range(200)])
         for now in (0.0, 1e6, 2e6, 3e6):
             watch.look(starts, {}, now)
-            assert watch.judge({1}) is None
+            assert watch.find_hang({1}) is None
         for now in range(20):
             watch.look(starts, {}, 3e6 + now)
-        hang = watch.judge({1})
+        hang = watch.find_hang({1})
         assert hang is not None
         assert hang.beat.step == 3
     finally:

@@ -18,7 +18,7 @@ from engine.errors import OTHER_RANK_FAILED, CannotWriteError, ConfigError
 from launcher.job.environment import job_environment, remote_environment
 from launcher.job.hosts import Node
 from launcher.job.job import Job, deepspeed_program, free_port, hostfile_command, local_command, owned_run_dir
-from launcher.job.records import clear_records, judge, read_starts
+from launcher.job.records import clear_records, exit_code_of, read_starts
 from launcher.supervision.run import run_job
 
 TWO = Node("localhost", (0, 1))
@@ -149,14 +149,14 @@ def test_only_all_zeros_are_success(tmp_path: Path) -> None:
     for rank in range(3):
         write_start(tmp_path, rank)
         write_exit(tmp_path, rank, 0)
-    assert judge(tmp_path, 3, 0) == (0, "")
-    assert judge(tmp_path, 4, 0)[0] == 76, "a rank without a record is not success, whatever deepspeed returned"
+    assert exit_code_of(tmp_path, 3, 0) == (0, "")
+    assert exit_code_of(tmp_path, 4, 0)[0] == 76, "a rank without a record is not success, whatever deepspeed returned"
 
 
 def test_agreeing_ranks_give_their_code(tmp_path: Path) -> None:
     for rank in range(2):
         write_exit(tmp_path, rank, 75, "stopped")
-    assert judge(tmp_path, 2, 1)[0] == 75
+    assert exit_code_of(tmp_path, 2, 1)[0] == 75
 
 
 @pytest.mark.parametrize("code_of_rank_2", [65, 75])
@@ -164,7 +164,7 @@ def test_the_rank_that_knows_the_reason_tells_it(tmp_path: Path, code_of_rank_2:
     write_exit(tmp_path, 0, 65, OTHER_RANK_FAILED)
     write_exit(tmp_path, 1, 65, "the weights are damaged")
     write_exit(tmp_path, 2, code_of_rank_2, OTHER_RANK_FAILED)
-    code, message = judge(tmp_path, 3, 1)
+    code, message = exit_code_of(tmp_path, 3, 1)
     assert code == 65
     assert message.startswith("rank 1 ")
     assert message.endswith("the weights are damaged")
@@ -174,7 +174,7 @@ def test_the_cause_counts_not_its_consequence(tmp_path: Path) -> None:
     write_exit(tmp_path, 0, 76, "lost a peer")
     write_exit(tmp_path, 1, 79, "the loss is not finite")
     write_exit(tmp_path, 2, 75, "stopped")
-    code, message = judge(tmp_path, 3, 1)
+    code, message = exit_code_of(tmp_path, 3, 1)
     assert code == 79
     assert "rank 1" in message
     assert "the loss is not finite" in message
@@ -185,7 +185,7 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, launcher_code: i
     for rank in range(2):
         write_start(tmp_path, rank)
     write_exit(tmp_path, 0, 76, "lost a peer")
-    code, message = judge(tmp_path, 2, launcher_code)
+    code, message = exit_code_of(tmp_path, 2, launcher_code)
     assert code == 76
     assert f"rank 1 was killed (signal {number})" in message
 
@@ -194,15 +194,17 @@ def test_a_killed_rank_is_the_cause_of_what_its_peers_report(tmp_path: Path) -> 
     for rank in range(2):
         write_start(tmp_path, rank)
     write_exit(tmp_path, 0, 70, "Connection closed by peer")
-    assert judge(tmp_path, 2, 247)[0] == 76
-    assert judge(tmp_path, 2, 70, died_first=[1])[0] == 76, "deepspeed noticed rank 0 first, the supervisor rank 1"
-    code, message = judge(tmp_path, 2, 70)  # rank 0 failed first and rank 1 was killed after it
+    assert exit_code_of(tmp_path, 2, 247)[0] == 76
+    assert exit_code_of(tmp_path, 2, 70, died_first=[1])[0] == 76, (
+        "deepspeed noticed rank 0 first, the supervisor rank 1"
+    )
+    code, message = exit_code_of(tmp_path, 2, 70)  # rank 0 failed first and rank 1 was killed after it
     assert code == 70
     assert "rank 0" in message
 
 
 def test_no_rank_started(tmp_path: Path) -> None:
-    code, message = judge(tmp_path, 2, 1)
+    code, message = exit_code_of(tmp_path, 2, 1)
     assert code == 70
     assert "no rank of 2 started" in message
 
@@ -210,7 +212,7 @@ def test_no_rank_started(tmp_path: Path) -> None:
 def test_half_written_record_is_no_record(tmp_path: Path) -> None:
     write_start(tmp_path, 0)
     (tmp_path / "ranks" / "exit-00000.json").write_text('{"rank": 0, "co')
-    assert judge(tmp_path, 1, 0)[0] == 76
+    assert exit_code_of(tmp_path, 1, 0)[0] == 76
 
 
 def test_verdict_by_hand(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from doctor_cases import ROOT, make_setting
 
 from launcher.doctor.device_figures import FIGURES, known_gpu, reference
-from launcher.doctor.measure import collect, judge
+from launcher.doctor.measure import collect, compare
 from launcher.job.hosts import Node
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "pcie.link.gen.max": "5", "pcie.link.width.max": "16"}
@@ -98,14 +98,16 @@ def test_a_figure_is_held_against_what_the_device_should_give(
     figure: str, value: float, verdict: str, words: str
 ) -> None:
     found = collect([rows(**{figure: value})], [Node("a", (0,))], {"a": facts(gpus=1, infiniband_gbit=400)})
-    (finding,) = judge(found)
+    (finding,) = compare(found)
     assert finding.verdict == verdict
     assert words in finding.found
 
 
 def test_a_node_that_is_slower_than_the_others_is_named() -> None:
     nodes = [Node(name, (0,)) for name in "abc"]
-    found = judge(collect([rows(host_memory=value) for value in (100, 60, 101)], nodes, dict.fromkeys("abc", facts())))
+    found = compare(
+        collect([rows(host_memory=value) for value in (100, 60, 101)], nodes, dict.fromkeys("abc", facts()))
+    )
     assert [finding.verdict for finding in found] == ["ok", "warning", "ok"]
     assert "median is 100" in found[1].to_do
 

@@ -246,11 +246,13 @@ def test_one_task_a_rank() -> None:
         slurm_job.plan_slurm_job(ALLOCATION, Path("/r"), Path("/r/run.yaml"), [], ranks_per_node=17)
 
 
-def conclude(job: Job, srun_code: int) -> tuple[int, str]:
+def explain_end(job: Job, srun_code: int) -> tuple[int, str]:
     """The verdict on what `ended` left behind, after an `srun` that is over."""
     process = subprocess.Popen(["true"])
     process.wait()
-    return slurm_job._conclude(job, srun_code, Supervision(process, job.run_dir, job.run_file, Stop(), "token"))
+    return slurm_job._explain_end_of_step(
+        job, srun_code, Supervision(process, job.run_dir, job.run_file, Stop(), "token")
+    )
 
 
 def ended(tmp_path: Path, rank: int, code: int | None, killed_by: int = 0, asked: bool = False) -> None:
@@ -269,21 +271,21 @@ def ended(tmp_path: Path, rank: int, code: int | None, killed_by: int = 0, asked
 def test_the_verdict_is_the_ranks_own(tmp_path: Path) -> None:
     """`srun` ends with 137 when it killed the other ranks, whatever the first one said."""
     job = slurm_job.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=1)
-    assert conclude(job, 1)[0] == 70, "no rank started"
-    assert conclude(job, 143)[0] == 75, "the tasks were asked to stop before there was a rank"
+    assert explain_end(job, 1)[0] == 70, "no rank started"
+    assert explain_end(job, 143)[0] == 75, "the tasks were asked to stop before there was a rank"
     ended(tmp_path, 0, 79)
     ended(tmp_path, 1, None)
-    code, message = conclude(job, 137)
+    code, message = explain_end(job, 137)
     assert (code, "its words" in message) == (79, True)
     ended(tmp_path, 0, 70)
     ended(tmp_path, 1, None, killed_by=9)
-    code, message = conclude(job, 137)
+    code, message = explain_end(job, 137)
     assert code == 76
     assert "rank 1 was killed (signal 9, SIGKILL)" in message
     ended(tmp_path, 0, 79)
     note = {"rank": 1, "signal": 9, "asked": False, "host": "n", "time": 51.0}
     slurm_job.killed_path(tmp_path, 1).write_text(json.dumps(note))
-    assert conclude(job, 137)[0] == 79, "rank 1 was ended because rank 0 had failed"
+    assert explain_end(job, 137)[0] == 79, "rank 1 was ended because rank 0 had failed"
     ended(tmp_path, 0, 70)
     ranks = tmp_path / "ranks"
     lost = json.loads((ranks / "exit-00000.json").read_text()) | {
@@ -291,12 +293,12 @@ def test_the_verdict_is_the_ranks_own(tmp_path: Path) -> None:
     }
     (ranks / "exit-00000.json").write_text(json.dumps(lost))
     (ranks / "exit-00001.json").unlink(missing_ok=True)
-    code, message = conclude(job, 137)
+    code, message = explain_end(job, 137)
     assert (code, "rank 1 was killed (signal 9, SIGKILL)" in message) == (76, True), "its peer was faster to say so"
     for rank in range(2):
         ended(tmp_path, rank, 0)
     slurm_job.killed_path(tmp_path, 1).unlink()
-    assert conclude(job, 0) == (0, "")
+    assert explain_end(job, 0) == (0, "")
 
 
 def test_a_node_that_says_nothing_is_asked_for(tmp_path: Path) -> None:
@@ -313,15 +315,15 @@ def test_ranks_that_were_stopped_while_they_started_have_lost_nothing(tmp_path: 
     job = slurm_job.plan_slurm_job(ALLOCATION, tmp_path, tmp_path / "run.yaml", [], ranks_per_node=1)
     ended(tmp_path, 0, None, killed_by=15, asked=True)
     ended(tmp_path, 1, 75)
-    assert conclude(job, 143)[0] == 75
+    assert explain_end(job, 143)[0] == 75
     ended(tmp_path, 1, 65)
-    assert conclude(job, 143)[0] == 65, "another rank failed by itself"
+    assert explain_end(job, 143)[0] == 65, "another rank failed by itself"
     ended(tmp_path, 1, None, killed_by=11)
     (tmp_path / "ranks" / "exit-00001.json").unlink()
-    assert conclude(job, 143)[0] == 76, "and one crashed"
+    assert explain_end(job, 143)[0] == 76, "and one crashed"
     ended(tmp_path, 1, None, killed_by=9)
     (tmp_path / "ranks" / "exit-00001.json").unlink()
-    assert conclude(job, 143)[0] == 75, "and `srun` killed the other one after it"
+    assert explain_end(job, 143)[0] == 75, "and `srun` killed the other one after it"
 
 
 def test_signals_before_the_rank_is_there_reach_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What one node's facts mean for a run: limits, memory, /dev/shm, ops, GPUs. Pure functions of facts."""
+"""Checks of one node: limits, memory, /dev/shm, ops, GPUs. Pure functions of the node's facts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _BUSY_MIB = 1024
 
 @dataclass(frozen=True)
 class Needs:
-    """What the run asks of one node. `host_bytes` is None where no rule says how much memory that is."""
+    """The run's needs on one node. `host_bytes` is None where no rule gives the memory."""
 
     ranks: int
     world_size: int
@@ -32,7 +32,7 @@ class Needs:
     cpu_on_purpose: bool = False
 
 
-def judge_node(facts: Mapping[str, Any], needs: Needs) -> list[Finding]:
+def check_node(facts: Mapping[str, Any], needs: Needs) -> list[Finding]:
     """All findings about one node, in the order they are shown."""
     node = str(facts["node"])
     return [
@@ -181,10 +181,10 @@ def _limits(limits: Mapping[str, Any], machine: Mapping[str, Any], needs: Needs,
     locked = limits["locked memory"]
     has_infiniband = any(rate > 0 for rate in machine["infiniband_gbit"].values())
     if locked == -1 or "CAP_IPC_LOCK" in privileges or not (needs.uses_nvme or has_infiniband):
-        said = (
+        text = (
             "no limit for this user" if locked == -1 or "CAP_IPC_LOCK" in privileges else f"{locked} bytes, not needed"
         )
-        yield Finding("locked memory", "ok", said, node=node)
+        yield Finding("locked memory", "ok", text, node=node)
     else:
         why = "DeepSpeed locks its buffers for NVMe" if needs.uses_nvme else "InfiniBand locks what it sends"
         advice = "`ulimit -l unlimited`, or memlock in /etc/security/limits.conf"

@@ -1,4 +1,4 @@
-"""What the facts of all nodes mean together: do they answer, are they alike, do they see and reach one another."""
+"""Checks of all nodes together: do they answer, are they alike, do they see and reach one another."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from launcher.doctor.gather import Answer
 from launcher.job.finding import Finding
 
 _SKEW_WARNING_SECONDS, _SKEW_ERROR_SECONDS = 1.0, 60.0
-#: Differences here change results or stop a run; others are only told.
+#: Differences here change results or stop a run; others are only warnings.
 _MUST_BE_EQUAL = ("torch", "deepspeed", "transformers", "torch CUDA", "fulltune")
 
 
-def judge_job(answers: Sequence[Answer], first: str, port: int | None, over_ssh: bool) -> list[Finding]:
+def check_job(answers: Sequence[Answer], first: str, port: int | None, over_ssh: bool) -> list[Finding]:
     """All findings that need the facts of several nodes, or how they were reached."""
     there = {answer.node: answer.facts for answer in answers if answer.facts is not None}
     found = [*_reached(answers, over_ssh)]
@@ -35,14 +35,14 @@ def _reached(answers: Sequence[Answer], over_ssh: bool) -> Iterator[Finding]:
 
 
 def _advice(answer: Answer, over_ssh: bool) -> str:
-    said = answer.error.lower()
-    if "host key" in said:
+    detail = answer.error.lower()
+    if "host key" in detail:
         return f"log in once by hand (`ssh {answer.node}`) and accept its key"
-    if "permission denied" in said:
+    if "permission denied" in detail:
         return f"a key that needs no password: `ssh-copy-id {answer.node}`"
-    if "resolve" in said or "not known" in said:
+    if "resolve" in detail or "not known" in detail:
         return "correct the name in the hostfile, or add it to /etc/hosts"
-    if "no such file" in said or "not found" in said or "no module" in said:
+    if "no such file" in detail or "not found" in detail or "no module" in detail:
         return "fulltune must be installed there at the same path as here"
     return f"`ssh {answer.node} true` must work without a question" if over_ssh else "look at the node"
 
@@ -63,15 +63,15 @@ def _names(nodes: Sequence[str]) -> str:
 
 def _versions(there: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
     keys = list(next(iter(there.values()))["versions"])
-    different = [(key, said) for key in keys if (said := _differences(there, "versions", key))]
-    for key, said in different:
+    different = [(key, detail) for key in keys if (detail := _differences(there, "versions", key))]
+    for key, detail in different:
         minor = (
             key == "python" and len({facts["versions"]["python"].rpartition(".")[0] for facts in there.values()}) > 1
         )
         is_bad = key in _MUST_BE_EQUAL or minor
         what = "the source of fulltune" if key == "fulltune" else key
         advice = "install the same on all nodes, or start from a shared folder"
-        yield Finding("versions", "error" if is_bad else "warning", f"{what} differs: {said}", advice)
+        yield Finding("versions", "error" if is_bad else "warning", f"{what} differs: {detail}", advice)
     if not different:
         yield Finding("versions", "ok", f"the same on all {len(there)} nodes")
 
@@ -81,24 +81,26 @@ def _machines(there: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
     found = []
     if len(set(gpus.values())) > 1:
         some_have_none = any(not facts["gpus"]["gpus"] for facts in there.values())
-        said = "; ".join(f"{text or 'none'} on {node}" for node, text in gpus.items())
+        detail = "; ".join(f"{text or 'none'} on {node}" for node, text in gpus.items())
         advice = "leave out the nodes without" if some_have_none else "all wait for the slowest"
-        found.append(Finding("differences", "error" if some_have_none else "warning", f"GPUs: {said}", advice))
+        found.append(Finding("differences", "error" if some_have_none else "warning", f"GPUs: {detail}", advice))
     drivers = {
         node: next((gpu["driver_version"] for gpu in facts["gpus"]["gpus"]), "") for node, facts in there.items()
     }
     if len(set(drivers.values())) > 1 and all(drivers.values()):
-        said = "; ".join(f"{driver} on {node}" for node, driver in drivers.items())
-        found.append(Finding("differences", "warning", f"GPU drivers: {said}", "install one version"))
+        detail = "; ".join(f"{driver} on {node}" for node, driver in drivers.items())
+        found.append(Finding("differences", "warning", f"GPU drivers: {detail}", "install one version"))
     for section, key, what in (
         ("machine", "cores", "cores"), ("limits", "open files", "the limit of open files"), ("machine", "libc", "libc"),
     ):  # fmt: skip
-        if said := _differences(there, section, key):
-            found.append(Finding("differences", "warning", f"{what}: {said}", "make them alike"))
+        if detail := _differences(there, section, key):
+            found.append(Finding("differences", "warning", f"{what}: {detail}", "make them alike"))
     totals = [facts["memory"]["limit_bytes"] for facts in there.values()]
     if min(totals) < 0.9 * max(totals):
-        said = "; ".join(f"{facts['memory']['limit_bytes'] / 2**30:.0f} GiB on {node}" for node, facts in there.items())
-        found.append(Finding("differences", "warning", f"memory: {said}", "the smallest decides"))
+        detail = "; ".join(
+            f"{facts['memory']['limit_bytes'] / 2**30:.0f} GiB on {node}" for node, facts in there.items()
+        )
+        found.append(Finding("differences", "warning", f"memory: {detail}", "the smallest decides"))
     yield from found
     if not found:
         yield Finding("differences", "ok", "none in GPUs, cores, memory and limits")
@@ -158,9 +160,9 @@ def _port(answers: Sequence[Answer], first: str, port: int | None) -> Iterator[F
 
 def _ssh_back(there: Mapping[str, Mapping[str, Any]], first: str) -> Iterator[Finding]:
     asked = {node: facts["ssh_back"] for node, facts in there.items() if facts["ssh_back"] is not None}
-    failed = {node: said for node, said in asked.items() if said}
-    for node, said in failed.items():
+    failed = {node: detail for node, detail in asked.items() if detail}
+    for node, detail in failed.items():
         advice = f"runs can be started here, not on {node}"
-        yield Finding("ssh back", "warning", f"from {node} to {first}: {said}", advice, node)
+        yield Finding("ssh back", "warning", f"from {node} to {first}: {detail}", advice, node)
     if asked and not failed:
         yield Finding("ssh back", "ok", f"every host reaches {first}")

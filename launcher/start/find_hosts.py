@@ -1,4 +1,4 @@
-"""Where ranks would run, found without a run file: this machine, the hosts of a hostfile, or a Slurm allocation."""
+"""Finds the nodes for ranks without a run file: this machine, the hosts of a hostfile, or a Slurm allocation."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from launcher.job.job import DEFAULT_PORT
 
 
 @dataclass(frozen=True)
-class Place:
+class Hosts:
     """Nodes, and how they are reached: here, over ssh, or through `srun`, whose words are `srun` then.
 
     `port` is where ranks would meet, None where a free one is taken; `address` is the first node's, where
@@ -38,8 +38,8 @@ class Place:
         return tuple(node.name for node in self.nodes)
 
 
-def find_place(arguments: argparse.Namespace) -> Place:
-    """Where `fulltune train` with the same options would run. ConfigError, MissingInputError."""
+def find_hosts(arguments: argparse.Namespace) -> Hosts:
+    """The nodes that `fulltune train` with the same options would use. ConfigError, MissingInputError."""
     if slurm_job.is_inside(os.environ) and arguments.hostfile is None and arguments.ranks is None:
         allocation = slurm_job.read_allocation(os.environ)
         job = slurm_job.plan_slurm_job(
@@ -47,18 +47,18 @@ def find_place(arguments: argparse.Namespace) -> Place:
         )
         uses_gpus = job.environment.get("DS_ACCELERATOR") != "cpu"
         words = job.command[: job.command.index(sys.executable)]
-        return Place(job.nodes, uses_gpus, job.master_port, job.environment, allocation.address, srun=words)
+        return Hosts(job.nodes, uses_gpus, job.master_port, job.environment, allocation.address, srun=words)
     if arguments.hostfile is None:
         if arguments.include or arguments.exclude:
             raise ConfigError("--include and --exclude choose from a hostfile: give --hostfile HOSTS")
         node, uses_gpus = local_node(arguments.ranks)
         environment = job_environment(len(node.slots), uses_gpus)
-        return Place((node,), uses_gpus, arguments.master_port, environment)
+        return Hosts((node,), uses_gpus, arguments.master_port, environment)
     include, exclude = arguments.include, arguments.exclude
     nodes = tuple(filter_nodes(read_hostfile(arguments.hostfile), include, exclude))
     uses_gpus = local_node(None)[1]
     is_here = len(nodes) == 1 and is_local(nodes[0].name)
-    return Place(
+    return Hosts(
         nodes,
         uses_gpus,
         arguments.master_port or (None if is_here else DEFAULT_PORT),
