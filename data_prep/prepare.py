@@ -29,8 +29,9 @@ from data_prep.pipeline.store_folder import (
 from data_prep.pipeline.work import HashRange
 from data_prep.rows.ledger import ledger_table
 from data_prep.shapes.recognise import Shape, recognise
+from data_prep.sources.read import read_records
 from data_prep.sources.records import Record, SourceFile
-from data_prep.sources.sources import find_sources, read_records
+from data_prep.sources.scan import find_sources
 from data_prep.tasks import TASKS
 from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore

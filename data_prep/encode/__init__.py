@@ -1,4 +1,4 @@
-"""What encoding makes, and what the tasks encode with: blocks of documents, ids of texts, conversations.
+"""Encoded documents as blocks of columns, and what the encode functions of all tasks share.
 
 May import chat, shapes and tokenizer.
 Read first: blocks.py, then content.py.

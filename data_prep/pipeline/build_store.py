@@ -16,14 +16,14 @@ from data_prep.config import DataConfig
 from data_prep.errors import BadDataError
 from data_prep.pipeline.deduplicate import keep_first
 from data_prep.pipeline.inputs import Encoding, Group, Split, num_bytes, parts_dir, store_path, work_dir
-from data_prep.pipeline.parallel import encode_spans
 from data_prep.pipeline.parts import Part, PartAccount, read_account
 from data_prep.pipeline.store_folder import link_content, publish
 from data_prep.pipeline.store_writer import count_id, describe_files, write_content
 from data_prep.pipeline.work import Job, SplitJob
+from data_prep.pipeline.worker import encode_spans
 from data_prep.progress import Progress
 from data_prep.rows.arrange import RowPlan, write_rows
-from data_prep.sources.sources import check_unchanged
+from data_prep.sources.read import check_unchanged
 from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 

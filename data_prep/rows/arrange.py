@@ -12,11 +12,9 @@ import numpy as np
 
 from data_prep.config import Overlong, Packing, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, overlong_message
-from data_prep.rows.ledger import SourceAccount, ledger
-from data_prep.rows.mixture import rows_per_epoch
-from data_prep.rows.pack import pack_rows, wrap_rows
+from data_prep.rows.ledger import SourceAccount, ledger, rows_per_epoch
+from data_prep.rows.pack import Truncation, pack_rows, wrap_rows
 from data_prep.rows.row_files import RowFiles, unsigned_type
-from data_prep.rows.truncate import Truncation
 from data_prep.token_store import TokenStore
 
 _WINDOW_ROWS = 4096  # packing apart loses about one row of them

@@ -24,17 +24,30 @@ from data_prep.config import ShapeName, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.shapes.chat import TURN_FIELDS, chat_from_messages, chat_from_sharegpt
 from data_prep.shapes.examples import ChatExample, Example, QuestionExample, TextExample
-from data_prep.shapes.fields import field_names, lookup, required_field, shown, shown_list, text_at
-from data_prep.shapes.forms import (
+from data_prep.shapes.fields import (
     FIELDS_TO_LEAVE_OUT,
     OPTIONAL,
     Reading,
     candidates_of,
+    field_names,
     known_fields,
+    lookup,
     readings,
+    required_field,
+    shown,
+    shown_list,
+    text_at,
 )
-from data_prep.shapes.labels import labelled, number_of, questioned, scored, tagged
-from data_prep.shapes.prompt import alpaca, parallel_pair, prompt_pair
+from data_prep.shapes.prompts_and_labels import (
+    alpaca,
+    labelled,
+    number_of,
+    parallel_pair,
+    prompt_pair,
+    questioned,
+    scored,
+    tagged,
+)
 from data_prep.sources.records import Record
 
 

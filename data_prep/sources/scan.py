@@ -1,21 +1,91 @@
-"""Hashes a file and cuts it into spans in one pass with constant memory. Spans depend on the bytes alone."""
+"""From the sources of a run file to hashed files cut into spans, in one pass with constant memory.
 
+Spans depend on the bytes alone.
+"""
+
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 
 import xxhash
 
 from data_prep.config import Format, SourceConfig
 from data_prep.errors import DataConfigError, MissingInputError
+from data_prep.progress import Progress
 from data_prep.sources.decompress import Compression, file_blocks, find_compression, stat_file
 from data_prep.sources.read_aligned import unequal
 from data_prep.sources.read_csv import Dialect, cut_csv
+from data_prep.sources.read_hub import spool_hub
 from data_prep.sources.read_json import cut_json
 from data_prep.sources.read_tables import cut_arrow, cut_parquet
 from data_prep.sources.records import WHOLE_FILE, AlignedFile, SourceFile, Span
-from data_prep.sources.spans import cut_at_blank_lines, cut_at_lines, find_lines
+from data_prep.sources.source_files import check_keys, find_files, find_formats
+from data_prep.sources.spans import SPAN_BYTES, cut_at_blank_lines, cut_at_lines, find_lines
 
 Advance = Callable[[int], None]
+_Scan = Callable[[Advance], SourceFile]
+
+
+def find_sources(
+    configs: tuple[SourceConfig, ...], dotted_key: str, cache_dir: Path, progress: bool = False
+) -> list[list[SourceFile]]:
+    """The files of each source in a fixed order, hashed and cut into spans; the same for any number of workers.
+
+    A data set from the Hub is spooled into `cache_dir` first. `dotted_key` (data.train) is for errors:
+    MissingInputError, BadDataError, DataConfigError, StorageError, CannotWriteError.
+    """
+    keys = [f"{dotted_key}[{index}]" if len(configs) > 1 else dotted_key for index in range(len(configs))]
+    scans = [_scans(config, key, cache_dir, progress) for config, key in zip(configs, keys, strict=True)]
+    total = sum(size for some in scans for _, size in some)
+    lock, failed = Lock(), Event()
+    with Progress("hashing", total, progress) as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+
+        def advance(num_bytes: int) -> None:
+            if failed.is_set():
+                raise CancelledError
+            with lock:
+                bar.advance(num_bytes)
+
+        def scan_all(some: list[_Scan]) -> list[SourceFile]:
+            return [scan(advance) for scan in some]
+
+        started = [[threads.submit(scan_all, few) for few in _shared_out(some)] for some in scans]
+        try:
+            return [[file for future in some for file in future.result()] for some in started]
+        except BaseException:  # an interrupt too: nobody waits for the rest of large files
+            failed.set()
+            raise
+
+
+def _scans(config: SourceConfig, key: str, cache_dir: Path, progress: bool) -> list[tuple[_Scan, int]]:
+    """What is left to do for each file of a source, and its bytes."""
+    if config.aligned is not None:
+        check_keys(config, "aligned", key)
+        paths = aligned_paths(config.aligned, key)
+        sizes = [stat_file(path).st_size for path in paths.values()]
+        return [(partial(scan_aligned, config, paths), sum(sizes))]
+    if config.hub is not None:
+        check_keys(config, "hub", key)
+        path = str(spool_hub(config, key, cache_dir, progress))
+        label = f"{config.hub}[{config.split or 'train'}]"
+        return [(partial(scan_file, path, label, "jsonl", "none", config), stat_file(path).st_size)]
+    files = find_formats(find_files(config, key), config, key)
+    return [(partial(scan_file, path, path, name, how, config), stat_file(path).st_size) for path, name, how in files]
+
+
+def _shared_out(scans: list[tuple[_Scan, int]]) -> Iterator[list[_Scan]]:
+    """The scans in portions that are worth a thread: hashing frees Python's lock, small files do little else."""
+    portion: list[_Scan] = []
+    total = 0
+    for number, (scan, size) in enumerate(scans, 1):
+        portion.append(scan)
+        total += size
+        if total >= SPAN_BYTES or number == len(scans):
+            yield portion
+            portion, total = [], 0
 
 
 class HashedBlocks:

@@ -24,7 +24,7 @@ from data_prep.shapes.examples import (
     TaggedExample,
     TextExample,
 )
-from data_prep.shapes.forms import known_fields
+from data_prep.shapes.fields import known_fields
 from data_prep.shapes.recognise import Shape, recognise, to_example
 
 SQUAD = {"question": "who?", "context": "it was me, me", "answers": [{"text": "me", "answer_start": 7}]}
