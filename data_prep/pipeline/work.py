@@ -11,7 +11,7 @@ import xxhash
 
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError
-from data_prep.shapes.recognise import Shape
+from data_prep.shapes.shape import Shape
 from data_prep.sources.read import read_records
 from data_prep.sources.records import Record, SourceFile, Span
 from data_prep.tasks.data_task import DataTask

@@ -29,7 +29,7 @@ from data_prep.errors import (
 from data_prep.pipeline.deduplicate import document_hashes
 from data_prep.pipeline.parts import PartAccount, PartWriter
 from data_prep.pipeline.work import Job, Work, batches_of
-from data_prep.shapes.recognise import Shape, to_example
+from data_prep.shapes.shape import Shape, to_example
 from data_prep.sources.read import check_unchanged
 from data_prep.sources.records import Record
 from data_prep.tokenizer.backends import open_backend
