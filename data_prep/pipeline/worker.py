@@ -239,10 +239,7 @@ def encode_spans(
             assert encoder is not None
             yield encode_work(encoder, item)
         return
-    if number > 1:
-        pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=start_worker, initargs=(job,))
-    else:
-        pool = ProcessPoolExecutor(1, get_context("fork"), initializer=start_worker, initargs=(job, tokenizer))
+    pool = _open_pool(job, number, tokenizer)
     futures: list[Future[dict[str, PartAccount]]] = []
     processes: set[BaseProcess] = set()
     with pool:
@@ -263,6 +260,13 @@ def encode_spans(
             raise _why_it_broke([process.exitcode for process in processes]) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _open_pool(job: Job, number: int, tokenizer: Tokenizer) -> ProcessPoolExecutor:
+    """Processes that start as copies of nothing, or one that is a copy of this process and has its `tokenizer`."""
+    if number > 1:
+        return ProcessPoolExecutor(number, get_context("spawn"), initializer=start_worker, initargs=(job,))
+    return ProcessPoolExecutor(1, get_context("fork"), initializer=start_worker, initargs=(job, tokenizer))
 
 
 def _why_it_broke(exit_codes: Sequence[int | None]) -> PreparationError:
