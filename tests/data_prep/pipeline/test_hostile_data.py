@@ -23,7 +23,7 @@ from pyarrow import parquet
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError, CannotWriteError, StorageError
 from data_prep.prepare import prepare
-from data_prep.sources.sources import find_sources
+from data_prep.sources.scan import find_sources
 from data_prep.token_store import TokenStore
 from data_prep.tokenizer.open import open_tokenizer
 
