@@ -128,8 +128,10 @@ class DataConfig(_Section):
     label_names: Annotated[tuple[str, ...], BeforeValidator(_tuple_from_value)] | None = Field(
         None, description="labels or tags in the order of their indices; null: those found in train, sorted"
     )
-    stride_tokens: int = Field(128, ge=0, description="question_answering: tokens that neighbouring windows share")
-    target_tokens: int | None = Field(None, gt=0, description="seq2seq_lm: longest target; null: row_tokens")
+    stride_tokens: int = Field(
+        128, ge=0, description="questions about a context: tokens that neighbouring windows share"
+    )
+    target_tokens: int | None = Field(None, gt=0, description="text to text: longest target; null: row_tokens")
     workers: int | None = Field(None, gt=0, description="processes that tokenise; null: one for each core")
     backend: Literal["auto", "tokenizers", "gigatoken"] = Field(
         "auto", description="what encodes; auto: the fastest that is installed and gives the same ids"

@@ -26,11 +26,13 @@ from data_prep.pipeline.store_folder import (
     storage_errors,
     write_text_atomically,
 )
-from data_prep.pipeline.work import HashRange, Task
+from data_prep.pipeline.work import HashRange
 from data_prep.rows.ledger import ledger_table
 from data_prep.shapes.recognise import Shape, recognise
 from data_prep.sources.records import Record, SourceFile
 from data_prep.sources.sources import find_sources, read_records
+from data_prep.tasks import TASKS
+from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
 from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.tokenizer import Tokenizer
@@ -45,21 +47,22 @@ _CONTENT_KEYS = ("chat", "overlong", "min_targets", "deduplicate", "label_names"
 def prepare(
     config: DataConfig,
     data_section: Mapping[str, Any],
-    task: Task,
+    task: str,
     progress: bool = True,
     part: tuple[int, int] | None = None,
 ) -> Mapping[str, Path]:
     """Make the token stores that `config` describes, or find them made; returns the folder of each split.
 
-    `data_section` is the run file's ``data`` mapping as it stands; ``store_dir/current.json`` records it.
+    `task` is one of TASKS. `data_section` is the run file's ``data`` mapping as it stands, which
+    ``store_dir/current.json`` records.
     With ``part`` = (i, n), i from 1, only that share of the input is tokenised and {} returned; a
     preparation without it then joins the parts. Safe to run twice at once; killed, it leaves nothing that
     looks like a store, and the next one goes on from the parts that were finished. Raises PreparationError.
     """
     say: Callable[[str], None] = partial(print, flush=True) if progress else _say_nothing
     tokenizer = open_tokenizer(config.tokenizer)
-    encoding = Encoding(task, tokenizer, _chat_template(config, tokenizer, task))
-    _check_task(config, tokenizer, task)
+    encoding = Encoding(TASKS[task], tokenizer, _chat_template(config, tokenizer, TASKS[task]))
+    _check_task(config, tokenizer, TASKS[task])
     with storage_errors(config.store_dir):
         config.store_dir.mkdir(parents=True, exist_ok=True)
         groups = _groups(config, encoding, say, progress)
@@ -106,9 +109,7 @@ def _build_all(
     return folders
 
 
-def _write_current(
-    config: DataConfig, data_section: Mapping[str, Any], task: Task, folders: Mapping[str, Path]
-) -> None:
+def _write_current(config: DataConfig, data_section: Mapping[str, Any], task: str, folders: Mapping[str, Path]) -> None:
     current = {
         "format": FORMAT_VERSION,
         "task": task,
@@ -122,7 +123,7 @@ def _say_nothing(_line: str) -> None:
     pass
 
 
-def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: Task) -> str | None:
+def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: DataTask) -> str | None:
     """The template that travels with the store: the run file's, the tokenizer's own, or the built-in one."""
     if config.chat.template is not None:
         path = Path(config.chat.template).expanduser()
@@ -133,29 +134,31 @@ def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: Task) -> str 
             raise MissingInputError(f"{path}: no such file (data.chat.template)") from None
         except (OSError, UnicodeDecodeError) as error:
             raise BadDataError(f"{path}: cannot be read (data.chat.template): {error}") from error
-    elif tokenizer.chat_template is not None or task != "causal_lm" or tokenizer.eos_id is None:
+    elif tokenizer.chat_template is not None or not task.takes_chats or tokenizer.eos_id is None:
         template = tokenizer.chat_template
     else:
         template = plain_template(tokenizer)
     return template
 
 
-def _check_task(config: DataConfig, tokenizer: Tokenizer, task: Task) -> None:
-    if task in ("causal_lm", "seq2seq_lm") and tokenizer.eos_id is None:
-        raise DataConfigError(f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task} needs")
+def _check_task(config: DataConfig, tokenizer: Tokenizer, task: DataTask) -> None:
+    if task.needs_eos and tokenizer.eos_id is None:
+        raise DataConfigError(
+            f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task.name} needs"
+        )
     around = [*tokenizer.prefix_ids, *tokenizer.suffix_ids]
     if around and max(around) >= tokenizer.vocab_size:
         raise BadDataError(
             f"data.tokenizer {config.tokenizer}: its own token id {max(around)} is outside the vocabulary of"
             f" {tokenizer.vocab_size}"
         )
-    if config.label_names is not None and task not in ("sequence_classification", "token_classification"):
-        raise DataConfigError(f"data.label_names belongs to classification, not to task {task}")
-    if config.overlong == "split" and task != "causal_lm":
-        raise DataConfigError(f"data.overlong: split would cut the examples of task {task}; use truncate or drop")
-    if config.packing != "best_fit" and task != "causal_lm":
-        raise DataConfigError(f"data.packing: rows of task {task} hold one document each; leave it out")
-    if config.deduplicate and task == "question_answering":
+    if config.label_names is not None and not task.has_label_names:
+        raise DataConfigError(f"data.label_names belongs to classification, not to task {task.name}")
+    if config.overlong == "split" and not task.packs:
+        raise DataConfigError(f"data.overlong: split would cut the examples of task {task.name}; use truncate or drop")
+    if config.packing != "best_fit" and not task.packs:
+        raise DataConfigError(f"data.packing: rows of task {task.name} hold one document each; leave it out")
+    if config.deduplicate and task.makes_windows:
         raise DataConfigError("data.deduplicate: windows of one context are not duplicates; leave it out")
 
 
@@ -172,7 +175,7 @@ def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None], 
     if config.validation is not None:
         held_out = _inputs(config.validation, "validation", config, encoding, say, progress)
         # Labels are numbered as in train, so a store of held-out records belongs to its training records.
-        key = _input_key(encoded, held_out, "" if encoding.task == "causal_lm" else whole)
+        key = _input_key(encoded, held_out, "" if encoding.task.packs else whole)
         groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, encoded))
     return tuple(groups)
 
@@ -183,9 +186,10 @@ def _inputs(
 ) -> tuple[Input, ...]:  # fmt: skip
     found = find_sources(sources, f"data.{key}", config.store_dir / ".cache", progress)
     names = _source_names(sources, found)
+    shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        shape = recognise(_first_records(files[0]), source, encoding.task)
+        shape = recognise(_first_records(files[0]), source, encoding.task.name, shapes_of)
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         say(f"{key} {name}: {shape.describe()}; {count}{_joining(shape, config, encoding)}")
         inputs.append(Input(source, name, tuple(files), shape))
@@ -194,7 +198,7 @@ def _inputs(
 
 def _joining(shape: Shape, config: DataConfig, encoding: Encoding) -> str:
     """How conversations and prompts become text, where that is not what everybody would expect."""
-    if encoding.task != "causal_lm" or shape.name == "text":
+    if not encoding.task.takes_chats or shape.name == "text":
         return ""
     if not shape.gives_chats:
         return "; prompt and response are joined as they stand, without a chat template"
@@ -235,13 +239,13 @@ def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[Sour
 def _encoding_key(config: DataConfig, encoding: Encoding) -> str:
     """Identity of how records become documents, whatever the records are."""
     settings = config.model_dump(mode="json", include=set(_CONTENT_KEYS))
-    if encoding.task == "causal_lm":
+    if encoding.task.packs:
         del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
     else:
         settings["row_tokens"] = config.row_tokens
     files = encoding.tokenizer.files(encoding.chat_template)
     tokenizer = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    return _key({"format": FORMAT_VERSION, "task": encoding.task, "tokenizer": tokenizer, "settings": settings})
+    return _key({"format": FORMAT_VERSION, "task": encoding.task.name, "tokenizer": tokenizer, "settings": settings})
 
 
 def _input_key(encoding_key: str, inputs: Sequence[Input], belongs_to: str) -> str:
@@ -284,8 +288,11 @@ def unigram_entropy(store: TokenStore, rows: Rows) -> float:
 
     The loss of the best model that ignores all context. For a task with labels: that of the labels.
     """
-    if store.label_names:
-        counts = np.bincount(store.column("labels")[rows.documents])
+    columns = [column for column in TASKS[store.task].columns if column.name in store.columns]
+    if labels := next((column for column in columns if column.holds == "label numbers"), None):
+        values = store.values(labels.name)
+        values = values[rows.documents] if labels.per == "document" else values
+        counts = np.bincount(values[values >= 0])
     else:
         counts = np.zeros(store.vocab_size, dtype=np.int64)
         for document, start, length in zip(rows.documents, rows.starts, rows.lengths, strict=True):

@@ -1,5 +1,5 @@
-"""Examples become token ids, target marks and task columns.
+"""What encoding makes, and what the tasks encode with: blocks of documents, ids of texts, conversations.
 
 May import chat, shapes and tokenizer.
-Read first: blocks.py.
+Read first: blocks.py, then content.py.
 """

@@ -6,25 +6,40 @@ from typing import Any, Literal
 
 import numpy as np
 
-#: Task columns and how their values are counted out: one a token, one a document, or any number a document.
-TASK_COLUMNS: dict[str, Literal["token", "document", "ragged"]] = {
-    "labels": "document",
-    "label_sets": "ragged",
-    "scores": "document",
-    "pair_starts": "document",
-    "tags": "token",
-    "answer_spans": "ragged",
-    "questions": "document",
-    "target_ids": "ragged",
-}
+_LENGTHS = "_lengths"  # ends the name of the column with the lengths of a ragged one
 
-RAGGED_LENGTHS = "_lengths"
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a task: how its values are counted out, and what they are.
+
+    A ragged column has any number of values a document. `holds` decides what becomes of them where parts are joined:
+
+    label numbers   are numbered anew, for each part numbers the names as it meets them; -1 is no name
+    record numbers  go on from batch to batch; each is that of the document's record in its batch
+    values          stay as they are
+    """
+
+    name: str
+    per: Literal["token", "document", "ragged"]
+    holds: Literal["values", "label numbers", "record numbers"] = "values"
+    are_targets: bool = False  # of a ragged column: each value is a target of its document
+
+    @property
+    def lengths_name(self) -> str:
+        """The column of a block that has the number of values of each document, where this column is ragged."""
+        return f"{self.name}{_LENGTHS}"
+
+    @property
+    def ends_name(self) -> str:
+        """The column of a store that has the end of each document's values, where this column is ragged."""
+        return f"{self.name}_ends"
 
 
 @dataclass(frozen=True)
 class Block:
     """Consecutive documents. `columns` holds input_ids and marks [tokens], lengths and lines [documents], and the
-    task's columns; a ragged one with its lengths [documents] under ``<name>_lengths``.
+    task's columns; a ragged one with its lengths [documents] under `Column.lengths_name`.
 
     Without marks every token but the first of each document is a target.
     """
@@ -70,6 +85,14 @@ def marks_of(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return marks
 
 
+def values_per_document(columns: Mapping[str, np.ndarray], name: str, of_task: Sequence[Column]) -> np.ndarray | None:
+    """How many values of column `name` of a block each document has ([documents]); None where each has one."""
+    if f"{name}{_LENGTHS}" in columns:
+        return columns[f"{name}{_LENGTHS}"]
+    per_token = {"input_ids", "marks"}.union(column.name for column in of_task if column.per == "token")
+    return columns["lengths"] if name in per_token else None
+
+
 @dataclass
 class Names:
     """Label or tag names in the order in which they were met, each with the record that brought it first."""
@@ -88,8 +111,8 @@ class Names:
 
 def block_of_documents(
     documents: Sequence[Sequence[int]], lines: Sequence[int], id_type: np.dtype[Any], **counts: int
-) -> tuple[Block, np.ndarray]:
-    """A block without marks and task columns yet, and the document lengths (int64)."""
+) -> Block:
+    """A block whose documents have no marks and no task columns yet."""
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
     ids = np.fromiter((index for ids in documents for index in ids), id_type, int(lengths.sum()))
     columns = {
@@ -98,11 +121,29 @@ def block_of_documents(
         "lengths": lengths.astype(np.uint32),
         "lines": np.array(lines, dtype=np.uint32),
     }
-    return Block(columns, **counts), lengths
+    return Block(columns, **counts)
 
 
-def ragged(values: Sequence[Sequence[int]], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The values one after the other, and how many each document has (uint32)."""
+def ragged(column: Column, values: Sequence[Sequence[int]], dtype: Any) -> dict[str, np.ndarray]:
+    """A ragged column and its lengths (uint32) as columns of a block."""
     lengths = np.array([len(part) for part in values], dtype=np.uint32)
     flat = np.fromiter((value for part in values for value in part), dtype, int(lengths.sum()))
-    return flat, lengths
+    return {column.name: flat, column.lengths_name: lengths}
+
+
+def block_of_tokens(
+    ids: np.ndarray, marks: np.ndarray | None, lengths: np.ndarray, lines: Sequence[int], **counts: int
+) -> Block:
+    """A block of the tokens of all documents, one document after the other; None as Block has it: no marks."""
+    columns = {"input_ids": ids, "lengths": lengths.astype(np.uint32), "lines": np.array(lines, dtype=np.uint32)}
+    if marks is None:
+        return Block(columns, num_targets=len(ids) - len(lengths), **counts)
+    return Block({**columns, "marks": marks}, num_targets=int(np.count_nonzero(marks)), **counts)
+
+
+def spans_to_marks(length: int, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """uint8 [length]: 1 inside any of the ascending spans [start, stop); neighbours may share one place."""
+    change = np.zeros(length + 1, dtype=np.int8)
+    np.add.at(change, starts, 1)
+    np.subtract.at(change, stops, 1)
+    return (np.cumsum(change[:-1], dtype=np.int8) > 0).view(np.uint8)

@@ -10,23 +10,11 @@ import numpy as np
 
 from data_prep.inspect.rows import fills_rows
 from data_prep.inspect.token_text import TokenText
+from data_prep.tasks import TASKS
+from data_prep.tasks.data_task import Histogram
 from data_prep.token_store import CURRENT_NAME, Rows, TokenStore
 
 _FILL_PERCENT = (0, 50, 80, 90, 95, 98, 99, 99.9, 100)
-_BLOCK = 1 << 22
-_MOST_NAMES = 40
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts in labelled bins; `second` counts the same bins in another unit."""
-
-    title: str
-    labels: tuple[str, ...]
-    unit: str
-    counts: tuple[int, ...]
-    second_unit: str = ""
-    second: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ def gather(store: TokenStore, rows: Rows, text: TokenText) -> Facts:
     histograms = [_document_lengths(store.ledger["total"]["lengths"])]
     if packed:
         histograms.append(_fill(sizes, rows.row_tokens))
-    histograms += _outcomes(store)
+    histograms += TASKS[store.task].histograms(store)
     return Facts(
         title=f"{store.path.name}: {store.task}",
         totals=_totals(store, rows, int(sizes.sum()), packed),
@@ -93,7 +81,7 @@ def _totals(store: TokenStore, rows: Rows, in_rows: int, packed: bool) -> tuple[
 
 
 def _share_of_tokens(store: TokenStore) -> str:
-    if store.task not in ("causal_lm", "token_classification") or not store.num_tokens:
+    if not store.marks_targets or not store.num_tokens:
         return ""
     return f" ({store.num_targets / store.num_tokens:.1%} of the tokens)"
 
@@ -183,48 +171,3 @@ def _fill(sizes: np.ndarray, row_tokens: int) -> Histogram:
     counts, _ = np.histogram(sizes / row_tokens, bins=borders)
     labels = [f"{low}-{high} %" for low, high in pairwise(_FILL_PERCENT)]
     return Histogram("Rows by share filled", (*labels, "full"), "rows", tuple(counts.tolist()))
-
-
-def _outcomes(store: TokenStore) -> list[Histogram]:
-    """How often each label or tag is used, and how long targets are."""
-    found = []
-    for column, title, unit in (
-        ("labels", "Labels", "documents"),
-        ("label_sets", "Labels", "documents"),
-        ("tags", "Tags", "words"),
-    ):
-        if column in store.columns:
-            found.append(_names(store, title, unit, _count_names(store.values(column), len(store.label_names))))
-    if "scores" in store.columns:
-        counts, borders = np.histogram(store.column("scores"), bins=10)
-        labels = tuple(f"{low:.3g}" for low in borders[:-1])
-        found.append(Histogram("Scores", labels, "documents", tuple(counts.tolist())))
-    if "target_ids" in store.columns:
-        lengths = store.ragged_lengths("target_ids")
-        bits = np.bincount(np.frexp(np.maximum(lengths - 1, 0).astype(np.float64))[1])
-        labels = tuple(f"\u2264{count(1 << power)}" for power in range(len(bits)))
-        found.append(Histogram("Documents by length of target", labels, "documents", tuple(bits.tolist())))
-    if "answer_spans" in store.columns:
-        counts = np.bincount(np.minimum(store.ragged_lengths("answer_spans") // 2, 2), minlength=3)
-        answers = ("no answer", "one answer", "several answers")
-        found.append(Histogram("Windows by answers in them", answers, "windows", tuple(counts.tolist())))
-    return found
-
-
-def _count_names(indices: np.ndarray, number: int) -> np.ndarray:
-    counts = np.zeros(number, dtype=np.int64)
-    for begin in range(0, len(indices), _BLOCK):
-        block = indices[begin : begin + _BLOCK]
-        counts += np.bincount(block[block >= 0], minlength=number)[:number]
-    return counts
-
-
-def _names(store: TokenStore, title: str, unit: str, counts: np.ndarray) -> Histogram:
-    names = store.label_names
-    order = np.argsort(-counts, kind="stable")
-    shown = order[:_MOST_NAMES]
-    labels, values = [names[index] for index in shown], [int(counts[index]) for index in shown]
-    if len(order) > len(shown):
-        labels.append(f"{len(order) - len(shown)} more")
-        values.append(int(counts[order[_MOST_NAMES:]].sum()))
-    return Histogram(title, tuple(labels), unit, tuple(values))

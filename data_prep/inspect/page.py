@@ -10,12 +10,14 @@ from string import Template
 from typing import Any
 
 from data_prep.errors import CannotWriteError
-from data_prep.inspect.facts import Facts, Histogram, count, gather
+from data_prep.inspect.facts import Facts, count, gather
 from data_prep.inspect.rows import Selection, ShownDocument, ShownRow, ShownToken, plural, select, show
-from data_prep.inspect.terminal import LEARNED, UNWRITTEN, document_amounts, open_store, row_amounts
+from data_prep.inspect.terminal import UNWRITTEN, document_amounts, open_store, row_amounts
 from data_prep.inspect.token_text import clean
 from data_prep.pipeline.store_folder import write_text_atomically
 from data_prep.rows.ledger import ledger_cells
+from data_prep.tasks import TASKS
+from data_prep.tasks.data_task import Histogram
 
 _ROW_TOKENS = 1500  # of each row; more make the page heavy before they make it clearer
 _CHART_WIDTH, _CHART_HEIGHT, _FEET = 340, 150, 22
@@ -172,7 +174,7 @@ def _list(title: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _legend(task: str) -> str:
-    learned = f"<mark> {LEARNED[task]} </mark> " if task in LEARNED else ""
+    learned = f"<mark> {word} </mark> " if (word := TASKS[task].learned) else ""
     sign = "\u00b7 \u21b5 \u21e5"
     return (
         f'<p class="tokens">{learned}<span> context </span> <span class="k"> control token </span> '

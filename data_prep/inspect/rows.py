@@ -8,6 +8,7 @@ import numpy as np
 
 from data_prep.errors import DataConfigError
 from data_prep.inspect.token_text import Piece, Run, TokenText, visible
+from data_prep.tasks import TASKS
 from data_prep.token_store import Rows, TokenStore
 
 _SHORTEST = 32
@@ -49,7 +50,7 @@ class ShownDocument:
     facts: tuple[str, ...]  # label, score, answers
     tokens: tuple[ShownToken, ...]
     num_hidden: int  # tokens at the end that were left out
-    answer: tuple[ShownToken, ...]  # seq2seq_lm: what is to be generated
+    answer: tuple[ShownToken, ...]  # a text of its own that is to be generated
 
 
 @dataclass(frozen=True)
@@ -163,17 +164,11 @@ def show(
 def _document(
     store: TokenStore, text: TokenText, document: int, start: int, stop: int, visible_stop: int
 ) -> ShownDocument:
-    trained, num_targets = _targets(store, document, start, stop)
+    seen = TASKS[store.task].view(store, document, start, stop)
     size = visible_stop - start
-    tags: list[str | None] = [None] * size
-    answer: tuple[ShownToken, ...] = ()
-    if store.task == "token_classification":
-        indices = store.token_column("tags", document, start, visible_stop).tolist()
-        tags = [_name(store, index) if index >= 0 else None for index in indices]
-    if store.task == "seq2seq_lm":
-        target_ids = store.ragged("target_ids", document).tolist()
-        answer = _tokens(text, target_ids, [True] * len(target_ids), [None] * len(target_ids), True)
     ids = store.tokens(document, start, visible_stop).tolist()
+    tags = seen.tags[:size] or [None] * size
+    answer = list(seen.answer)
     return ShownDocument(
         number=document,
         where=store.locate(document),
@@ -181,61 +176,19 @@ def _document(
         start=start,
         stop=stop,
         length=len(store.tokens(document)),
-        num_targets=num_targets,
-        facts=tuple(_facts(store, document)),
-        tokens=_tokens(text, ids, trained[:size].tolist(), tags, start == 0),
+        num_targets=seen.num_targets,
+        facts=seen.facts,
+        tokens=_tokens(text, ids, seen.learned[:size].tolist(), tags, start == 0),
         num_hidden=stop - visible_stop,
-        answer=answer,
+        answer=_tokens(text, answer, [True] * len(answer), [None] * len(answer), True),
     )
 
 
-def _targets(store: TokenStore, document: int, start: int, stop: int) -> tuple[np.ndarray, int]:
-    """Which tokens of a segment are marked as what is learned (bool [stop - start]), and the number of targets."""
-    trained = np.zeros(stop - start, dtype=bool)
-    match store.task:
-        case "causal_lm":
-            trained[1:] = store.targets(document, start, stop)[1:]  # nothing predicts a segment's first token
-        case "token_classification":
-            trained = store.targets(document, start, stop)
-        case "question_answering":
-            for first, last in store.ragged("answer_spans", document).reshape(-1, 2).tolist():
-                trained[max(first - start, 0) : max(last - start, 0)] = True
-            return trained, 1
-        case "seq2seq_lm":
-            return trained, len(store.ragged("target_ids", document))
-        case _:
-            return trained, 1
-    return trained, int(trained.sum())
-
-
-def _facts(store: TokenStore, document: int) -> list[str]:
-    """What a task's columns say about a document as a whole."""
-    facts = []
-    if "labels" in store.columns:
-        facts.append(f"label: {_name(store, int(store.column('labels')[document]))}")
-    if "label_sets" in store.columns:
-        names = [_name(store, index) for index in store.ragged("label_sets", document).tolist()]
-        facts.append(f"labels: {', '.join(names) or 'none'}")
-    if "scores" in store.columns:
-        facts.append(f"score: {float(store.column('scores')[document]):g}")
-    if "questions" in store.columns:
-        spans = len(store.ragged("answer_spans", document)) // 2
-        answers = f"{spans} answers" if spans > 1 else "one answer" if spans else "no answer in this window"
-        facts.append(f"question {int(store.column('questions')[document])}: {answers}")
-    if "pair_starts" in store.columns and (first := int(store.column("pair_starts")[document])):
-        facts.append(f"second text from token {first}")
-    return facts
-
-
 def _tokens(
-    text: TokenText, ids: list[int], trained: list[bool], tags: list[str | None], from_start: bool
+    text: TokenText, ids: list[int], trained: list[bool], tags: Sequence[str | None], from_start: bool
 ) -> tuple[ShownToken, ...]:
     pieces: list[Piece] = text.pieces(ids, list(zip(trained, tags, strict=True)), from_start)
     return tuple(
         ShownToken(runs, tuple(ids[piece.start : piece.stop]), trained[piece.start], piece.control, tags[piece.start])
         for piece, runs in zip(pieces, visible([piece.text for piece in pieces]), strict=True)
     )
-
-
-def _name(store: TokenStore, index: int) -> str:
-    return store.label_names[index] if 0 <= index < len(store.label_names) else str(index)

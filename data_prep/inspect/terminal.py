@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.inspect.facts import Facts, Histogram, count, gather
+from data_prep.inspect.facts import Facts, count, gather
 from data_prep.inspect.rows import Selection, ShownDocument, ShownRow, ShownToken, plural, select, show
 from data_prep.inspect.token_text import CLOSE, OPEN, TokenText, clean
 from data_prep.rows.ledger import ledger_table
-from data_prep.token_store import Rows, TokenStore, open_rows
+from data_prep.tasks import TASKS
+from data_prep.tasks.data_task import Histogram
+from data_prep.token_store import Rows, StoreError, TokenStore, open_rows
 
 #: Tags that are not written at their tokens: none, and the one of words outside everything that is looked for.
 UNWRITTEN = (None, "O")
@@ -22,18 +24,13 @@ _SHADES = {
 _CONTROL = "\x1b[1;38;5;19m"
 _SIGN = "\x1b[38;5;131m"
 _TAG = "\x1b[1;38;5;54m"
-#: What the marked tokens of a task are called; a task without marks has no entry.
-LEARNED = {
-    "causal_lm": "trained",
-    "token_classification": "tagged",
-    "question_answering": "answer",
-    "seq2seq_lm": "target",
-}
 
 
 def open_store(path: Path) -> tuple[TokenStore, Rows, TokenText]:
     """A store with its rows and tokenizer. StoreError or BadDataError."""
     store = TokenStore.open(path)
+    if store.task not in TASKS:
+        raise StoreError(f"{path}: prepared for task {store.task}, which is none of {', '.join(TASKS)}")
     return store, open_rows(store, store.manifest["row_tokens"]), TokenText(store.tokenizer_dir)
 
 
@@ -52,15 +49,15 @@ def describe(path: Path, selection: Selection | None, color: bool) -> Iterator[s
 
 
 def _legend(task: str, color: bool) -> str:
-    learned = LEARNED.get(task)
+    learned = TASKS[task].learned
     if color:
         marks = [f"{_SHADES[True][0]} {learned} {_RESET}"] if learned else []
         marks += [f"{_SHADES[False][0]} context {_RESET}", f"{_SHADES[False][0]}{_CONTROL} control token {_RESET}"]
     else:
         marks = [f"{OPEN}{learned}{CLOSE}"] if learned else []
         marks.append("context")
-    if task == "token_classification":
-        marks.append("(tag O is not written)")
+    if TASKS[task].legend:
+        marks.append(TASKS[task].legend)
     return "  ".join(marks)
 
 

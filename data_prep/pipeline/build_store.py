@@ -20,10 +20,11 @@ from data_prep.pipeline.parallel import encode_spans
 from data_prep.pipeline.parts import Part, PartAccount, read_account
 from data_prep.pipeline.store_folder import link_content, publish
 from data_prep.pipeline.store_writer import count_id, describe_files, write_content
-from data_prep.pipeline.work import Job, SplitJob, Task
+from data_prep.pipeline.work import Job, SplitJob
 from data_prep.progress import Progress
 from data_prep.rows.arrange import RowPlan, write_rows
 from data_prep.sources.sources import check_unchanged
+from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 
 Say = Callable[[str], None]
@@ -130,7 +131,7 @@ def build(
             content = link_content(donor, folder)
         else:
             content = _join_content(config, group, split, encoding, label_names, folder)
-        plan = RowPlan(config.row_tokens, config.packing, config.overlong, config.min_targets or 1)
+        plan = _row_plan(config, encoding.task)
         mixture = [one.config for one in group.inputs] if split.name == "train" else None
         total = content["num_documents"]
         with Progress(f"arranging {split.name}", total, progress, unit="documents") as bar:
@@ -145,6 +146,12 @@ def build(
     return TokenStore.open(final)
 
 
+def _row_plan(config: DataConfig, task: DataTask) -> RowPlan:
+    packing = config.packing if task.packs else "none"
+    least = config.min_targets or 1
+    return RowPlan(config.row_tokens, packing, config.overlong, least, task.packs, task.target_column)
+
+
 def _join_content(
     config: DataConfig, group: Group, split: Split, encoding: Encoding, label_names: Sequence[str] | None,
     folder: Path,
@@ -156,13 +163,13 @@ def _join_content(
     names = _final_names(accounts, label_names, encoding.task)
     kept = keep_first(parts) if config.deduplicate else None
     number_of = {name: number for number, name in enumerate(names)}
-    files, columns, remaining = write_content(folder, parts, tokenizer.id_type, number_of, kept)
+    files, columns, remaining = write_content(folder, parts, encoding.task, tokenizer.id_type, number_of, kept)
     sources = _account_sources(group, accounts, remaining)
     tokenizer.save(folder / "tokenizer", encoding.chat_template)
     files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(encoding.chat_template))])
     content = {
         "format": FORMAT_VERSION,
-        "task": encoding.task,
+        "task": encoding.task.name,
         "content_key": split.content_key,
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
@@ -182,7 +189,7 @@ def _join_content(
     return {**content, "digest": content_digest(content)}
 
 
-def _final_names(accounts: Sequence[PartAccount], given: Sequence[str] | None, task: Task) -> list[str]:
+def _final_names(accounts: Sequence[PartAccount], given: Sequence[str] | None, task: DataTask) -> list[str]:
     """Labels in the order of their numbers: those given, else those found, numbers by value, texts sorted."""
     found = {name: where for one in accounts for name, where in zip(one.names, one.first_seen, strict=True)}
     if given is not None:
@@ -193,8 +200,9 @@ def _final_names(accounts: Sequence[PartAccount], given: Sequence[str] | None, t
                 f"{found[unknown]}: label {unknown!r} is not one of {known} (data.label_names, or those of train)"
             )
         return list(given)
-    scored = task == "sequence_classification" and not found
-    if task in ("sequence_classification", "token_classification") and len(found) < 2 and not scored:
+    columns = {name for one in accounts for block in one.blocks for name, _, _ in block}
+    labelled = any(column.name in columns for column in task.columns if column.holds == "label numbers")
+    if labelled and len(found) < 2:
         where = next(iter(found.values()), "data.train")
         raise BadDataError(f"{where}: only {len(found)} different labels in train; classification needs two")
     numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)

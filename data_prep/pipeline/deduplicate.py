@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from data_prep.encode.blocks import Block, marks_of
+from data_prep.encode.blocks import Block, Column, marks_of, values_per_document
 from data_prep.pipeline.parts import Part
 
 _DOCUMENTS_AT_ONCE = 1 << 22
@@ -44,22 +44,20 @@ def keep_first(parts: Sequence[Part]) -> list[np.ndarray]:
     return kept
 
 
-def document_hashes(block: Block) -> dict[str, np.ndarray]:
-    """128 bits of everything a document trains, as columns ``hash_low`` and ``hash_high`` (uint64)."""
+def document_hashes(block: Block, of_task: Sequence[Column]) -> dict[str, np.ndarray]:
+    """128 bits of everything a document trains, as columns ``hash_low`` and ``hash_high`` (uint64).
+
+    The lengths are hashed with what they count out. Lines and numbers of records are places, not content.
+    """
     columns = {**block.columns, "marks": marks_of(block.columns)}
-    starts = np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]
+    left_out = {"lines", "lengths"}.union(column.name for column in of_task if column.holds == "record numbers")
+    left_out.update(column.lengths_name for column in of_task)
     pieces = []
-    for name, column in columns.items():
-        if name in ("lines", "lengths", "questions") or name.endswith("_lengths"):
-            continue
-        if f"{name}_lengths" in columns:
-            counts = columns[f"{name}_lengths"].astype(np.int64)
-            firsts = np.cumsum(counts) - counts
-        elif len(column) == block.num_tokens and name in ("input_ids", "marks", "tags"):
-            firsts, counts = starts, columns["lengths"].astype(np.int64)
-        else:
-            firsts, counts = np.arange(block.num_documents), np.ones(block.num_documents, dtype=np.int64)
-        pieces.append((np.ascontiguousarray(column), firsts.tolist(), counts.tolist()))
+    for name in (name for name in columns if name not in left_out):
+        given = values_per_document(columns, name, of_task)
+        counts = np.ones(block.num_documents, dtype=np.int64) if given is None else given.astype(np.int64)
+        firsts = np.cumsum(counts) - counts
+        pieces.append((np.ascontiguousarray(columns[name]), firsts.tolist(), counts.tolist()))
     digests = bytearray()
     for document in range(block.num_documents):
         digest = xxhash.xxh3_128()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig, SourceConfig
-from data_prep.pipeline.work import HashRange, Task, Work
+from data_prep.pipeline.work import HashRange, Work
 from data_prep.shapes.recognise import Shape
 from data_prep.sources.records import SourceFile, Span
 from data_prep.sources.spans import SPAN_BYTES
+from data_prep.tasks.data_task import DataTask
 from data_prep.tokenizer.tokenizer import Tokenizer
 
 _PACKED = 4  # how many times as large compressed data is taken to be
@@ -23,7 +24,7 @@ _NOT_READING = {"path", "hub", "aligned", "name", "weight", "epochs"}  # keys of
 class Encoding:
     """How the records of a run become documents; the same for all its splits."""
 
-    task: Task
+    task: DataTask
     tokenizer: Tokenizer
     chat_template: str | None
 

@@ -11,9 +11,11 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
-from data_prep.encode.blocks import RAGGED_LENGTHS, TASK_COLUMNS, marks_of
+from data_prep.encode.blocks import Column, marks_of, values_per_document
 from data_prep.pipeline.parts import Part, PartAccount
 from data_prep.pipeline.store_folder import sync_file
+from data_prep.rows.row_files import unsigned_type
+from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import hash_file
 
 FileEntry = dict[str, Any]
@@ -55,14 +57,6 @@ class ColumnWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         return {"bytes": self._path.stat().st_size, "xxh3_128": self._digest.hexdigest()}
-
-
-def write_column(path: Path, dtype: np.dtype[Any], length: int, blocks: Iterable[np.ndarray]) -> FileEntry:
-    """Write a one-dimensional .npy file of `length` values from consecutive blocks; returns its manifest entry."""
-    with ColumnWriter(path, dtype, length) as writer:
-        for block in blocks:
-            writer.write(block)
-        return writer.finish()
 
 
 class _Marks:
@@ -107,6 +101,7 @@ def column_sizes(accounts: Sequence[PartAccount]) -> dict[str, tuple[np.dtype[An
 def write_content(
     folder: Path,
     parts: Sequence[Part],
+    task: DataTask,
     id_type: np.dtype[Any],
     number_of: Mapping[str, int],
     kept: Sequence[np.ndarray] | None,
@@ -116,62 +111,68 @@ def write_content(
     `number_of` gives the final number of every label or tag. `kept`, one bool array [documents] a part,
     leaves out the others. Returns the manifest's files and columns, and the accounts of what was kept.
     """
-    accounts = [part.account for part in parts]
     if kept is not None:
-        sizes, accounts_kept = _sizes_of_kept(parts, kept)
+        sizes, accounts = _sizes_of_kept(parts, task, kept)
     else:
-        sizes, accounts_kept = column_sizes(accounts), list(accounts)
-    tokens, documents = (sizes.get(name, (None, 0))[1] for name in ("input_ids", "lengths"))
-    columns = {name: per for name, per in TASK_COLUMNS.items() if name in sizes}
-    plan: dict[str, tuple[np.dtype[Any], int]] = {
-        "input_ids": (id_type, tokens),
-        "document_ends": (np.dtype(np.uint32 if tokens < 2**32 else np.uint64), documents),
-        "document_lines": (np.dtype(np.uint32), documents),
-        "targets": (np.dtype(np.uint8), -(-tokens // 8)),
-    }
-    for name, per in columns.items():
-        plan[name] = sizes[name]
-        if per == "ragged":
-            plan[f"{name}_ends"] = (np.dtype(np.uint32 if sizes[name][1] < 2**32 else np.uint64), documents)
-    if set(columns) & {"labels", "label_sets", "scores", "answer_spans", "target_ids"}:
-        del plan["targets"]  # what is trained is the document itself
-    writers = {name: ColumnWriter(folder / f"{name}.npy", *what) for name, what in plan.items()}
+        accounts = [part.account for part in parts]
+        sizes = column_sizes(accounts)
+    columns = [column for column in task.columns if column.name in sizes]
+    writers = _open_writers(folder, task, columns, id_type, sizes)
     try:
-        _join(parts, writers, number_of, kept)
+        _join(_kept_blocks(parts, task.columns, number_of, kept), columns, writers)
         files = {f"{name}.npy": writer.finish() for name, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.__exit__(None, None, None)
-    return files, {name: {"per": per} for name, per in columns.items()}, accounts_kept
+    return files, {column.name: {"per": column.per} for column in columns}, accounts
+
+
+def _open_writers(
+    folder: Path, task: DataTask, columns: Sequence[Column], id_type: np.dtype[Any],
+    sizes: Mapping[str, tuple[np.dtype[Any], int]],
+) -> dict[str, ColumnWriter]:  # fmt: skip
+    """A file for every column of the store, in the order of the manifest."""
+    tokens, documents = (sizes.get(name, (None, 0))[1] for name in ("input_ids", "lengths"))
+    plan: dict[str, tuple[np.dtype[Any], int]] = {
+        "input_ids": (id_type, tokens),
+        "document_ends": (unsigned_type(tokens), documents),
+        "document_lines": (np.dtype(np.uint32), documents),
+    }
+    if task.marks_tokens:
+        plan["targets"] = (np.dtype(np.uint8), -(-tokens // 8))
+    for column in columns:
+        plan[column.name] = sizes[column.name]
+        if column.per == "ragged":
+            plan[column.ends_name] = (unsigned_type(sizes[column.name][1]), documents)
+    return {name: ColumnWriter(folder / f"{name}.npy", *what) for name, what in plan.items()}
 
 
 def _sizes_of_kept(
-    parts: Sequence[Part], kept: Sequence[np.ndarray]
+    parts: Sequence[Part], task: DataTask, kept: Sequence[np.ndarray]
 ) -> tuple[dict[str, tuple[np.dtype[Any], int]], list[PartAccount]]:
     """As `column_sizes`, of the kept documents alone, and the accounts with their counts."""
     sizes = column_sizes([part.account for part in parts])
     counts = dict.fromkeys(sizes, 0)
     remaining = []
-    for index, part in enumerate(parts):
+    for part, chosen in zip(parts, kept, strict=True):
         own = dict.fromkeys(sizes, 0)
-        targets = first = 0
+        marked = first = 0
         for block in part.blocks():
             documents = len(block["lengths"])
-            chosen = _choose(block, kept[index][first : first + documents])
+            left = _choose(block, chosen[first : first + documents], task.columns)
             first += documents
-            for name, values in chosen.items():
+            for name, values in left.items():
                 own[name] += len(values)
-            targets += int(np.count_nonzero(marks_of(chosen)))
-        if not targets:
-            targets = own["target_ids"] if "target_ids" in own else own.get("lengths", 0)
-        pieces = part.account.pieces
-        borders = np.cumsum([0, *(made for _, made in pieces)])
-        left = np.diff(np.concatenate(([0], np.cumsum(kept[index])))[borders]).tolist()
+            marked += int(np.count_nonzero(marks_of(left))) if task.marks_tokens else 0
+        num_documents = own.get("lengths", 0)
+        targets = marked if task.marks_tokens else own.get(task.target_column or "lengths", 0)
+        borders = np.cumsum([0, *(made for _, made in part.account.pieces)])
+        of_pieces = np.diff(np.concatenate(([0], np.cumsum(chosen)))[borders]).tolist()
         remaining.append(
             replace(
                 part.account,
-                pieces=[(read, made) for (read, _), made in zip(pieces, left, strict=True)],
-                num_documents=own.get("lengths", 0),
+                pieces=[(read, made) for (read, _), made in zip(part.account.pieces, of_pieces, strict=True)],
+                num_documents=num_documents,
                 num_tokens=own.get("input_ids", 0),
                 num_targets=targets,
             )
@@ -181,40 +182,50 @@ def _sizes_of_kept(
     return {name: (dtype, counts[name]) for name, (dtype, _) in sizes.items()}, remaining
 
 
+class _Ends:
+    """The ends of documents in a column, from their lengths, across blocks."""
+
+    def __init__(self, writer: ColumnWriter):
+        self._writer, self._so_far = writer, 0
+
+    def write(self, lengths: np.ndarray) -> None:
+        ends = np.cumsum(lengths, dtype=np.int64) + self._so_far
+        self._so_far = int(ends[-1]) if len(ends) else self._so_far
+        self._writer.write(ends)
+
+
 def _join(
-    parts: Sequence[Part], writers: Mapping[str, ColumnWriter],
-    number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None,
-) -> None:  # fmt: skip
+    blocks: Iterable[tuple[dict[str, np.ndarray], np.ndarray]],
+    columns: Sequence[Column],
+    writers: Mapping[str, ColumnWriter],
+) -> None:
+    """Write the columns of all blocks; each comes with the final numbers of its part's names."""
     marks = _Marks(writers["targets"]) if "targets" in writers else None
-    ends = dict.fromkeys(writers, 0)
-    questions = 0
-    for block, final in _kept_blocks(parts, number_of, kept):
+    document_ends = _Ends(writers["document_ends"])
+    ends = {column.name: _Ends(writers[column.ends_name]) for column in columns if column.per == "ragged"}
+    num_records = 0
+    for block, final in blocks:
+        writers["input_ids"].write(block["input_ids"])
+        document_ends.write(block["lengths"])
+        writers["document_lines"].write(block["lines"])
         if marks is not None:
             marks.write(block)
-        for name, values in block.items():
-            if name in ("lengths", "lines") or name.endswith(RAGGED_LENGTHS):
-                target = {"lengths": "document_ends", "lines": "document_lines"}.get(
-                    name, f"{name.removesuffix(RAGGED_LENGTHS)}_ends"
-                )
-                if name == "lines":
-                    writers[target].write(values)
-                    continue
-                so_far = np.cumsum(values, dtype=np.int64) + ends[target]
-                ends[target] = int(so_far[-1]) if len(so_far) else ends[target]
-                writers[target].write(so_far)
-            elif name in ("labels", "tags", "label_sets"):
-                writers[name].write(np.where(values >= 0, final[values], -1) if len(final) else values)
-            elif name == "questions":
-                writers[name].write(values + questions)
-                questions += int(values[-1]) + 1 if len(values) else 0
-            elif name in writers:
-                writers[name].write(values)
+        for column in columns:
+            values = block[column.name]
+            if column.holds == "label numbers" and len(final):
+                values = np.where(values >= 0, final[values], -1)
+            elif column.holds == "record numbers":
+                values = values + num_records
+                num_records = int(values[-1]) + 1 if len(values) else num_records
+            writers[column.name].write(values)
+            if column.name in ends:
+                ends[column.name].write(block[column.lengths_name])
     if marks is not None:
         marks.flush()
 
 
 def _kept_blocks(
-    parts: Sequence[Part], number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None
+    parts: Sequence[Part], of_task: Sequence[Column], number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Every block with the documents that are kept, and the final number of each of its part's names."""
     for index, part in enumerate(parts):
@@ -224,20 +235,15 @@ def _kept_blocks(
             documents = len(block["lengths"])
             chosen = None if kept is None else kept[index][first : first + documents]
             first += documents
-            yield (block if chosen is None or chosen.all() else _choose(block, chosen)), final
+            yield (block if chosen is None or chosen.all() else _choose(block, chosen, of_task)), final
 
 
-def _choose(block: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """The documents of a block for which `chosen` is true."""
-    of_tokens = np.repeat(chosen, block["lengths"])
+def _choose(block: dict[str, np.ndarray], chosen: np.ndarray, of_task: Sequence[Column]) -> dict[str, np.ndarray]:
+    """The documents of a block for which `chosen` (bool [documents]) is true."""
     result = {}
     for name, values in block.items():
-        if f"{name}{RAGGED_LENGTHS}" in block:
-            result[name] = values[np.repeat(chosen, block[f"{name}{RAGGED_LENGTHS}"])]
-        elif name in ("input_ids", "marks", "tags"):
-            result[name] = values[of_tokens]
-        else:
-            result[name] = values[chosen]
+        counts = values_per_document(block, name, of_task)
+        result[name] = values[chosen if counts is None else np.repeat(chosen, counts)]
     return result
 
 

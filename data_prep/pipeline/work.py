@@ -4,15 +4,13 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
 
 import xxhash
 
 from data_prep.config import DataConfig
 from data_prep.shapes.recognise import Shape
 from data_prep.sources.records import Record, SourceFile, Span
-
-Task = Literal["causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm"]
+from data_prep.tasks.data_task import DataTask
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class SplitJob:
 class Job:
     """What every worker needs to know."""
 
-    task: Task
+    task: DataTask
     config: DataConfig
     tokenizer_dir: Path  # the folder that goes into the store, so that exactly it is what encodes
     chat_template: str | None

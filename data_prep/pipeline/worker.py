@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.encode.blocks import Block, Names
-from data_prep.encode.causal_lm import Context, encode_causal_lm
-from data_prep.encode.labels import (
-    encode_question_answering,
-    encode_seq2seq_lm,
-    encode_sequence_classification,
-    encode_token_classification,
-)
+from data_prep.encode.content import Context
 from data_prep.errors import BadDataError, UntrainableError, overlong_message
 from data_prep.pipeline.deduplicate import document_hashes
 from data_prep.pipeline.parts import PartAccount, PartWriter
@@ -67,7 +61,7 @@ class Encoder:
     def context(self, names: Names) -> Context:
         """What the encode functions take, with a book for the names they meet."""
         config = self.job.config
-        cuts = self.job.task != "causal_lm" and config.overlong == "truncate"
+        cuts = not self.job.task.packs and config.overlong == "truncate"
         return Context(
             tokenizer=self.tokenizer,
             backend=self._backend,
@@ -113,17 +107,7 @@ class Encoder:
 
     def _encode(self, records: Sequence[Record], shape: Shape, context: Context) -> Block:
         examples = [to_example(shape, record) for record in records]
-        match self.job.task:
-            case "causal_lm":
-                block = encode_causal_lm(records, examples, context)
-            case "sequence_classification":
-                block = encode_sequence_classification(records, examples, context)
-            case "token_classification":
-                block = encode_token_classification(records, examples, context)
-            case "question_answering":
-                block = encode_question_answering(records, examples, context)
-            case "seq2seq_lm":
-                block = encode_seq2seq_lm(records, examples, context)
+        block = self.job.task.encode(records, examples, context)
         if self.job.config.overlong == "error":
             lengths, limit = block.columns["lengths"], self.job.config.row_tokens
             if len(lengths) and int(lengths.max()) > limit:
@@ -205,11 +189,10 @@ def encode_work(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
                 block, kept = encoder.encode(batch, work.shape, contexts[name])
                 dropped[name] += len(batch) - len(kept)
                 if block is not None:
-                    record_of_document = block.columns.get("questions", np.arange(block.num_documents))
                     piece_of_record = np.array(pieces)[np.asarray(kept)]
-                    made[name] += np.bincount(piece_of_record[record_of_document], minlength=len(read))
+                    made[name] += np.bincount(piece_of_record[job.task.records_of(block)], minlength=len(read))
                     if job.config.deduplicate:
-                        block.columns.update(document_hashes(block))
+                        block.columns.update(document_hashes(block, job.task.columns))
                     writers[name].write(block)
         for file, _ in work.pieces:
             check_unchanged(file)  # a part is known by the hashes of its files, so it must hold what was hashed

@@ -25,12 +25,16 @@ _WINDOW_DOCUMENTS = (1 << 16, 1 << 21)  # fewest and most; each takes some 60 by
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How documents become rows; the keys of the same names in the ``data`` section."""
+    """How documents become rows: four keys of the ``data`` section, and how the task has its targets."""
 
     row_tokens: int
     packing: Packing = "best_fit"
     overlong: Overlong = "error"
     min_targets: int = 1
+    packs: bool = (
+        True  # documents share rows, and nothing predicts the first token of a piece; else rows hold one whole
+    )
+    target_column: str | None = None  # the ragged column whose values are the targets
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,6 @@ def write_rows(
     BadDataError names the first record that the plan refuses: one longer than a row where overlong is
     ``error``, or one with a prompt or turns that would be split.
     """
-    if store.task != "causal_lm":
-        plan = RowPlan(plan.row_tokens, "none", plan.overlong, plan.min_targets)
     sources = store.manifest["sources"]
     if plan.packing == "wrap":
         _require_text(sources)
@@ -154,7 +156,11 @@ class _Window:
         self.account, self.truncation = account, truncation
         self.begins, ends = store.borders_between(first, stop)
         self.lengths = ends - self.begins
-        self.targets = store.document_targets(first, stop)
+        column = plan.target_column
+        self.counts_targets = store.marks_targets or column is not None
+        self.targets = (
+            store.document_targets(first, stop) if column is None else store.ragged_lengths(column, first, stop)
+        )
         account.add_documents(self.lengths, self.targets)
 
     def cut(self) -> Segments:
@@ -232,12 +238,12 @@ class _Window:
         return Segments(numbers, segments.starts, segments.lengths, segments.targets, _NO_ROWS)
 
     def _poor(self, targets: np.ndarray, placed: np.ndarray) -> np.ndarray:
-        if not self.store.counts_targets:
+        if not self.counts_targets:
             return np.zeros(len(targets), dtype=bool)  # one label a document is not few
         return placed & (targets < self.plan.min_targets)
 
     def _targets(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        if self.store.task != "causal_lm":
+        if not self.plan.packs:
             whole: np.ndarray = self.targets[documents].astype(np.uint32)
             return whole
         begins = self.begins[documents]

@@ -1,4 +1,4 @@
-"""The known forms of records: which fields make which shape, and which shapes a task takes.
+"""The known forms of records: which fields make which shape.
 
 A form maps our names for the fields of a shape to the names they go by in the wild. Recognising is nothing
 more than looking which forms a record's fields fill.
@@ -12,15 +12,6 @@ from data_prep.config import ShapeName
 from data_prep.shapes.fields import lookup
 
 Form = dict[str, str]
-
-#: The shapes each task takes.
-TASK_SHAPES: dict[str, tuple[ShapeName, ...]] = {
-    "causal_lm": ("text", "prompt", "alpaca", "sharegpt", "messages", "parallel"),
-    "sequence_classification": ("label", "score"),
-    "token_classification": ("tags",),
-    "question_answering": ("question",),
-    "seq2seq_lm": ("prompt", "alpaca", "parallel"),
-}
 
 
 def _pairs(ours: tuple[str, str], *theirs: tuple[str, str]) -> tuple[Form, ...]:

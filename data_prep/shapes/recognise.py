@@ -28,7 +28,6 @@ from data_prep.shapes.fields import field_names, lookup, required_field, shown, 
 from data_prep.shapes.forms import (
     FIELDS_TO_LEAVE_OUT,
     OPTIONAL,
-    TASK_SHAPES,
     Reading,
     candidates_of,
     known_fields,
@@ -90,21 +89,25 @@ def to_example(shape: Shape, record: Record) -> Example:
             return questioned(record, fields)
 
 
-def recognise(records: Sequence[Record], config: SourceConfig, task: str) -> Shape:
+TaskShapes = Mapping[str, Sequence[ShapeName]]
+
+
+def recognise(records: Sequence[Record], config: SourceConfig, task: str, shapes_of: TaskShapes) -> Shape:
     """The one shape that all of `records`, the first of a source, have among those that `task` takes.
 
+    `shapes_of` has the shapes that each task takes; those of other tasks are hints for a record that fits none.
     ``shape:`` and ``fields:`` of the source decide over what the records look like. The records are also
     read as examples, so that a fault in them is known before work begins. Raises BadDataError naming
     file:line (nothing fits, two shapes fit, records differ, a record is faulty), DataConfigError for a
     ``shape:`` or ``fields:`` that cannot be meant.
     """
-    shapes = _shapes_asked(config, task)
+    shapes = _shapes_asked(config, task, shapes_of[task])
     if not records:
         raise BadDataError(f"{config.path or config.hub or config.name or 'a source'}: holds no records")
     candidates = candidates_of(shapes, config.fields, config.shape is not None)
     found = readings(records[0].value, candidates)
     if len(found) != 1:
-        _refuse(records[0], found, config, task, shapes)
+        _refuse(records[0], found, config, task, shapes, shapes_of)
     for record in records[1:]:
         others = readings(record.value, candidates)
         if not others:
@@ -115,14 +118,13 @@ def recognise(records: Sequence[Record], config: SourceConfig, task: str) -> Sha
                 f"{record.where}: the records of a source must agree: this one fits {_said(others)},"
                 f" {records[0].where} is {_said(found)}; split the source, or say which with `shape:` and `fields:`"
             )
-    shape = _shape_of(found[0], records, config, task)
+    shape = _shape_of(found[0], records, config, task, shapes_of[task])
     examples = [to_example(shape, record) for record in records]
     return replace(shape, summary=_summary(shape, records, examples))
 
 
-def _shapes_asked(config: SourceConfig, task: str) -> tuple[ShapeName, ...]:
+def _shapes_asked(config: SourceConfig, task: str, of_task: Sequence[ShapeName]) -> tuple[ShapeName, ...]:
     """The shapes to look for: the one asked for, else those of the task that have all the given fields."""
-    of_task = TASK_SHAPES[task]
     given = list(config.fields)
     for ours, theirs in config.fields.items():
         if not theirs and ours not in FIELDS_TO_LEAVE_OUT:
@@ -144,13 +146,16 @@ def _shapes_asked(config: SourceConfig, task: str) -> tuple[ShapeName, ...]:
     return shapes
 
 
-def _shape_of(reading: Reading, records: Sequence[Record], config: SourceConfig, task: str) -> Shape:
+def _shape_of(
+    reading: Reading, records: Sequence[Record], config: SourceConfig, task: str, of_task: Sequence[ShapeName]
+) -> Shape:
     """The shape of records that all have `reading`: optional fields, and what only values tell."""
     name, fields = reading.shape, dict(reading.names)
     optional, refused = _optional_fields(name, records, config.fields)
-    if task == "seq2seq_lm" and (later := [ours for ours in ("system", "history") if ours in optional]):
+    takes_chats = "messages" in of_task
+    if not takes_chats and (later := [ours for ours in ("system", "history") if ours in optional]):
         raise DataConfigError(
-            f"task seq2seq_lm takes prompts, not conversations, but the records have {shown(optional[later[0]])!r}"
+            f"task {task} takes prompts, not conversations, but the records have {shown(optional[later[0]])!r}"
             f' ({records[0].where}); leave it out with an empty name: `fields: {{{later[0]}: ""}}`'
         )
     many = False
@@ -271,7 +276,7 @@ def _said(found: Sequence[Reading]) -> str:
 
 
 def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: str,
-            shapes: Sequence[ShapeName]) -> NoReturn:  # fmt: skip
+            shapes: Sequence[ShapeName], shapes_of: TaskShapes) -> NoReturn:  # fmt: skip
     """The error for a record that no shape fits, or more than one."""
     where, names = record.where, field_names(record.value)
     if found:
@@ -284,7 +289,7 @@ def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: st
         raise BadDataError(f"{where}: {what} does not fit (fields: {names}); name them with `fields: {{{example}}}`")
     others = {
         other: found[0].shape
-        for other, its_shapes in TASK_SHAPES.items()
+        for other, its_shapes in shapes_of.items()
         if other != task and (found := readings(record.value, candidates_of(its_shapes, {}, False)))
     }
     table = (config.path or "").lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")

@@ -251,18 +251,14 @@ class TokenStore:
         return bits[first % 8 : first % 8 + last - first].astype(bool)
 
     @property
-    def counts_targets(self) -> bool:
-        """Whether documents differ in their number of targets; else each has one."""
-        return self._marks is not None or "target_ids" in self.columns
+    def marks_targets(self) -> bool:
+        """Whether targets are marked tokens."""
+        return self._marks is not None
 
     def document_targets(self, first: int = 0, stop: int | None = None) -> np.ndarray:
         """int64 [stop - first]: targets of every document; one each where the task marks no tokens."""
         stop = self.num_documents if stop is None else stop
         if self._marks is None:
-            if "target_ids" in self.columns:
-                ends = self._load("target_ids_ends", self.num_documents, INDEX_TYPES)[first:stop].astype(np.int64)
-                before = int(self._load("target_ids_ends", self.num_documents, INDEX_TYPES)[first - 1]) if first else 0
-                return np.diff(ends, prepend=before)
             return np.ones(stop - first, dtype=np.int64)
         begins, ends = self.borders_between(first, stop)
         return self.count_targets(begins, ends)
@@ -291,7 +287,7 @@ class TokenStore:
         return self._load(name, self.num_tokens, VALUE_TYPES)[first:last]
 
     def ragged(self, name: str, document: int) -> np.ndarray:
-        """One document's values of a column that has any number of them: for example ``answer_spans``."""
+        """One document's values of a column that has any number of them: for example the places of its answers."""
         self._require_column(name, "ragged")
         assert 0 <= document < self.num_documents, f"document {document} of {self.num_documents}"
         values = self._load(name, None, VALUE_TYPES)
@@ -306,11 +302,12 @@ class TokenStore:
         self._require_column(name)
         return self._load(name, None, VALUE_TYPES)
 
-    def ragged_lengths(self, name: str) -> np.ndarray:
-        """int64 [documents]: how many values of a ragged column each document has."""
+    def ragged_lengths(self, name: str, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """int64 [stop - first]: how many values of a ragged column each document has."""
         self._require_column(name, "ragged")
         ends = self._load(f"{name}_ends", self.num_documents, INDEX_TYPES)
-        lengths: np.ndarray = np.diff(ends.astype(np.int64), prepend=0)
+        before = int(ends[first - 1]) if first else 0
+        lengths: np.ndarray = np.diff(ends[first:stop].astype(np.int64), prepend=before)
         return lengths
 
     def _require_column(self, name: str, per: str | None = None) -> None:

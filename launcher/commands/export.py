@@ -1,5 +1,6 @@
 """``fulltune export``: a run folder's checkpoint as a Hugging Face folder with its tokenizer."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from engine.config import RunConfig
 from engine.errors import CannotWriteError, MissingInputError
 from engine.file_modes import set_umask
 from engine.run_file import load_run_file
+from launcher.commands.arguments import add_weight_options
 
 #: What tokenizers differ in: blanks, digits, line breaks, contractions, scripts, accents in two forms.
 _PROBES = (
@@ -17,6 +19,24 @@ _PROBES = (
     " leading blank, trailing blank ",
     "\u4e2d\u6587\u6d4b\u8bd5\uff0c\u4f60\u597d\u3002 \u00fcber e\u0301t\u00e9 \ufb01 \U0001f600",
 )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run, the folder to write, and which checkpoint."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; must not exist")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
+    add_weight_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export the checkpoint."""
+    export_run(
+        arguments.run_dir, arguments.out_dir, arguments.step, arguments.best, arguments.dtype, arguments.max_shard_size
+    )
+    return 0
 
 
 def export_run(run_dir: Path, out_dir: Path, step: int | None, best: bool, dtype: str, max_shard_bytes: int) -> None:

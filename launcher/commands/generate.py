@@ -1,10 +1,34 @@
 """``fulltune generate``: continue prompts with a Hugging Face folder, by plain transformers."""
 
+import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the prompts, and how tokens are chosen."""
+    parser.add_argument("model", metavar="MODEL", help="folder of a causal language model")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: one prompt on stdin)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn: use the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, with --temperature")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a continuation of every prompt."""
+    prompts = arguments.prompt if arguments.prompt is not None else [sys.stdin.read().rstrip("\n")]
+    if not all(prompts):
+        raise ConfigError("the prompt is empty: give --prompt TEXT, or text on stdin")
+    for text in generate(
+        arguments.model, prompts, arguments.chat, arguments.max_new_tokens, arguments.temperature, arguments.seed
+    ):
+        print(text, flush=True)
+    return 0
 
 
 def generate(

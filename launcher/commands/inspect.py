@@ -1,21 +1,18 @@
-"""``fulltune inspect``: what a token store holds, in the terminal or as one page.
-
-Not named after its command: beside a script that Python starts as a file, ``inspect.py`` would hide the
-standard library's module of that name.
-"""
+"""``fulltune inspect``: shows a token store in the terminal, or writes it as one page."""
 
 import argparse
 import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from data_prep.inspect.page import write_page
+from data_prep.inspect.rows import Selection
+from data_prep.inspect.terminal import describe
+from data_prep.token_store import CURRENT_NAME, MANIFEST_NAME, StoreError, resolve_store
 from engine.errors import ConfigError, MissingInputError
+from launcher.commands.arguments import positive_number
 from launcher.job.run_config import load_run
-
-if TYPE_CHECKING:
-    from data_prep.inspect.rows import Selection
 
 _PAGE_ROWS = 20
 
@@ -28,36 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--row", type=int, metavar="N", help="show from row N on, counted from 0")
     which.add_argument("--source", metavar="NAME", help="show rows that hold documents of this source (name or index)")
-    which.add_argument("--random", type=_positive, metavar="N", help="show N rows drawn at random")
+    which.add_argument("--random", type=positive_number, metavar="N", help="show N rows drawn at random")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn at random")
-    parser.add_argument("--rows", type=_positive, metavar="K", help="how many (default 1; 20 on a page)")
+    parser.add_argument("--rows", type=positive_number, metavar="K", help="how many (default 1; 20 on a page)")
     parser.add_argument("--documents", action="store_true", help="whole documents instead of rows")
     parser.add_argument("--no-color", action="store_true", help="brackets instead of colours, as where NO_COLOR is set")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with rows, ledger and histograms")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"write a whole number from 1 on, not {text}")
-    return int(text)
-
-
-def inspect_store(arguments: argparse.Namespace) -> int:
-    """Show what `arguments` ask for; 0. StoreError, PreparationError or ConfigError say what is wrong."""
-    from data_prep.inspect.rows import Selection
-
+def run(arguments: argparse.Namespace) -> int:
+    """Show the chosen rows or the whole store. Raises StoreError, PreparationError or ConfigError."""
     path = _store_folder(arguments.target, arguments.split, arguments.overrides)
     selection = _selection(arguments)
     if arguments.html is not None:
-        from data_prep.inspect.page import write_page
-
-        write_page(
-            path, arguments.html, selection or Selection(seed=arguments.seed, count=arguments.rows or _PAGE_ROWS)
-        )
+        shown = selection or Selection(seed=arguments.seed, count=arguments.rows or _PAGE_ROWS)
+        write_page(path, arguments.html, shown)
         print(f"page written to {arguments.html}")
         return 0
-    from data_prep.inspect.terminal import describe
-
     color = sys.stdout.isatty() and not (arguments.no_color or os.environ.get("NO_COLOR"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows something
@@ -66,9 +50,7 @@ def inspect_store(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _selection(arguments: argparse.Namespace) -> "Selection | None":
-    from data_prep.inspect.rows import Selection
-
+def _selection(arguments: argparse.Namespace) -> Selection | None:
     count = arguments.rows
     if arguments.random is not None and count is not None:
         raise ConfigError("--random N says how many: leave out --rows")
@@ -87,8 +69,6 @@ def _selection(arguments: argparse.Namespace) -> "Selection | None":
 
 def _store_folder(target: Path, split: str, overrides: list[str]) -> Path:
     """The folder of the store that `target` means: itself, the split its parent names, or that of a run file."""
-    from data_prep.token_store import CURRENT_NAME, MANIFEST_NAME, StoreError
-
     if target.is_dir():
         if overrides:
             raise ConfigError(f"{overrides[0]}: only a run file takes overrides, and {target} is a folder")
@@ -112,8 +92,6 @@ def _store_folder(target: Path, split: str, overrides: list[str]) -> Path:
 
 
 def _of_split(store_dir: Path, split: str, section: dict[str, object] | None, task: str | None) -> Path:
-    from data_prep.token_store import resolve_store
-
     path = resolve_store(store_dir, split, section, task)
     if path is None:
         raise MissingInputError(f"{store_dir}: has no split {split!r} (--split)")

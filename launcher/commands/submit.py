@@ -18,6 +18,7 @@ from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingI
 from engine.file_modes import FOLDER_MODE, refuse_foreign, umask_for
 from engine.run_file import dump_yaml
 from engine.zero.ds_config import resolve_ds_config
+from launcher.commands.arguments import add_run_file, checked_run
 from launcher.job import runs
 from launcher.job.run_config import Run
 from launcher.start.preflight import judge_run
@@ -61,7 +62,8 @@ class Request:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``fulltune submit``."""
+    """The run file, and what to ask Slurm for."""
+    add_run_file(parser)
     add = parser.add_argument
     add("--nodes", type=int, default=1, metavar="N", help="default: 1")
     add("--gpus-per-node", type=int, default=0, metavar="G", help="a rank each; 0 (default): CPU ranks")
@@ -82,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: {_CPUS_OF_PREPARATION}")  # fmt: skip
     add("--prepare-time", metavar="TIME", help="default: as --time")
     add("--dry-run", action="store_true", help="print the scripts; write and submit nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the run's batch scripts and submit them, or print them."""
+    run = checked_run(arguments)
+    return _submit(run, check_request(arguments, run.config.run_dir), arguments.dry_run)
 
 
 def check_request(arguments: argparse.Namespace, run_dir: Path) -> Request:
@@ -228,7 +236,7 @@ def _fill(template: str, header: dict[str, str | int | None], request: Request, 
     )  # fmt: skip
 
 
-def submit(run: Run, request: Request, dry_run: bool) -> int:
+def _submit(run: Run, request: Request, dry_run: bool) -> int:
     """Write the scripts of a run into its folder and submit them; returns the exit code."""
     _ = run.config.trained_task
     resolve_ds_config(run.config, request.nodes * request.ranks_per_node)

@@ -1,5 +1,6 @@
 """``fulltune tensorboard``: the runs side by side, on this machine's own address only."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,13 +11,20 @@ from pathlib import Path
 from engine.errors import MissingInputError
 
 
-def show_runs(run_dirs: Sequence[Path], port: int) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The runs to show, and the port."""
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--port", type=int, default=6006, metavar="PORT", help="default 6006; 0: a free one")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Start TensorBoard on localhost for these run folders and stay until it ends; returns its exit code.
 
     Raises MissingInputError for a folder without TensorBoard events.
     """
+    port: int = arguments.port
     with tempfile.TemporaryDirectory(prefix="fulltune-tensorboard-") as folder:
-        for name, run_dir in name_runs(run_dirs).items():
+        for name, run_dir in name_runs(arguments.run_dirs).items():
             (Path(folder) / name).symlink_to(run_dir / "tensorboard", target_is_directory=True)
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "localhost"]
         print("from another machine: ssh -L {0}:localhost:{0} HOST".format(port or "PORT"), flush=True)

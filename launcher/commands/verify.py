@@ -1,5 +1,6 @@
-"""``fulltune verify``: whether a run's checkpoints still hold what was written, without starting anything."""
+"""``fulltune verify``: reads a run's checkpoints and compares them with what was written. It starts nothing."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,11 +15,17 @@ from engine.tensor_files.reader import verify_blocks
 _GB = 1000.0**3
 
 
-def verify_run(run_dir: Path) -> int:
-    """Read every byte of every checkpoint and print a verdict on each; returns the exit code.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
 
-    0 when all are sound, DataError's when one is not, MissingInputError when there is none.
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read every byte of every checkpoint and print a verdict on each.
+
+    The exit code is 0 when all are sound, else DataError's. MissingInputError when there is none.
     """
+    run_dir: Path = arguments.run_dir
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise MissingInputError(f"{run_dir}: there is no checkpoint in it")

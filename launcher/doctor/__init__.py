@@ -1,5 +1,5 @@
-"""`fulltune doctor`: collects facts of every node, checks them against the run, prints a table.
+"""The parts of `fulltune doctor`: collect facts of every node, check them against the run, measure, print a table.
 
 May import job, batch, ssh and start of the launcher, engine and data_prep.
-Read first: doctor.py, then gather.py (facts) and judge_node.py (checks).
+Read first: gather.py (facts), then judge_node.py (checks); commands/doctor.py puts them together.
 """

@@ -1,44 +1,13 @@
-"""What `fulltune doctor` takes and prints: options, and a table that has colours on a terminal only."""
+"""The table that `fulltune doctor` prints; it has colours on a terminal only."""
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TextIO
 
 from launcher.job.finding import Finding
 
 _COLOURS = {"ok": "32", "warning": "33", "error": "31;1", "skipped": "2"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument(
-        "run_file", type=Path, nargs="?", metavar="RUN.yaml",
-        help="also whether this run would work; or a folder, which all nodes must share",
-    )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
-    parser.add_argument(
-        "--hostfile", type=Path, metavar="HOSTS", help="machines reached over ssh: lines `host slots=N`"
-    )
-    parser.add_argument("--include", metavar="SPEC", help="with --hostfile: only host1@host2:0,2")
-    parser.add_argument("--exclude", metavar="SPEC", help="with --hostfile: not host1@host2:0,2")
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine, as for train")
-    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="inside a Slurm job, as for train")
-    parser.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet, as for train")
-    parser.add_argument(
-        "--measure", action="store_true",
-        help="then measure, for about a minute: arithmetic, memory, CPU Adam, copies, collectives, storage",
-    )  # fmt: skip
-    parser.add_argument(
-        "--wait-seconds",
-        type=float,
-        default=8.0,
-        metavar="S",
-        help="how long to wait for the nodes' answers (default 8)",
-    )
-    parser.add_argument("--json", action="store_true", help="print everything found as JSON")
 
 
 def print_table(findings: Sequence[Finding], nodes: Sequence[str], out: TextIO) -> None:

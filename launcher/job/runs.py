@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.arithmetic import newest_checkpoint
-from engine.errors import CannotWriteError, ConfigError, FulltuneError
+from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingInputError
 from engine.file_modes import FILE_MODE, FOLDER_MODE
 from launcher.job.records import read_exits, read_starts
 from launcher.job.run_config import Run
@@ -66,6 +66,17 @@ def read_record(run_dir: Path) -> JobRecord | None:
         return JobRecord(host=str(values["host"]), log=log, **numbers)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def find_runs(named: list[Path]) -> list[Path]:
+    """The named run folders; without names, all run folders in the current folder and two levels below it."""
+    if named:
+        for path in named:
+            if not path.is_dir():
+                raise MissingInputError(f"{path}: no such run folder")
+        return [path.absolute() for path in named]
+    here = Path.cwd()
+    return sorted(record.parent for depth in ("", "*/", "*/*/") for record in here.glob(f"{depth}{RECORD}"))
 
 
 def write_private(path: Path, text: str) -> None:

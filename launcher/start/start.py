@@ -99,7 +99,7 @@ def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
     """Make the token store the run file describes, or a `part` of it, or say that it is there already."""
     from data_prep.prepare import prepare
 
-    prepare(run.data, run.values["data"], run.config.task, part=part)  # type: ignore[arg-type]
+    prepare(run.data, run.values["data"], run.config.task, part=part)
 
 
 def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None) -> tuple[int, str]:

@@ -10,11 +10,11 @@ import yaml
 from repository import ROOT
 
 from data_prep.config import ChatConfig, DataConfig, Format, ShapeName, SourceConfig
-from data_prep.pipeline.work import Task
 from data_prep.sources.source_files import FORMATS
+from data_prep.tasks import TASKS
 from engine.config import CheckpointSection, ExportSection, RunConfig
 from engine.zero.ds_config import nvme_path, resolve_ds_config
-from launcher.cli import _parse
+from launcher.cli import parse
 
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 REQUIRED: dict[str, Any] = {"store_dir": "stores/x", "train": "x.jsonl", "tokenizer": "x", "row_tokens": 64}
@@ -80,7 +80,18 @@ def test_every_format_is_in_the_table_with_its_endings() -> None:
 def test_every_shape_is_in_the_table_with_its_tasks() -> None:
     rows = table("What records can look like")
     assert sorted(name for cells in rows for name in quoted(cells[0])) == sorted(get_args(ShapeName))
-    assert {task for cells in rows for task in quoted(cells[2])} == set(get_args(Task))
+    for cells in rows:
+        for shape in quoted(cells[0]):
+            assert set(quoted(cells[2])) == {task.name for task in TASKS.values() if shape in task.shapes}, shape
+    assert {task for cells in rows for task in quoted(cells[2])} == set(TASKS)
+
+
+def test_every_column_of_a_store_is_in_the_table_of_its_task() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*`.*) \|$", page, re.MULTILINE))
+    for task in TASKS.values():
+        named = set(quoted(rows.get(task.name, "")))
+        assert named == {column.name for column in task.columns}, task.name
 
 
 def test_every_key_of_the_data_section_is_explained() -> None:
@@ -115,5 +126,5 @@ def test_every_command_is_one(page: str) -> None:
     commands = [line for line in lines if line.startswith("fulltune ")]
     inline = re.findall(r"`(fulltune (?!tokenizer)[^`|\n]+ [^`|\n]+)`", text)
     for command in [*commands, *inline]:
-        _parse(shlex.split(command, comments=True)[1:])
+        parse(shlex.split(command, comments=True)[1:])
     assert commands or page == "docs/formats.md"

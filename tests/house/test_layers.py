@@ -26,12 +26,12 @@ ROOMS = {
         " schedule config tasks batches tensor_files file_modes arithmetic secrets_in_text errors"
     ),
     "data_prep": (
-        "prepare inspect pipeline encode chat shapes tokenizer rows token_store sources progress config errors"
+        "prepare inspect pipeline tasks encode chat shapes tokenizer rows token_store sources progress config errors"
     ),
 }
 TORCH_FREE = (
     "launcher.cli", "launcher.job.job", "launcher.start.dry_run", "launcher.start.start", "launcher.commands.export", "launcher.commands.generate",
-    "launcher.commands.demo", "launcher.job.records", "launcher.doctor.doctor", "launcher.doctor.node_facts", "engine.config", "engine.zero.ds_config", "engine.run_file", "engine.zero.prebuild",
+    "launcher.commands.demo", "launcher.job.records", "launcher.commands.doctor", "launcher.doctor.node_facts", "engine.config", "engine.zero.ds_config", "engine.run_file", "engine.zero.prebuild",
     "engine.errors", "engine.arithmetic", "engine.schedule", "data_prep.config", "data_prep.token_store",
 )  # fmt: skip
 

@@ -1,13 +1,10 @@
-"""A task is named in one file of each package: both packages know the same tasks, and nothing else names one."""
+"""Both packages know the same tasks, and a run file may name exactly these and their metrics."""
 
-import ast
 from pathlib import Path
-from typing import get_args
 
 import pytest
-from repository import ROOT
 
-from data_prep.pipeline.work import Task as PreparedTask
+from data_prep.tasks import TASKS as PREPARED
 from engine.config import RunConfig
 from engine.errors import ConfigError
 from engine.run_file import load_run_file
@@ -15,11 +12,6 @@ from engine.tasks import PREPARED_ONLY, TASKS
 from launcher.job.run_config import run_file_schema
 
 NAMES = [*TASKS, *PREPARED_ONLY]
-COLUMNS = (
-    "labels", "label_sets", "scores", "pair_starts", "tags", "answer_spans", "questions", "target_ids",
-)  # fmt: skip
-#: A demo is of one task.
-MAY_NAME = ("engine/tasks/", "launcher/commands/demo.py")
 RUN_FILE = """\
 run_dir: runs/x
 task: {task}
@@ -39,7 +31,7 @@ def read(folder: Path, task: str, metric: str = "null") -> RunConfig:
 
 
 def test_both_packages_know_the_same_tasks() -> None:
-    assert sorted(NAMES) == sorted(get_args(PreparedTask))
+    assert sorted(NAMES) == sorted(PREPARED)
     assert len(NAMES) == len(set(NAMES))
     assert all(name == task.name for name, task in TASKS.items())
 
@@ -70,26 +62,3 @@ def test_what_can_only_be_prepared_is_a_run_file_that_is_not_trained(tmp_path: P
         ConfigError, match=f"`task`: data for {task} can be prepared and inspected, but not trained yet"
     ):
         _ = config.trained_task
-
-
-def literals(path: Path) -> set[str]:
-    """Every text constant of a file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-
-
-@pytest.mark.parametrize("package", ["engine", "launcher"])
-def test_no_other_file_names_a_task_or_its_columns(package: str) -> None:
-    named = {}
-    for path in sorted((ROOT / package).rglob("*.py")):
-        here = str(path.relative_to(ROOT))
-        if not here.startswith(MAY_NAME) and (found := literals(path) & {*NAMES, *COLUMNS}):
-            named[here] = found
-    assert named == {}
-
-
-def test_the_rule_would_notice(tmp_path: Path) -> None:
-    path = tmp_path / "wrong.py"
-    path.write_text('match task:\n    case "causal_lm":\n        column = store.column("tags")\n')
-    assert literals(path) & {*NAMES, *COLUMNS} == {"causal_lm", "tags"}
-    assert literals(ROOT / "engine" / "tasks" / "causal_lm.py") & set(NAMES) == {"causal_lm"}

@@ -17,7 +17,8 @@ from data_prep.config import comparable_section
 from engine.errors import ConfigError
 from engine.run_file import load_run_file
 from launcher import cli
-from launcher.commands import verbs
+from launcher.commands import schema
+from launcher.commands.arguments import size_bytes
 from launcher.job.run_config import load_run, run_file_schema, write_resolved
 
 
@@ -54,7 +55,8 @@ def folder(tmp_path: Path) -> Path:
         (["schema"], 0, ""),
         (["train", "run.yaml", "--dry-run"], 0, ""),
         (["train", "run.yaml", "seed=3", "--dry-run", "batch.global_rows=4"], 0, ""),
-        ([], 78, "COMMAND"),
+        ([], 0, ""),
+        (["--debug"], 78, "COMMAND"),
         (["trian"], 78, "trian"),
         (["train"], 78, "RUN.yaml"),
         (["train", "run.yaml", "--frsh"], 78, "--frsh"),
@@ -125,7 +127,7 @@ def test_unexpected_errors_are_70_with_a_hint(
     def broken() -> dict[str, object]:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(verbs, "run_file_schema", broken)
+    monkeypatch.setattr(schema, "run_file_schema", broken)
     assert cli.main(["schema"]) == 70
     assert capsys.readouterr().err == "fulltune: error: ZeroDivisionError: two lines (--debug shows where)\n"
 
@@ -134,7 +136,7 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> dict[str, object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verbs, "run_file_schema", interrupted)
+    monkeypatch.setattr(schema, "run_file_schema", interrupted)
     assert cli.main(["schema"]) == 130
 
 
@@ -173,6 +175,43 @@ def test_shipped_deepspeed_names_stay_names(folder: Path, monkeypatch: pytest.Mo
     assert load_run(Path("run.yaml"), ["deepspeed=mine.json"]).config.deepspeed == str(folder / "mine.json")
 
 
+def test_help_imports_only_the_standard_library() -> None:
+    """Neither pydantic nor numpy, nor any verb: the help of the whole command answers at once."""
+    code = (
+        "import sys, atexit; before = set(sys.modules); from launcher.cli import main\n"
+        "atexit.register(lambda: print('loaded:', *sorted(set(sys.modules) - before)))\n"
+        "sys.exit(main())"
+    )
+    for words in ([], ["--help"]):
+        result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        shown, _, loaded = result.stdout.partition("loaded: ")
+        assert all(re.search(rf"\n    {name}\s", shown) for name in cli.COMMANDS)
+        others = [name for name in loaded.split() if name.partition(".")[0] not in sys.stdlib_module_names]
+        assert others == ["engine", "engine.errors", "engine.file_modes", "launcher", "launcher.cli"]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_verb_has_its_file_and_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: fulltune {name} ")
+    assert "--debug" in shown
+    files = {path.stem.strip("_") for path in (ROOT / "launcher" / "commands").glob("*.py")}
+    assert files == {*cli.COMMANDS, "init", "arguments"}
+
+
+@pytest.mark.parametrize(
+    "words", [["--debug", "tokenizer", "train"], ["tokenizer", "--debug", "train"], ["tokenizer", "train", "--debug"]]
+)
+def test_debug_may_stand_anywhere(words: list[str]) -> None:
+    files = ["text.jsonl", "out", "--vocab-size", "500"]
+    assert cli.parse([*words, *files]).debug
+    assert not cli.parse([word for word in words if word != "--debug"] + files).debug
+
+
 def test_schema_has_the_real_data_section(folder: Path) -> None:
     schema = run_file_schema()
     assert json.loads(json.dumps(schema)) == schema
@@ -184,7 +223,7 @@ def test_schema_has_the_real_data_section(folder: Path) -> None:
 
 @pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("1_000", 1000)])
 def test_sizes(text: str, count: int) -> None:
-    assert cli._byte_count(text) == count
+    assert size_bytes(text) == count
 
 
 def test_every_command_in_the_documents_is_known() -> None:
@@ -196,10 +235,10 @@ def test_every_command_in_the_documents_is_known() -> None:
     for command in commands:
         words = [word for word in shlex.split(command.replace("...", ""))[1:] if word not in ("[", "]")]
         try:
-            arguments = cli._parse(words)
+            arguments = cli.parse(words)
         except SystemExit as stop:
             raise AssertionError(f"`{command}` is not accepted") from stop
-        assert callable(arguments.command)
+        assert callable(arguments.run)
 
 
 def test_exit_code_of_a_bad_command_line() -> None:

@@ -15,8 +15,7 @@ from ranks import free_port, rank_environment
 from repository import ROOT
 
 from engine.run_file import dump_yaml, load_run_file
-from launcher.commands import demo_corpus
-from launcher.commands.demo import _write_run_files
+from launcher.commands import demo
 from launcher.job.records import read_starts
 
 SOURCE = '''\
@@ -71,10 +70,8 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 def test_corpus_holds_out_whole_files(library: Path, tmp_path: Path) -> None:
-    assert demo_corpus.write_corpus(tmp_path / "corpus") == 60
-    text, text_held_out, docstrings, docstrings_held_out = map(
-        read_lines, demo_corpus.corpus_files(tmp_path / "corpus")
-    )
+    assert demo.write_corpus(tmp_path / "corpus") == 60
+    text, text_held_out, docstrings, docstrings_held_out = map(read_lines, demo.corpus_files(tmp_path / "corpus"))
     numbers = [
         {int(number) for line in lines for number in re.findall(r"number (\d+)|of (\d+)", json.dumps(line)) for number in number if number}
         for lines in (text, text_held_out, docstrings, docstrings_held_out)
@@ -89,10 +86,10 @@ def test_corpus_holds_out_whole_files(library: Path, tmp_path: Path) -> None:
 
 
 def test_docstring_records_ask_without_telling(library: Path, tmp_path: Path) -> None:
-    demo_corpus.write_corpus(tmp_path / "corpus")
-    records = read_lines(demo_corpus.corpus_files(tmp_path / "corpus")[2])
+    demo.write_corpus(tmp_path / "corpus")
+    records = read_lines(demo.corpus_files(tmp_path / "corpus")[2])
     for record in records:
-        source = record["prompt"].removesuffix(demo_corpus.ANSWER_HEADING)
+        source = record["prompt"].removesuffix(demo.ANSWER_HEADING)
         assert source != record["prompt"]
         function = ast.parse(source).body[0]
         assert isinstance(function, ast.FunctionDef)
@@ -105,10 +102,8 @@ def test_docstring_records_ask_without_telling(library: Path, tmp_path: Path) ->
 
 def test_corpus_is_the_same_each_time(library: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        demo_corpus.write_corpus(tmp_path / name)
-    for first, second in zip(
-        demo_corpus.corpus_files(tmp_path / "a"), demo_corpus.corpus_files(tmp_path / "b"), strict=True
-    ):
+        demo.write_corpus(tmp_path / name)
+    for first, second in zip(demo.corpus_files(tmp_path / "a"), demo.corpus_files(tmp_path / "b"), strict=True):
         assert first.read_bytes() == second.read_bytes()
         assert first.stat().st_size > 0
 
@@ -133,7 +128,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A demo with three steps a stage: the run files are written first, and the demo uses them as they are."""
     folder = tmp_path_factory.mktemp("demo")
-    _write_run_files(folder)
+    demo._write_run_files(folder)
     for path in folder.glob("*.yaml"):
         values = load_run_file(path, ["duration.steps=3", "data.row_tokens=128", "evaluation.micro_rows=32"]).values
         path.write_text(dump_yaml(values))

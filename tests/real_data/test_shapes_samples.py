@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from data_fixtures import SAMPLES
+from shape_fixtures import SHAPES_OF
 
 from data_prep.config import SourceConfig
 from data_prep.shapes.chat import ROLES
@@ -27,7 +28,7 @@ def everything(
         options["path"] = str(SAMPLES / name)
     config = SourceConfig(**options)
     [[source]] = find_sources((config,), "data.train", Path("never-used"))
-    shape = recognise(list(islice(read_records(source), 100)), config, task)
+    shape = recognise(list(islice(read_records(source), 100)), config, task, SHAPES_OF)
     assert shape.describe().startswith(description), shape.describe()
     records = list(read_records(source))
     return [record.value for record in records], [to_example(shape, record) for record in records]

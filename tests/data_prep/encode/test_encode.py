@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 from data_fixtures import bert_vocabulary, byte_level_folder, sentencepiece_folder, sentences
 
-from data_prep.encode.blocks import Block, Names, marks_of
-from data_prep.encode.causal_lm import Context, encode_causal_lm, spans_to_marks
-from data_prep.encode.labels import (
-    encode_question_answering,
-    encode_seq2seq_lm,
-    encode_sequence_classification,
-    encode_token_classification,
-)
+from data_prep.encode.blocks import Block, Names, marks_of, spans_to_marks
+from data_prep.encode.content import Context
 from data_prep.errors import BadDataError, UntrainableError
 from data_prep.shapes.examples import (
     Example,
@@ -26,6 +20,7 @@ from data_prep.shapes.examples import (
     TextExample,
 )
 from data_prep.sources.records import Record
+from data_prep.tasks import causal_lm, question_answering, seq2seq_lm, sequence_classification, token_classification
 from data_prep.tokenizer.backends import TokenizersBackend
 from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.tokenizer import Tokenizer, id_type
@@ -40,7 +35,7 @@ def records(count: int) -> list[Record]:
 
 
 def encode(examples: list[Example], tokenizer: Tokenizer, **more: Any) -> Block:
-    return encode_causal_lm(records(len(examples)), examples, context(tokenizer, **more))
+    return causal_lm.encode(records(len(examples)), examples, context(tokenizer, **more))
 
 
 def documents(block: Block, column: str = "input_ids") -> list[list[int]]:
@@ -128,20 +123,20 @@ def test_classification_uses_the_tokenizers_own_special_tokens(bert: Tokenizer) 
         LabelledExample("the river", ("good",)), LabelledExample("boats and birds drift past", ("bad",))
     ]  # fmt: skip
     ready = context(bert, limit_tokens=5)
-    block = encode_sequence_classification(records(2), examples, ready)
+    block = sequence_classification.encode(records(2), examples, ready)
     river, boats = bert.encode_batch(["the river", "boats and birds drift past"])
     assert documents(block) == [[2, *river, 3], [2, *boats[:3], 3]]
     assert block.num_truncated == 1 and block.num_targets == 2
     assert block.columns["labels"].tolist() == [0, 1] and list(ready.names.index) == ["good", "bad"]
     with pytest.raises(UntrainableError, match=r"a\.jsonl:2: .*the text is empty"):
-        encode_sequence_classification(records(2), [examples[0], LabelledExample("", ("bad",))], ready)
+        sequence_classification.encode(records(2), [examples[0], LabelledExample("", ("bad",))], ready)
 
 
 def test_pairs_are_cut_at_their_longer_text(bert: Tokenizer) -> None:
     one, two = "the river runs under an old stone bridge", "boats drift"
     first, second = bert.encode_batch([one, two])
     for limit, keep in ((100, (len(first), len(second))), (10, (10 - 3 - len(second), len(second))), (7, (2, 2))):
-        block = encode_sequence_classification(
+        block = sequence_classification.encode(
             records(1), [LabelledExample(one, ("a",), two)], context(bert, limit_tokens=limit)
         )
         assert documents(block) == [[2, *first[: keep[0]], 3, *second[: keep[1]], 3]]
@@ -150,16 +145,16 @@ def test_pairs_are_cut_at_their_longer_text(bert: Tokenizer) -> None:
 
 def test_many_labels_and_scores(bert: Tokenizer) -> None:
     many: list[Example] = [LabelledExample("a", ("x", "y"), many=True), LabelledExample("b", (), many=True)]
-    block = encode_sequence_classification(records(2), many, context(bert))
+    block = sequence_classification.encode(records(2), many, context(bert))
     assert block.columns["label_sets"].tolist() == [0, 1]
     assert block.columns["label_sets_lengths"].tolist() == [2, 0]
-    block = encode_sequence_classification(records(1), [ScoredExample("a", 2.5)], context(bert))
+    block = sequence_classification.encode(records(1), [ScoredExample("a", 2.5)], context(bert))
     assert block.columns["scores"].tolist() == [2.5] and "labels" not in block.columns
 
 
 def test_tags_stand_on_the_first_token_of_each_word(bert: Tokenizer) -> None:
     words = ("bridges", "\u200d", "of", "stone")  # the second becomes no token at all
-    block = encode_token_classification(
+    block = token_classification.encode(
         records(1), [TaggedExample(words, ("A", "B", "O", "A"))], context(bert, limit_tokens=None)
     )
     pieces = [bert.encode_batch([word])[0] or [bert.unk_id] for word in words]
@@ -168,7 +163,7 @@ def test_tags_stand_on_the_first_token_of_each_word(bert: Tokenizer) -> None:
     starts = np.cumsum([1, *map(len, pieces)])[:-1].tolist()
     assert [place for place, tag in enumerate(tags) if tag >= 0] == starts
     assert [tags[place] for place in starts] == [0, 1, 2, 0]
-    cut = encode_token_classification(
+    cut = token_classification.encode(
         records(1), [TaggedExample(words, ("A", "B", "O", "A"))], context(bert, limit_tokens=len(pieces[0]) + 2)
     )
     assert documents(cut) == [[2, *pieces[0], 3]] and cut.num_truncated == 1
@@ -176,7 +171,7 @@ def test_tags_stand_on_the_first_token_of_each_word(bert: Tokenizer) -> None:
 
 def test_words_of_a_byte_level_tokenizer_keep_their_blanks(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(str(byte_level_folder(tmp_path)))
-    block = encode_token_classification(
+    block = token_classification.encode(
         records(1), [TaggedExample(("the", "river", "runs"), ("O", "B", "O"))], context(tokenizer)
     )
     assert tokenizer.decode(documents(block)[0]) == "the river runs"
@@ -189,7 +184,7 @@ def test_windows_share_their_stride_and_hold_the_answers(bert: Tokenizer) -> Non
     examples: list[Example] = [
         QuestionExample("boats and birds", text, ((start, answer),)), QuestionExample("how many", "oil barrels", ())
     ]  # fmt: skip
-    block = encode_question_answering(records(2), examples, context(bert, row_tokens=32, stride_tokens=8))
+    block = question_answering.encode(records(2), examples, context(bert, row_tokens=32, stride_tokens=8))
     question, content, other, oil = bert.encode_batch(["boats and birds", text, "how many", "oil barrels"])
     room = 32 - 3 - len(question)
     windows = [content[begin : begin + room] for begin in range(0, len(content) - 8, room - 8)]
@@ -204,19 +199,19 @@ def test_windows_share_their_stride_and_hold_the_answers(bert: Tokenizer) -> Non
             assert ids[first:stop] == bert.encode_batch([answer])[0]
         place += count
     with pytest.raises(BadDataError, match=r"a\.jsonl:1: .*data\.stride_tokens"):
-        encode_question_answering(records(2), examples, context(bert, row_tokens=32, stride_tokens=30))
+        question_answering.encode(records(2), examples, context(bert, row_tokens=32, stride_tokens=30))
 
 
 def test_text_to_text_keeps_the_target_apart(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(str(byte_level_folder(tmp_path)))
     pair: list[Example] = [PromptExample("the river", "runs under a bridge")]
     source, target = tokenizer.encode_batch(["the river", "runs under a bridge"])
-    block = encode_seq2seq_lm(records(1), pair, context(tokenizer))
+    block = seq2seq_lm.encode(records(1), pair, context(tokenizer))
     assert documents(block) == [source] and block.columns["target_ids"].tolist() == [*target, tokenizer.eos_id]
-    cut = encode_seq2seq_lm(records(1), pair, context(tokenizer, limit_tokens=9, target_limit_tokens=3))
+    cut = seq2seq_lm.encode(records(1), pair, context(tokenizer, limit_tokens=9, target_limit_tokens=3))
     assert cut.columns["target_ids"].tolist() == [*target[:2], tokenizer.eos_id] and cut.num_truncated == 1
     with pytest.raises(BadDataError, match=r"a\.jsonl:1: a target of .* \(data\.target_tokens\)"):
-        encode_seq2seq_lm(records(1), pair, context(tokenizer, target_limit_tokens=3))
+        seq2seq_lm.encode(records(1), pair, context(tokenizer, target_limit_tokens=3))
 
 
 def test_id_type_is_the_smallest_that_holds_the_vocabulary() -> None:

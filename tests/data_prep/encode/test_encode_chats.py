@@ -16,10 +16,11 @@ from transformers import AutoTokenizer
 from data_prep.chat.format import ChatFormat
 from data_prep.config import ChatConfig
 from data_prep.encode.blocks import Block, Names, marks_of
-from data_prep.encode.causal_lm import Context, encode_causal_lm
+from data_prep.encode.content import Context
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import ChatExample
 from data_prep.sources.records import Record
+from data_prep.tasks import causal_lm
 from data_prep.tokenizer.backends import GigatokenBackend, TokenizersBackend
 from data_prep.tokenizer.open import open_tokenizer
 
@@ -106,9 +107,9 @@ def test_ids_and_marks_are_those_of_transformers(path: Path, tmp_path: Path) -> 
             record = Record({}, "a.jsonl:1", 1)
             if theirs is None:
                 with pytest.raises(BadDataError, match=r"a\.jsonl:1: "):
-                    encode_causal_lm([record], [ChatExample(turns)], context)
+                    causal_lm.encode([record], [ChatExample(turns)], context)
                 continue
-            ((ids, marks),) = documents(encode_causal_lm([record], [ChatExample(turns)], context))
+            ((ids, marks),) = documents(causal_lm.encode([record], [ChatExample(turns)], context))
             assert ids == theirs["input_ids"]
             assert any(marks)
             if has_blocks:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shape_fixtures import HI, example, recognised, record, records, refusal, turns
+from shape_fixtures import HI, SHAPES_OF, example, recognised, record, records, refusal, turns
 
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, PreparationError
@@ -24,7 +24,7 @@ from data_prep.shapes.examples import (
     TaggedExample,
     TextExample,
 )
-from data_prep.shapes.forms import TASK_SHAPES, known_fields
+from data_prep.shapes.forms import known_fields
 from data_prep.shapes.recognise import Shape, recognise, to_example
 
 SQUAD = {"question": "who?", "context": "it was me, me", "answers": [{"text": "me", "answer_start": 7}]}
@@ -334,7 +334,7 @@ def test_answers_are_taken_where_they_stand_nearest() -> None:
 
 
 # Values that get past the first checks often: known names, few texts, turns that are nearly right.
-NAMES = sorted({name for shapes in TASK_SHAPES.values() for shape in shapes for name in known_fields(shape)})
+NAMES = sorted({name for shapes in SHAPES_OF.values() for shape in shapes for name in known_fields(shape)})
 TURN_NAMES = [*sorted(TURN_FIELDS), "type", "text", "arguments", "function", "answer_start", "x"]
 texts = st.sampled_from(["", " ", "a", "a b", "é", "\ud83d", "1", "2.5", "{}", '{"name": "f"}', '[{"name": "\\ud800"}]', "null", "[" * 3000, *ROLES, "text", "reasoning", "tool_call", "function"])  # fmt: skip
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**4000) | texts
@@ -344,14 +344,14 @@ values = st.recursive(
 objects = st.dictionaries(st.sampled_from(NAMES), values, max_size=5)
 SHAPES = [
     Shape(name, {ours: ours for ours in known_fields(name) if ours != "pair" or many}, many, ("context",))
-    for shapes in TASK_SHAPES.values()
+    for shapes in SHAPES_OF.values()
     for name in shapes
     for many in (False, True)
 ]
 
 
 @settings(max_examples=400, deadline=None)
-@given(objects, st.lists(objects, max_size=2), st.sampled_from(sorted(TASK_SHAPES)))
+@given(objects, st.lists(objects, max_size=2), st.sampled_from(sorted(SHAPES_OF)))
 def test_any_objects_are_read_or_refused_in_one_line(
     value: dict[str, Any], others: list[dict[str, Any]], task: str
 ) -> None:
@@ -364,6 +364,6 @@ def test_any_objects_are_read_or_refused_in_one_line(
             json.dumps(dataclasses.asdict(found), ensure_ascii=False, allow_nan=False).encode()
     found = records([value, *others])
     try:
-        recognise(found, SourceConfig(path="data.jsonl"), task)
+        recognise(found, SourceConfig(path="data.jsonl"), task, SHAPES_OF)
     except PreparationError as error:
         assert str(error).isprintable()

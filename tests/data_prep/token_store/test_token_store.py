@@ -179,7 +179,8 @@ def test_targets_of_written_text_are_counted_from_its_lengths(tmp_path: Path) ->
     }
     source = [SourceDocuments("a", random_documents(3, longest=8), "parallel")]
     store, rows = make_store(tmp_path / "s", source, RowPlan(8, min_targets=2), task="seq2seq_lm", columns=columns)
-    assert store.document_targets().tolist() == [2, 1, 6] and store.document_targets(1, 3).tolist() == [1, 6]
+    assert store.ragged_lengths("target_ids").tolist() == [2, 1, 6]
+    assert store.ragged_lengths("target_ids", 1, 3).tolist() == [1, 6]
     assert rows.documents.tolist() == [0, 2] and rows.row_targets.tolist() == [2, 6]
     assert store.ledger["total"]["dropped"] == {"overlong": 0, "too_few_targets": 1}
 

@@ -14,7 +14,6 @@ from repository import ROOT
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from data_prep.config import DataConfig
-from data_prep.pipeline.work import Task
 from data_prep.prepare import prepare
 from data_prep.token_store import Rows, TokenStore, open_rows
 from data_prep.tokenizer.train import train_sentencepiece
@@ -118,7 +117,7 @@ def section(folder: Path, tokenizer: Path, train: Any, **more: Any) -> dict[str,
     return {**values, "workers": 1, **more}
 
 
-def prepared(values: dict[str, Any], task: Task = "causal_lm", split: str = "train") -> tuple[TokenStore, Rows]:
+def prepared(values: dict[str, Any], task: str = "causal_lm", split: str = "train") -> tuple[TokenStore, Rows]:
     """Prepare quietly and open one split."""
     folders = prepare(DataConfig.model_validate(values), values, task, progress=False)
     store = TokenStore.open(folders[split])

@@ -11,6 +11,9 @@ from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example
 from data_prep.shapes.recognise import Shape, recognise, to_example
 from data_prep.sources.records import Record
+from data_prep.tasks import TASKS
+
+SHAPES_OF = {task.name: task.shapes for task in TASKS.values()}
 
 
 def record(value: dict[str, Any], line: int = 1) -> Record:
@@ -23,7 +26,7 @@ def records(values: Sequence[dict[str, Any]]) -> list[Record]:
 
 def recognised(values: dict[str, Any] | list[dict[str, Any]], task: str = "causal_lm", **options: Any) -> Shape:
     found = values if isinstance(values, list) else [values]
-    return recognise(records(found), SourceConfig(path="data.jsonl", **options), task)
+    return recognise(records(found), SourceConfig(path="data.jsonl", **options), task, SHAPES_OF)
 
 
 def example(value: dict[str, Any], task: str = "causal_lm", **options: Any) -> Example:

@@ -23,7 +23,7 @@ OPTIONS = {
 def options(**given: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     submit.add_arguments(parser)
-    arguments = parser.parse_args(["--ranks-per-node", "2", "--nodes", "2", "--prepare"])
+    arguments = parser.parse_args(["run.yaml", "--ranks-per-node", "2", "--nodes", "2", "--prepare"])
     for key, value in given.items():
         setattr(arguments, key, value)
     return arguments

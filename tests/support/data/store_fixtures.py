@@ -1,7 +1,7 @@
 """Token stores made directly from documents, without text: what the tests of rows and reading start from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import tokenizers
 from data_prep.config import SourceConfig
 from data_prep.pipeline.store_folder import publish
 from data_prep.rows.arrange import RowPlan, write_rows
+from data_prep.tasks import TASKS
 from data_prep.token_store import FORMAT_VERSION, Rows, TokenStore, content_digest, hash_file, open_rows
 
 VOCABULARY = 300
@@ -123,6 +124,9 @@ def finish_store(
     store: TokenStore, folder: Path, plan: RowPlan, mixture: Sequence[SourceConfig] | None = None
 ) -> tuple[TokenStore, Rows]:
     """Arrange the rows of a store from `write_store`, publish it as `folder` and open it."""
+    task = TASKS[store.task]
+    packing = plan.packing if task.packs else "none"
+    plan = replace(plan, packing=packing, packs=task.packs, target_column=task.target_column)
     rows = write_rows(store, plan, mixture)
     files: dict[str, Any] = {**store.manifest["files"], **rows.pop("files")}
     publish(store.path, folder, {**store.manifest, "split": "train", "store_key": "", **rows, "files": files})

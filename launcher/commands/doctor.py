@@ -1,7 +1,7 @@
 """``fulltune doctor``: would a run start and last on these machines? Looks at all of them at once, changes nothing.
 
-Facts come from `launcher.doctor.node_facts` on every node (`launcher.doctor.gather`); what they mean is said by
-`launcher.doctor.judge_node`, `judge_job` and `judge_run`. No torch: it answers in seconds.
+`launcher.doctor.node_facts` runs on every node and collects facts (`launcher.doctor.gather` starts it); `judge_node`,
+`judge_job` and `judge_run` turn facts into findings. Torch is not imported, so the answer takes seconds.
 """
 
 import argparse
@@ -50,8 +50,37 @@ class Checkup:
         return self.place.names if self.place is not None else ("localhost",)
 
 
-def doctor(arguments: argparse.Namespace) -> int:
-    """Check, measure if asked to, and say it; 0, or 78 when something would break the run."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run, the machines as for `train`, and how to look."""
+    parser.add_argument(
+        "run_file", type=Path, nargs="?", metavar="RUN.yaml",
+        help="also whether this run would work; or a folder, which all nodes must share",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="HOSTS", help="machines reached over ssh: lines `host slots=N`"
+    )
+    parser.add_argument("--include", metavar="SPEC", help="with --hostfile: only host1@host2:0,2")
+    parser.add_argument("--exclude", metavar="SPEC", help="with --hostfile: not host1@host2:0,2")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine, as for train")
+    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="inside a Slurm job, as for train")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="port where ranks meet, as for train")
+    parser.add_argument(
+        "--measure", action="store_true",
+        help="then measure, for about a minute: arithmetic, memory, CPU Adam, copies, collectives, storage",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wait-seconds",
+        type=float,
+        default=8.0,
+        metavar="S",
+        help="how long to wait for the nodes' answers (default 8)",
+    )
+    parser.add_argument("--json", action="store_true", help="print everything found as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, measure with --measure, print the findings. The exit code is 78 when something would break the run."""
     checkup = examine(arguments)
     measurements: list[Any] = []
     if arguments.measure and checkup.place is not None and not is_bad(checkup.findings):

@@ -1,0 +1,76 @@
+"""``fulltune train``: prepare what is missing, then train; or print the plan."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from launcher.commands.arguments import add_run_file, checked_run, positive_number
+from launcher.start.dry_run import describe_plan
+from launcher.start.start import plan_job, start
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run file, where the ranks run, and what happens after a failure."""
+    add_run_file(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would happen; write and start nothing")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="ranks on this machine (default: every GPU, or 2 on CPU)"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=positive_number, metavar="R",
+        help="inside a Slurm job: ranks of each node (default: every GPU)",
+    )  # fmt: skip
+    parser.add_argument("--hostfile", type=Path, metavar="HOSTS", help="several machines: lines `host slots=N`")
+    parser.add_argument("--include", metavar="SPEC", help="with --hostfile: use only host1@host2:0,2")
+    parser.add_argument("--exclude", metavar="SPEC", help="with --hostfile: leave out host1@host2:0,2")
+    parser.add_argument("--master-port", type=_port, metavar="PORT", help="port where ranks meet (default: a free one)")
+    parser.add_argument(
+        "--restarts", type=_number, default=0, metavar="N",
+        help="after a crash or a hang, go on from the newest checkpoint by itself, at most N times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hang-seconds", type=_seconds, default=15.0, metavar="S",
+        help="least time without a sign of life in a step that counts as a hang (default 15; 0: never)",
+    )  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="start over even if the run folder holds a checkpoint")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan; then print the plan, or prepare and train."""
+    run = checked_run(arguments)
+    job = plan_job(
+        run,
+        ranks=arguments.ranks,
+        ranks_per_node=arguments.ranks_per_node,
+        hostfile=arguments.hostfile,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        master_port=arguments.master_port,
+        engine_flags=[f"--{flag}" for flag in ("fresh", "debug") if getattr(arguments, flag)],
+        hang_seconds=arguments.hang_seconds,
+    )
+    if arguments.dry_run:
+        print(describe_plan(run, job))
+        return 0
+    code, message = start(run, job, arguments.restarts, arguments.master_port)
+    if message:
+        print(f"fulltune: {message}", file=sys.stderr)
+    return code
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"write a number, not {text}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"write a port from 1 to 65535, not {text}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not text.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"write a number of seconds, not {text}")
+    return float(text)
