@@ -30,11 +30,13 @@ from engine.config import RunConfig
 from engine.model.build import StoreFacts, build_model
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.distributed import Ranks, leave, start_ranks
-from engine.setup import build_engine, quiet_libraries
+from engine.setup import quiet_libraries
 from engine.tensor_files.range_reader import read_ranges
-from engine.zero import zero_state
+from engine.tensor_files.slices import LiveSlice
 from engine.zero.ds_config import resolve_ds_config
 from engine.zero.prebuild import load_ops_once
+from engine.zero.wrap import fill, wrap
+from engine.zero.zero_model import ZeroModel
 
 Arguments = dict[str, Any]
 
@@ -51,18 +53,16 @@ def run_config(arguments: Arguments, model: dict[str, Any]) -> RunConfig:
     )  # fmt: skip
 
 
-def ready_engine(
-    config: RunConfig, ranks: Ranks, vocab_size: int
-) -> tuple[Any, dict[str, torch.nn.Parameter], dict[str, float]]:
+def ready_engine(config: RunConfig, ranks: Ranks, vocab_size: int) -> tuple[ZeroModel, dict[str, float]]:
     """An engine with its starting weights, as a training run makes it; the bytes its loader says it read."""
     facts = StoreFacts(vocab_size, 0, None, None, ())
     model, weights = build_model(config.model, config.trained_task, facts, config.seed)
     counted = _CountingWeights(**vars(weights))
     ds_config = resolve_ds_config(config, ranks.world_size)
     with InitializeSeconds() as initialize:
-        engine, parameters, fill = build_engine(config, ds_config, model, counted, lambda _line: None)
-    fill()
-    return engine, parameters, {"loader_bytes": counted.num_read, "initialize_seconds": initialize.seconds}
+        zero = wrap(model, config, ds_config)
+    fill(zero, counted, lambda _line: None)
+    return zero, {"loader_bytes": counted.num_read, "initialize_seconds": initialize.seconds}
 
 
 class InitializeSeconds:
@@ -92,13 +92,13 @@ class _CountingWeights(StartingWeights):
 
     num_read = 0
 
-    def read_into(self, pieces: Iterable[zero_state.LiveSlice]) -> int:
+    def read_into(self, pieces: Iterable[LiveSlice]) -> int:
         """As in StartingWeights."""
         count = super().read_into(pieces)
         self.num_read += count
         return count
 
-    def check_copies(self, pieces: Iterable[zero_state.LiveSlice]) -> int:
+    def check_copies(self, pieces: Iterable[LiveSlice]) -> int:
         """As in StartingWeights."""
         count = super().check_copies(pieces)
         self.num_read += count
@@ -116,8 +116,8 @@ def warm_up(arguments: Arguments, ranks: Ranks) -> None:
     small = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = run_config(arguments, {"config": arguments["config"] | small, "init": "random"})
-    engine, *_ = ready_engine(config, ranks, 64)
-    engine.destroy()
+    zero, _ = ready_engine(config, ranks, 64)
+    zero.engine.destroy()
 
 
 def phase_load(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
@@ -126,9 +126,9 @@ def phase_load(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
     config = run_config(arguments, {"path": arguments["model"]})
     dist.barrier()
     with Meter() as meter:
-        engine, parameters, notes = ready_engine(config, ranks, arguments["config"]["vocab_size"])
+        zero, notes = ready_engine(config, ranks, arguments["config"]["vocab_size"])
         dist.barrier()
-    return meter.report() | notes | held(engine, parameters)
+    return meter.report() | notes | held(zero)
 
 
 def phase_load_transformers(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
@@ -148,20 +148,20 @@ def phase_load_transformers(arguments: Arguments, ranks: Ranks) -> dict[str, Any
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     del known
     notes = {"initialize_seconds": initialize.seconds}
-    return meter.report() | notes | held(engine, dict(model.named_parameters()))
+    return meter.report() | notes | held(ZeroModel(engine, dict(model.named_parameters())))
 
 
-def held(engine: Any, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Any]:
+def held(zero: ZeroModel) -> dict[str, Any]:
     """Bytes of this rank's share of weights and optimizer state, and what proves that the weights are there."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    optimizer = engine.optimizer
+    optimizer = zero.engine.optimizer
     masters = optimizer.fp32_partitioned_groups_flat
-    tensors = [parameter.ds_tensor for parameter in parameters.values()] + masters
+    tensors = [parameter.ds_tensor for parameter in zero.parameters.values()] + masters
     tensors += [master.grad for master in masters] + [optimizer.grad_partitions_flat_buffer]
     tensors += [value for state in optimizer.optimizer.state.values() for value in state.values()]
     live = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    first = safe_get_full_fp32_param(next(iter(parameters.values())))
+    first = safe_get_full_fp32_param(next(iter(zero.parameters.values())))
     return {
         "held_bytes": sum(tensor.numel() * tensor.element_size() for tensor in live),
         "first_sum": float(first.double().sum()),
@@ -180,13 +180,13 @@ def make_batch(arguments: Arguments, number: int) -> Batch:
     )  # fmt: skip
 
 
-def forward_backward(engine: Any, arguments: Arguments, count: int) -> float:
+def forward_backward(zero: ZeroModel, arguments: Arguments, count: int) -> float:
     """`count` micro-batches; their seconds on the slowest rank."""
     dist.barrier()
     started = time.perf_counter()
     for number in range(count):
-        loss_sum, _ = engine(make_batch(arguments, number))
-        engine.backward(loss_sum / arguments["micro_tokens"], scale_wrt_gas=False)
+        loss_sum, _ = zero.engine(make_batch(arguments, number))
+        zero.engine.backward(loss_sum / arguments["micro_tokens"], scale_wrt_gas=False)
     dist.barrier()
     return time.perf_counter() - started
 
@@ -209,14 +209,14 @@ def timed(ranks: Ranks, action: Callable[[], Any]) -> float:
 def phase_save(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
     """Saves beside the training and DeepSpeed's own, of one state."""
     config = run_config(arguments, {"config": arguments["config"], "init": "random"})
-    engine, parameters, _ = ready_engine(config, ranks, arguments["config"]["vocab_size"])
+    zero, _ = ready_engine(config, ranks, arguments["config"]["vocab_size"])
     if ranks.rank == 0:
-        engine.module.model.config.save_pretrained(config.run_dir / "model")
-    saves = Saves(engine, parameters, config.run_dir, Owner("benchmark"), config.checkpoint)
-    forward_backward(engine, arguments, 1)
-    engine.step()
-    micro_seconds = agreed(forward_backward(engine, arguments, 2) / 2, ranks)
-    engine.step()
+        zero.model.config.save_pretrained(config.run_dir / "model")
+    saves = Saves(zero, config.run_dir, Owner("benchmark"), config.checkpoint)
+    forward_backward(zero, arguments, 1)
+    zero.engine.step()
+    micro_seconds = agreed(forward_backward(zero, arguments, 2) / 2, ranks)
+    zero.engine.step()
     write_seconds = timed(ranks, lambda: saves.save_now({"step": 1}))
     saves.close(verify=True)
     # Twice as long as a write that has the disk and the cores for itself: both are shared now.
@@ -225,17 +225,17 @@ def phase_save(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
     step = 1
     for _ in range(arguments["rounds"]):
         with Meter() as meter:
-            plain.append(agreed(forward_backward(engine, arguments, count), ranks))
+            plain.append(agreed(forward_backward(zero, arguments, count), ranks))
         peaks.append(meter.report()["peak_mb"])
-        engine.step()
+        zero.engine.step()
         step += 2
         with Meter() as meter:
             saves.begin({"step": step})
             begun = saves.take_stall_seconds()
-            saving.append(agreed(forward_backward(engine, arguments, count), ranks))
+            saving.append(agreed(forward_backward(zero, arguments, count), ranks))
             saves.before_update(all_verified=True)
             finished = saves.take_stall_seconds()
-        engine.step()
+        zero.engine.step()
         stalls.append(agreed(begun + finished, ranks))
         waits.append(finished)
         peaks[-1] = meter.report()["peak_mb"] - peaks[-1]
@@ -245,11 +245,11 @@ def phase_save(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
     tag_dir = Path(arguments["run_dir"]) / "deepspeed"
     theirs = []
     for number in range(arguments["rounds"]):
-        theirs.append(timed(ranks, lambda tag=f"step{number}": engine.save_checkpoint(tag_dir, tag=tag)))
+        theirs.append(timed(ranks, lambda tag=f"step{number}": zero.engine.save_checkpoint(tag_dir, tag=tag)))
         if number and ranks.rank == 0:
             shutil.rmtree(tag_dir / f"step{number - 1}")
     checkpoint = restore.find_checkpoint(config.run_dir)
-    return sizes(engine, parameters, checkpoint) | {
+    return sizes(zero, checkpoint) | {
         "micro_batches": count, "write_seconds": write_seconds, "plain_seconds": plain, "saving_seconds": saving,
         "stall_seconds": stalls, "finish_seconds": waits, "extra_mb": peaks, "deepspeed_seconds": theirs,
         "deepspeed_bytes": folder_bytes(tag_dir),
@@ -259,38 +259,38 @@ def phase_save(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
 def phase_write(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
     """One checkpoint, to be exported."""
     config = run_config(arguments, {"config": arguments["config"], "init": "random"})
-    engine, parameters, _ = ready_engine(config, ranks, arguments["config"]["vocab_size"])
+    zero, _ = ready_engine(config, ranks, arguments["config"]["vocab_size"])
     if ranks.rank == 0:
-        engine.module.model.config.save_pretrained(config.run_dir / "model")
-    return sizes(engine, parameters, save_checkpoint(engine, parameters, config.run_dir, {"step": 1}))
+        zero.model.config.save_pretrained(config.run_dir / "model")
+    return sizes(zero, save_checkpoint(zero, config.run_dir, {"step": 1}))
 
 
-def sizes(engine: Any, parameters: dict[str, torch.nn.Parameter], checkpoint: Path | None) -> dict[str, Any]:
+def sizes(zero: ZeroModel, checkpoint: Path | None) -> dict[str, Any]:
     """Of a checkpoint and what it holds."""
     assert checkpoint is not None
-    counts = [parameter.ds_numel for parameter in parameters.values()]
+    counts = [parameter.ds_numel for parameter in zero.parameters.values()]
     return {
         "checkpoint": str(checkpoint), "checkpoint_bytes": folder_bytes(checkpoint), "parameters": sum(counts),
-        "largest_tensor_bytes": 4 * max(counts), "world_size": engine.dp_world_size,
+        "largest_tensor_bytes": 4 * max(counts), "world_size": dist.get_world_size(),
     }  # fmt: skip
 
 
 def phase_resume(arguments: Arguments, ranks: Ranks) -> dict[str, Any]:
     """A checkpoint into a fresh engine: memory once, then time with and without comparing hashes."""
     config = run_config(arguments, {"config": arguments["config"], "init": "random"})
-    engine, parameters, _ = ready_engine(config, ranks, arguments["config"]["vocab_size"])
+    zero, _ = ready_engine(config, ranks, arguments["config"]["vocab_size"])
     path = Path(arguments["checkpoint"])
     with Meter() as meter:
-        restore.load_checkpoint(engine, parameters, path)
+        restore.load_checkpoint(zero, path)
     beyond = meter.peak_bytes - max(meter.before_bytes, meter.after_bytes)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(2 * arguments["rounds"]):
         for verified in (True, False) if number % 2 else (False, True):
             with hashes(verified):
-                seconds[verified].append(timed(ranks, lambda: restore.load_checkpoint(engine, parameters, path)))
+                seconds[verified].append(timed(ranks, lambda: restore.load_checkpoint(zero, path)))
     return meter.report() | {
         "beyond_mb": beyond / 1e6,
-        "share_bytes": 12 * sum(piece.stop - piece.start for piece in zero_state.owned_slices(engine, parameters)),
+        "share_bytes": 12 * sum(piece.stop - piece.start for piece in zero.owned_slices()),
         "verified_seconds": statistics.median(seconds[True]),
         "unverified_seconds": statistics.median(seconds[False]),
     }

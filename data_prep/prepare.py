@@ -4,21 +4,17 @@ The spans of the input are the unit of everything: workers, machines (``part``) 
 preparations each make the parts that are missing, and whoever finds them all joins them into stores.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.chat.plain_template import plain_template
-from data_prep.config import DataConfig, SourceConfig
+from data_prep.config import DataConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.pipeline.build_store import build, discard_work, encode_parts, find_donor, find_store
-from data_prep.pipeline.inputs import Encoding, Group, Input, Split, work_dir
+from data_prep.pipeline.inputs import Group, Preparation, find_groups, work_dir
 from data_prep.pipeline.store_folder import (
     exclusive,
     remove_leftovers,
@@ -26,22 +22,27 @@ from data_prep.pipeline.store_folder import (
     storage_errors,
     write_text_atomically,
 )
-from data_prep.pipeline.work import HashRange
 from data_prep.rows.ledger import ledger_table
-from data_prep.shapes.recognise import Shape, recognise
-from data_prep.sources.records import Record, SourceFile
-from data_prep.sources.sources import find_sources, read_records
 from data_prep.tasks import TASKS
 from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
 from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.tokenizer import Tokenizer
 
-_RECOGNISED_FROM_RECORDS = 100
 _MUCH_UNKNOWN = 0.03
 
-#: Keys of the data section that change the documents of a store; the others change their rows or nothing.
-_CONTENT_KEYS = ("chat", "overlong", "min_targets", "deduplicate", "label_names", "stride_tokens", "target_tokens")
+#: Used, and saved with the tokenizer, when neither the tokenizer nor the run file brings a template.
+#: Plain text that needs no new tokens; the end of an assistant's turn is the tokenizer's eos token.
+PLAIN_TEMPLATE = """\
+{%- if bos_first %}{{ bos_token }}{% endif %}
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}
+{%- elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}
+{%- elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}
+{%- else %}{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
 
 def prepare(
@@ -59,68 +60,68 @@ def prepare(
     preparation without it then joins the parts. Safe to run twice at once; killed, it leaves nothing that
     looks like a store, and the next one goes on from the parts that were finished. Raises PreparationError.
     """
-    say: Callable[[str], None] = partial(print, flush=True) if progress else _say_nothing
-    tokenizer = open_tokenizer(config.tokenizer)
-    encoding = Encoding(TASKS[task], tokenizer, _chat_template(config, tokenizer, TASKS[task]))
-    _check_task(config, tokenizer, TASKS[task])
+    run = _open(config, task, progress)
     with storage_errors(config.store_dir):
         config.store_dir.mkdir(parents=True, exist_ok=True)
-        groups = _groups(config, encoding, say, progress)
+        groups = find_groups(run)
         if part is not None:
+            share, shares = part
             for group in groups:
-                made = encode_parts(config, group, group.splits, encoding, (part[0] - 1, part[1]), progress)
-                say(f"part {part[0]} of {part[1]}: {made} spans tokenised; when all are, prepare without a part joins")
+                made = encode_parts(run, group, group.splits, (share - 1, shares))
+                run.say(f"part {share} of {shares}: {made} spans tokenised; when all are, prepare without a part joins")
             return {}
-        with exclusive(config.store_dir, say):
+        with exclusive(config.store_dir, run.say):
             remove_leftovers(config.store_dir)
-            discard_work(config, [group.key for group in groups])
-            folders = _build_all(config, groups, encoding, say, progress)
-            _write_current(config, data_section, task, folders)
+            discard_work(run, [group.key for group in groups])
+            folders = _build_all(run, groups)
+            _write_current(run, data_section, folders)
     return folders
 
 
-def _build_all(
-    config: DataConfig, groups: Sequence[Group], encoding: Encoding, say: Callable[[str], None], progress: bool
-) -> dict[str, Path]:
-    names = config.label_names
+def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
+    """Open the tokenizer and check that it goes with the task and the settings. Raises PreparationError."""
+    if task not in TASKS:
+        raise DataConfigError(f"task {task} is none of {', '.join(TASKS)}")
+    tokenizer = open_tokenizer(config.tokenizer)
+    run = Preparation(config, TASKS[task], tokenizer, _chat_template(config, tokenizer, TASKS[task]), progress)
+    _check_task(run)
+    return run
+
+
+def _build_all(run: Preparation, groups: Sequence[Group]) -> dict[str, Path]:
+    names = run.config.label_names
     folders: dict[str, Path] = {}
     for group in groups:
-        stores = {split.name: find_store(config, split, say) for split in group.splits}
-        donors = dict.fromkeys(stores)
+        stores = {split.name: find_store(run, split) for split in group.splits}
         missing = [split for split in group.splits if stores[split.name] is None]
-        found = {split.name: find_donor(config.store_dir, split) for split in missing}
-        donors |= found
-        raw = [split for split in missing if found[split.name] is None]
+        donors = {split.name: find_donor(run.config.store_dir, split) for split in missing}
+        raw = [split for split in missing if donors[split.name] is None]
         if raw:
-            encode_parts(config, group, raw, encoding, (0, 1), progress)
+            encode_parts(run, group, raw, (0, 1))
         for split in group.splits:
             store, donor = stores[split.name], donors.get(split.name)
             if store is not None:
-                say(f"reusing {split.name} store {store.path}")
+                run.say(f"reusing {split.name} store {store.path}")
             else:
                 if donor is not None:
-                    say(f"reusing the tokens of {donor.path} for rows of {config.row_tokens}")
-                store = build(config, group, split, encoding, names, donor, progress)
-                say(_summary(split.name, store))
+                    run.say(f"reusing the tokens of {donor.path} for rows of {run.config.row_tokens}")
+                store = build(run, group, split, names, donor)
+                run.say(_summary(split.name, store))
             names = names or store.label_names or None
             folders[split.name] = store.path
     for group in groups:
-        remove_work(work_dir(config, group))
+        remove_work(work_dir(run, group))
     return folders
 
 
-def _write_current(config: DataConfig, data_section: Mapping[str, Any], task: str, folders: Mapping[str, Path]) -> None:
+def _write_current(run: Preparation, data_section: Mapping[str, Any], folders: Mapping[str, Path]) -> None:
     current = {
         "format": FORMAT_VERSION,
-        "task": task,
+        "task": run.task.name,
         "data": json.loads(json.dumps(dict(data_section), default=str)),
         "splits": {name: folder.name for name, folder in folders.items()},
     }
-    write_text_atomically(config.store_dir / CURRENT_NAME, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
-
-
-def _say_nothing(_line: str) -> None:
-    pass
+    write_text_atomically(run.config.store_dir / CURRENT_NAME, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
 
 
 def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: DataTask) -> str | None:
@@ -137,11 +138,22 @@ def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: DataTask) -> 
     elif tokenizer.chat_template is not None or not task.takes_chats or tokenizer.eos_id is None:
         template = tokenizer.chat_template
     else:
-        template = plain_template(tokenizer)
+        template = _plain_template(tokenizer)
     return template
 
 
-def _check_task(config: DataConfig, tokenizer: Tokenizer, task: DataTask) -> None:
+def _plain_template(tokenizer: Tokenizer) -> str:
+    """The built-in template as text that stands alone, for a tokenizer without one. It needs an eos token."""
+    if tokenizer.eos_id is None:
+        raise DataConfigError("the tokenizer has no end-of-sequence token to end a turn; give data.chat.template")
+    bos_first = tokenizer.bos_id is not None and tokenizer.bos_id in tokenizer.prefix_ids
+    return PLAIN_TEMPLATE.replace(
+        "{%- if bos_first %}{{ bos_token }}{% endif %}\n", "{{- bos_token }}\n" if bos_first else ""
+    )
+
+
+def _check_task(run: Preparation) -> None:
+    config, tokenizer, task = run.config, run.tokenizer, run.task
     if task.needs_eos and tokenizer.eos_id is None:
         raise DataConfigError(
             f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task.name} needs"
@@ -160,112 +172,6 @@ def _check_task(config: DataConfig, tokenizer: Tokenizer, task: DataTask) -> Non
         raise DataConfigError(f"data.packing: rows of task {task.name} hold one document each; leave it out")
     if config.deduplicate and task.makes_windows:
         raise DataConfigError("data.deduplicate: windows of one context are not duplicates; leave it out")
-
-
-def _groups(config: DataConfig, encoding: Encoding, say: Callable[[str], None], progress: bool) -> tuple[Group, ...]:
-    encoded = _encoding_key(config, encoding)
-    train = _inputs(config.train, "train", config, encoding, say, progress)
-    whole = _input_key(encoded, train, "")
-    share = config.validation_fraction
-    if share is not None:
-        border = int(share * 2**64)
-        ranges = {"train": HashRange(border, 2**64), "validation": HashRange(0, border)}
-        return (Group(tuple(_split(config, *one, whole, train) for one in ranges.items()), train, encoded),)
-    groups = [Group((_split(config, "train", None, whole, train),), train, encoded)]
-    if config.validation is not None:
-        held_out = _inputs(config.validation, "validation", config, encoding, say, progress)
-        # Labels are numbered as in train, so a store of held-out records belongs to its training records.
-        key = _input_key(encoded, held_out, "" if encoding.task.packs else whole)
-        groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, encoded))
-    return tuple(groups)
-
-
-def _inputs(
-    sources: tuple[SourceConfig, ...], key: str, config: DataConfig, encoding: Encoding, say: Callable[[str], None],
-    progress: bool,
-) -> tuple[Input, ...]:  # fmt: skip
-    found = find_sources(sources, f"data.{key}", config.store_dir / ".cache", progress)
-    names = _source_names(sources, found)
-    shapes_of = {task.name: task.shapes for task in TASKS.values()}
-    inputs = []
-    for source, name, files in zip(sources, names, found, strict=True):
-        shape = recognise(_first_records(files[0]), source, encoding.task.name, shapes_of)
-        count = "1 file" if len(files) == 1 else f"{len(files)} files"
-        say(f"{key} {name}: {shape.describe()}; {count}{_joining(shape, config, encoding)}")
-        inputs.append(Input(source, name, tuple(files), shape))
-    return tuple(inputs)
-
-
-def _joining(shape: Shape, config: DataConfig, encoding: Encoding) -> str:
-    """How conversations and prompts become text, where that is not what everybody would expect."""
-    if not encoding.task.takes_chats or shape.name == "text":
-        return ""
-    if not shape.gives_chats:
-        return "; prompt and response are joined as they stand, without a chat template"
-    if config.chat.template is None and encoding.tokenizer.chat_template is None:
-        return "; the tokenizer has no chat template: the built-in User/Assistant one is used (data.chat.template)"
-    return ""
-
-
-def _first_records(file: SourceFile) -> list[Record]:
-    """The first records of a file, up to the first that cannot be read: it is told when its turn comes."""
-    records: list[Record] = []
-    try:
-        records.extend(islice(read_records(file), _RECOGNISED_FROM_RECORDS))
-    except BadDataError:
-        if not records:
-            raise
-    if not records:
-        raise BadDataError(f"{file.label}: the file holds no records")
-    return records
-
-
-def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[SourceFile]]) -> list[str]:
-    """What each source is called; a number is added where two would be called the same."""
-    names: list[str] = []
-    for source, files in zip(sources, found, strict=True):
-        path = source.path or source.hub
-        name = source.name or (
-            Path(path).name if path and set("*?[") & set(path) == set() else Path(files[0].label).name
-        )
-        name = name if source.name else name.split(".")[0] or name
-        base, number = name, 2
-        while name in names:
-            name, number = f"{base}-{number}", number + 1
-        names.append(name)
-    return names
-
-
-def _encoding_key(config: DataConfig, encoding: Encoding) -> str:
-    """Identity of how records become documents, whatever the records are."""
-    settings = config.model_dump(mode="json", include=set(_CONTENT_KEYS))
-    if encoding.task.packs:
-        del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
-    else:
-        settings["row_tokens"] = config.row_tokens
-    files = encoding.tokenizer.files(encoding.chat_template)
-    tokenizer = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    return _key({"format": FORMAT_VERSION, "task": encoding.task.name, "tokenizer": tokenizer, "settings": settings})
-
-
-def _input_key(encoding_key: str, inputs: Sequence[Input], belongs_to: str) -> str:
-    """Identity of the documents that an input becomes."""
-    described = [
-        [one.name, one.reading_key(), [(file.label, file.size_bytes, file.xxh3_128) for file in one.files]]
-        for one in inputs
-    ]
-    return _key([encoding_key, belongs_to, described])
-
-
-def _split(config: DataConfig, name: str, chosen: HashRange | None, input_key: str, inputs: Sequence[Input]) -> Split:
-    content_key = _key([input_key, None if chosen is None else (chosen.low, chosen.high)])
-    shares = [(one.config.weight, one.config.epochs) for one in inputs]
-    rows = [config.row_tokens, config.packing, config.overlong, config.min_targets, shares]
-    return Split(name, chosen, content_key, _key([content_key, rows]))
-
-
-def _key(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def _summary(name: str, store: TokenStore) -> str:

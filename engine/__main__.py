@@ -101,7 +101,6 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal, 
     from engine.ranks.distributed import start_ranks
     from engine.setup import quiet_libraries, set_up
     from engine.train import train
-    from engine.zero.nvme_state import remove_swap_files
 
     quiet_libraries()
     heartbeat.enter("rendezvous")
@@ -119,7 +118,7 @@ def _train(run_file: RunFile, config: RunConfig, fresh: bool, stop: StopSignal, 
         raise
     finally:
         log.close()
-        remove_swap_files(training.engine.optimizer)
+        training.zero.remove_swap_files()
     import torch.distributed as dist
 
     dist.barrier()

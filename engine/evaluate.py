@@ -6,6 +6,7 @@ numbers, never logits. The results of all ranks come together in the order of do
 computes the figures from them once: two kinds of hosts cannot disagree about which model is the best.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -22,13 +23,14 @@ from engine.ranks.agreement import all_gather_json, from_rank_0
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.tasks.task import DocumentResult, Task, mean_loss
+from engine.zero.zero_model import DeepSpeedEngine
 
 #: (document, its first token here, number of the source, loss, number of targets, details): as JSON carries it.
 _Entry = tuple[int, int, int, float, int, dict[str, Any]]
 
 
 def evaluate(
-    engine: Any,
+    engine: DeepSpeedEngine,
     task: Task,
     store: TokenStore,
     index: Rows,
@@ -50,13 +52,19 @@ def evaluate(
     engine.train(was_training)
     if entries is None:
         return None
-    everything = sorted(entry for part in all_gather_json(entries) for entry in part)
-    figures = from_rank_0(lambda: _figures(everything, task, store, index))
+    parts = all_gather_json(entries)
+    figures = from_rank_0(lambda: _figures(sorted(itertools.chain(*parts)), task, store, index))
     return figures | {"seconds": time.perf_counter() - started}
 
 
 def _own_entries(
-    engine: Any, task: Task, store: TokenStore, index: Rows, ranks: Ranks, size: MicroBatches, stop: StopSignal | None
+    engine: DeepSpeedEngine,
+    task: Task,
+    store: TokenStore,
+    index: Rows,
+    ranks: Ranks,
+    size: MicroBatches,
+    stop: StopSignal | None,
 ) -> list[_Entry] | None:
     """The results of this rank's documents, or None after a request to stop.
 
@@ -89,6 +97,7 @@ def _own_entries(
 
 
 def _figures(entries: Sequence[_Entry], task: Task, store: TokenStore, index: Rows) -> dict[str, float]:
+    """The figures of an evaluation, from the entries of all documents in their order."""
     results = [DocumentResult(loss, targets, details) for _, _, _, loss, targets, details in entries]
     loss = mean_loss(results)
     if not math.isfinite(loss):

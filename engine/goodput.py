@@ -1,6 +1,6 @@
-"""Where a run's wall time went, over all its starts: what moved it forward, and every cause of the rest.
+"""Where time goes: within a step by its phases, and over all starts of a run by cause.
 
-Kept in ``run_dir/time.json``, rewritten after every step, so that a crash loses nothing that a
+The sums of a run are kept in ``run_dir/time.json``, rewritten after every step, so that a crash loses nothing that a
 resumed run cannot tell: the gap until the next start, and the steps that were done for nothing.
 """
 
@@ -8,14 +8,58 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from engine.ranks import heartbeat
 
 #: Besides `useful`, what a second can have gone to. `other` is what is left of the wall time.
 CAUSES = (
     "start", "load", "data_wait", "save_stall", "evaluation", "lost_work", "restart", "requeue", "other",
 )  # fmt: skip
+
+
+class Stopwatch:
+    """Seconds spent in named phases of a step, on the device's own clock where it has one.
+
+    On CUDA an event is recorded at each border and read once at the end, so that measuring does
+    not make the host wait in between.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("")
+
+    def mark(self, phase: str) -> None:
+        """Say that `phase` ends here and began at the mark before."""
+        moment: Any
+        if self._cuda:
+            moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        heartbeat.beat(f"after {phase}" if phase else "begin")
+        self._marks.append((phase, moment))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count everything since the end of the phase before, and the block, as `name`."""
+        yield
+        self.mark(name)
+
+    def seconds(self) -> dict[str, float]:
+        """Total seconds of every phase since the start; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = {}
+        for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
+            elapsed = start.elapsed_time(end) / 1000.0 if self._cuda else end - start
+            totals[phase] = totals.get(phase, 0.0) + elapsed
+        return totals
 
 
 class Goodput:

@@ -6,15 +6,14 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from engine.config import LogSection
 from engine.goodput import CAUSES, Goodput, useful_seconds
-from engine.ranks import heartbeat
 
 PHASES = ("data", "forward", "backward", "optimizer")
 GIB = 2.0**30
@@ -33,40 +32,6 @@ LAYOUT = {
 #: Figures that identify something: a curve of them says nothing.
 NOT_DRAWN = {"rows_hash"}
 _LOG = logging.getLogger(__name__)
-
-
-class Stopwatch:
-    """Seconds spent in named phases of a step, on the device's own clock where it has one.
-
-    On CUDA an event is recorded at each border and read once at the end, so that measuring does
-    not make the host wait in between.
-    """
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self.mark("")
-
-    def mark(self, phase: str) -> None:
-        """Say that `phase` ends here and began at the mark before."""
-        moment: Any
-        if self._cuda:
-            moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            moment.record()
-        else:
-            moment = time.perf_counter()
-        heartbeat.beat(f"after {phase}" if phase else "begin")
-        self._marks.append((phase, moment))
-
-    def seconds(self) -> dict[str, float]:
-        """Total seconds of every phase since the start; waits for the device."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        totals: dict[str, float] = {}
-        for (_, start), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
-            elapsed = start.elapsed_time(end) / 1000.0 if self._cuda else end - start
-            totals[phase] = totals.get(phase, 0.0) + elapsed
-        return totals
 
 
 def memory_gib() -> dict[str, float]:
@@ -96,13 +61,12 @@ class RunLog:
         rank: int,
         step: int,
         total_steps: int,
-        tensorboard: bool,
-        log_every_steps: int,
+        section: LogSection,
         load_seconds: float = 0.0,
     ):
         self._writing = rank == 0
         self._total_steps = total_steps
-        self._every = log_every_steps
+        self._every = section.log_every_steps
         self._first_step, self._started = step, time.monotonic()
         self._board: Any = None
         if not self._writing:
@@ -113,7 +77,7 @@ class RunLog:
         self._goodput.started(load_seconds, lost_seconds)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        if tensorboard:
+        if section.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -222,6 +186,3 @@ def _keep_lines_until(path: Path, step: int) -> float:
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
     return lost_seconds
-
-
-Say = Callable[[str], None]

@@ -1,21 +1,20 @@
-"""Builds what the training loop needs: stores, model, DeepSpeed engine, run folder records."""
+"""Builds what the training loop needs: run folder, stores, model, DeepSpeed's engine, log."""
 
 import contextlib
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, StepBatch, list_checkpoints, total_steps
@@ -25,7 +24,7 @@ from engine.checkpoint.save import Owner, finish_replacing
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import DataError, MissingInputError, StorageError
-from engine.model.build import StoreFacts, TaskModel, build_model, decay_groups, model_folder
+from engine.model.build import StoreFacts, build_model, model_folder
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
@@ -33,15 +32,11 @@ from engine.ranks.rank_record import write_json
 from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
-from engine.train import Progress, Training
-from engine.zero.ds_config import (
-    nvme_path,
-    offloads_optimizer,
-    resolve_ds_config,
-    with_nvme_path,
-)
+from engine.step import Progress, Training
+from engine.zero.ds_config import nvme_path, resolve_ds_config, with_nvme_path
+from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
-from engine.zero.zero_state import begin_swapping
+from engine.zero.zero_model import ZeroModel
 
 
 @dataclass(frozen=True)
@@ -80,105 +75,97 @@ def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
     return Stores(opened["train"], opened.get("validation"))
 
 
-def build_engine(
-    config: RunConfig,
-    ds_config: dict[str, Any],
-    model: Any,
-    weights: StartingWeights | None = None,
-    say: Callable[[str], None] = print,
-) -> tuple[Any, dict[str, torch.nn.Parameter], Callable[[], int]]:
-    """Hand `model` to DeepSpeed: (engine, parameters by Hugging Face name, fill). All ranks call it.
-
-    The engine has no weights until ``fill()``, which all ranks call, has put `weights` into it, or a
-    checkpoint was installed; it gives the bytes that this rank read. Without `weights` they are
-    those that `model` has. `say` gets what reading them took.
-    """
-    import deepspeed
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    from engine.zero.sliced_weights import fill_engine, partition, place_parameters
-
-    source = [StartingWeights.of(model) if weights is None else weights]
-    place_parameters(model, ds_config)
-    parameters = dict(model.named_parameters())
-    section = config.optimizer
-    numbers: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
-    groups = decay_groups(model, section.weight_decay)
-    task_model = TaskModel(model, config.trained_task)
-    if ds_config["zero_optimization"]["stage"] == 3:
-        partition(task_model, ds_config)
-    optimizer: Any
-    if offloads_optimizer(ds_config):
-        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **numbers)
-    else:
-        optimizer = torch.optim.AdamW(groups, **numbers)
-    engine, *_ = deepspeed.initialize(model=task_model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    begin_swapping(engine)
-    return engine, parameters, lambda: fill_engine(engine, parameters, source.pop(), say)
-
-
 def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> tuple[Training, Progress, RunLog]:
-    """Everything from the run file to the first step, resuming if the run folder holds a checkpoint."""
+    """Build everything from the run file to the first step. All ranks call it.
+
+    The run folder gets its owner. The stores are opened, and the model that fits them is handed to
+    DeepSpeed. It takes its weights, and the run its progress, from the newest checkpoint, or else
+    from where the run starts. Then the log opens, and all checkpoints to come must fit on the disk.
+    """
+    from engine.zero.wrap import wrap  # imports DeepSpeed, which takes seconds
+
+    folder = _own_folder(config, ranks, fresh)
+    with ranks.together():
+        stores = open_stores(config, run_file.values["data"])
+        ds_config = resolve_ds_config(config, ranks.world_size)
+    model, weights = _build_model(config, stores, ranks)
+    zero = wrap(model, config, _with_swap_folder(config, ds_config, folder, ranks, model))
+    store, rows = stores.training
+    must_match = _values_that_must_match(config, rows, model)
+    may_change = _values_that_may_change(config, ds_config, ranks)
+    began_loading = time.perf_counter()
+    state = _restore_or_fill(zero, weights, folder, must_match)
+    del weights  # they may be a whole model in memory
+    load_seconds = time.perf_counter() - began_loading
+    progress = Progress.of(state["progress"]) if state else Progress()
+    steps = total_steps(config.duration.steps, config.duration.epochs, rows.epoch_rows, config.global_rows)
+    with ranks.together(), _storage_errors(config.run_dir):
+        if ranks.rank == 0:
+            _write_records(run_file, config, ds_config, stores, model)
+        log = RunLog(config.run_dir, ranks.rank, progress.step, steps, config.log, load_seconds)
+    owner = Owner(folder.run_id, folder.generation, folder.check_owner)
+    saves = Saves(zero, config.run_dir, owner, config.checkpoint, log.say)
+    training = Training(
+        config=config, ranks=ranks, zero=zero, gradients=GradientWatch(zero.parameters), saves=saves, store=store,
+        rows=rows, validation=stores.validation, total_steps=steps, must_match=must_match, may_change=may_change,
+    )  # fmt: skip
+    log.say(_summary(training, ds_config, progress))
+    for change in changes(state["circumstances"], may_change) if state else []:
+        log.say(f"changed since the checkpoint: {change}")
+    saves.check_space_for_run(remaining_saves(config, progress.step, steps))
+    return training, progress, log
+
+
+def _own_folder(config: RunConfig, ranks: Ranks, fresh: bool) -> RunFolder:
     folder = RunFolder(config.run_dir, ranks.rank, config.share_with_group)
     with ranks.together():
         folder.own()
         if fresh and ranks.rank == 0:
             _put_aside(config.run_dir)
             folder.begin_new_run()
-    with ranks.together():
-        stores = open_stores(config, run_file.values["data"])
-        ds_config = resolve_ds_config(config, ranks.world_size)
+    return folder
+
+
+def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, StartingWeights]:
+    """The model that fits the stores, and its starting weights; none where a checkpoint will replace them."""
     with ranks.together():
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            model_folder(config.model)  # one download a node, before everybody looks
+            model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        model, weights = build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
-    placed = _with_swap_folder(config, ds_config, folder, ranks, model)
-    engine, parameters, fill = build_engine(config, placed, model, weights, partial(print, flush=True))
-    del weights
-    store, rows = stores.training
-    owner = Owner(folder.run_id, folder.generation, folder.check_owner)
-    training = Training(
-        config, ranks, Saves(engine, parameters, config.run_dir, owner, config.checkpoint), engine, parameters, store,
-        rows, stores.validation,
-        total_steps(config.duration.steps, config.duration.epochs, rows.epoch_rows, config.global_rows),
-        identity={
-            "seed": config.seed, "task": config.task, "global_rows": config.global_rows, "rows_digest": rows.digest,
-            "model_digest": model_digest(model),
-        },
-        circumstances={
-            "config": config.model_dump(mode="json", exclude={"data"}), "ranks": ranks.world_size,
-            "deepspeed": {key: value for key, value in ds_config.items() if "batch_size" not in key},  # they follow
-        },
-    )  # fmt: skip
-    began_loading = time.perf_counter()
-    state = restore_newest(engine, parameters, config.run_dir, folder.run_id, partial(_check_same_run, training))
+        return build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
+
+
+def _restore_or_fill(
+    zero: ZeroModel, weights: StartingWeights, folder: RunFolder, must_match: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The state of the newest checkpoint, which is installed; None for a new run, which gets its starting weights."""
+    from engine.zero.wrap import fill
+
+    state = restore_newest(zero, folder.path, folder.run_id, partial(_check_same_run, must_match))
     if state is None:
-        fill()
-        progress = Progress()
-    else:
-        del fill  # and with it the starting weights, which the checkpoint has replaced
-        progress = Progress(**state["progress"])
-    load_seconds = time.perf_counter() - began_loading
-    with ranks.together(), storage_errors(config.run_dir):
-        if ranks.rank == 0:
-            _write_records(run_file, config, ds_config, stores, model)
-        log = RunLog(
-            config.run_dir,
-            ranks.rank,
-            progress.step,
-            training.total_steps,
-            config.log.tensorboard,
-            config.log.log_every_steps,
-            load_seconds,
-        )
-    training.saves.say = log.say
-    log.say(_summary(training, parameters, ds_config, progress))
-    for change in changes(state["circumstances"], training.circumstances) if state else []:
-        log.say(f"changed since the checkpoint: {change}")
-    training.saves.check_space_for_run(remaining_saves(config, progress.step, training.total_steps))
-    return training, progress, log
+        fill(zero, weights, partial(print, flush=True))
+    return state
+
+
+def _values_that_must_match(config: RunConfig, rows: Rows, model: Any) -> dict[str, Any]:
+    """The values that a checkpoint and the run that resumes it have in common: they decide the order of the data."""
+    return {
+        "seed": config.seed,
+        "task": config.task,
+        "global_rows": config.global_rows,
+        "rows_digest": rows.digest,
+        "model_digest": model_digest(model),
+    }
+
+
+def _values_that_may_change(config: RunConfig, ds_config: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The values that may differ when a run is resumed; batch sizes of the DeepSpeed JSON follow from the others."""
+    return {
+        "config": config.model_dump(mode="json", exclude={"data"}),
+        "ranks": ranks.world_size,
+        "deepspeed": {key: value for key, value in ds_config.items() if "batch_size" not in key},
+    }
 
 
 def _has_checkpoints(run_dir: Path) -> bool:
@@ -212,7 +199,7 @@ def model_digest(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
+def _storage_errors(folder: Path) -> Iterator[None]:
     """Turn an operating system's refusal to write into `folder` into one line with code 74."""
     try:
         yield
@@ -220,8 +207,8 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise StorageError(f"{folder}: cannot write: {error.strerror or error}") from error
 
 
-def _check_same_run(training: Training, reader: CheckpointReader, state: dict[str, Any]) -> None:
-    for key, value in training.identity.items():
+def _check_same_run(must_match: Mapping[str, Any], reader: CheckpointReader, state: dict[str, Any]) -> None:
+    for key, value in must_match.items():
         if state.get(key) != value:
             raise DataError(
                 f"{reader.path}: {key} was {state.get(key)} and is {value} now, which changes the order or meaning of "
@@ -254,9 +241,9 @@ def remaining_saves(config: RunConfig, step: int, last_step: int) -> int:
     return max(0, -(-last_step // every) - step // every)
 
 
-def _summary(training: Training, parameters: Any, ds_config: dict[str, Any], progress: Progress) -> str:
+def _summary(training: Training, ds_config: dict[str, Any], progress: Progress) -> str:
     config, ranks = training.config, training.ranks
-    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters.values())
+    count = sum(math.prod(shape) for shape in training.zero.shapes.values())
     batch = StepBatch(config.global_rows, ranks.world_size, config.batch.micro_rows, config.batch.micro_tokens)
     uneven = f" ({batch.uneven_text})" if batch.uneven_text else ""
     begin = f"resuming after step {progress.step}" if progress.step else "starting"

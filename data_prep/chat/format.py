@@ -147,14 +147,7 @@ class ChatFormat:
         for index in trained:
             message = messages[index]
             role = message["role"]
-            turn = turns.get(index)
-            found = None if turn is None else turn_span(turn, role, self._headers)
-            if turn is None or found is None:
-                raise BadDataError(
-                    f"{where}: the chat template does not write messages[{index}] ({role}) as it writes other turns;"
-                    " put {% generation %} around the assistant's words in it"
-                )
-            start, stop, stopped = found
+            turn, (start, stop, stopped) = self._find_span(turns, index, role, where)
             content = message.get("content")
             if len(message) > 2 or not (type(content) is str and content and text.find(content, start, stop) >= 0):
                 check |= self._check_words(message, text[start:stop], index, where)
@@ -171,6 +164,19 @@ class ChatFormat:
             if fault:
                 raise BadDataError(f"{where}: what the chat template trains here cannot be known: {fault}")
         return text, spans, num_stops
+
+    def _find_span(
+        self, turns: Mapping[int, Turn], index: int, role: str, where: str
+    ) -> tuple[Turn, tuple[int, int, bool]]:
+        """The turn of messages[index], and where its trained characters begin, stop, and whether with a stop token."""
+        turn = turns.get(index)
+        found = None if turn is None else turn_span(turn, role, self._headers)
+        if turn is None or found is None:
+            raise BadDataError(
+                f"{where}: the chat template does not write messages[{index}] ({role}) as it writes other turns;"
+                " put {% generation %} around the assistant's words in it"
+            )
+        return turn, found
 
     def _block_spans(
         self, pieces: Sequence[str], messages: Sequence[Message], trained: Sequence[int], where: str

@@ -1,5 +1,5 @@
-"""What encoding makes, and what the tasks encode with: blocks of documents, ids of texts, conversations.
+"""Encoded documents as blocks of columns, and what the encode functions of all tasks share.
 
-May import chat, shapes and tokenizer.
+May import tokenizer, sources (a record), and the types of chat.
 Read first: blocks.py, then content.py.
 """

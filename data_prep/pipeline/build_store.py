@@ -4,7 +4,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from itertools import islice
@@ -15,31 +15,27 @@ from data_prep.chat.child import Proof, start_proof
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError
 from data_prep.pipeline.deduplicate import keep_first
-from data_prep.pipeline.inputs import Encoding, Group, Split, num_bytes, parts_dir, store_path, work_dir
-from data_prep.pipeline.parallel import encode_spans
+from data_prep.pipeline.inputs import Group, Input, Preparation, Split, num_bytes, parts_dir, store_path, work_dir
 from data_prep.pipeline.parts import Part, PartAccount, read_account
 from data_prep.pipeline.store_folder import link_content, publish
 from data_prep.pipeline.store_writer import count_id, describe_files, write_content
 from data_prep.pipeline.work import Job, SplitJob
+from data_prep.pipeline.worker import encode_spans
 from data_prep.progress import Progress
 from data_prep.rows.arrange import RowPlan, write_rows
-from data_prep.sources.sources import check_unchanged
+from data_prep.sources.read import check_unchanged
 from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 
-Say = Callable[[str], None]
 _ABANDONED_SECONDS = 3600.0
 
 
-def encode_parts(
-    config: DataConfig, group: Group, splits: Sequence[Split], encoding: Encoding, part: tuple[int, int],
-    progress: bool,
-) -> int:  # fmt: skip
+def encode_parts(run: Preparation, group: Group, splits: Sequence[Split], part: tuple[int, int]) -> int:
     """Make the missing parts of share ``part`` = (i, n) of the spans, i from 0. Returns how many were made.
 
     Any number of machines may do this at once with different shares, or with the same one.
     """
-    job = _open_job(config, group, splits, encoding)
+    job = _open_job(run, group, splits)
     todo = [
         work
         for work in group.work[part[0] :: part[1]]
@@ -47,29 +43,29 @@ def encode_parts(
     ]
     sizes = [sum(num_bytes(*piece) for piece in work.pieces) for work in todo]
     label = " and ".join(split.name for split in splits)
-    proof = _start_proof(encoding, job.now) if todo and job.chats else None
-    with proof or nullcontext(), Progress(f"tokenising {label}", sum(sizes), progress) as bar:
-        for size, _ in zip(sizes, encode_spans(job, todo, config.workers, encoding.tokenizer, proof), strict=True):
+    proof = _start_proof(run, job.now) if todo and job.chats else None
+    with proof or nullcontext(), Progress(f"tokenising {label}", sum(sizes), run.progress) as bar:
+        for size, _ in zip(sizes, encode_spans(job, todo, run.config.workers, run.tokenizer, proof), strict=True):
             bar.advance(size)
     return len(todo)
 
 
-def _start_proof(encoding: Encoding, now: datetime) -> Proof:
-    tokenizer = encoding.tokenizer
-    assert encoding.chat_template is not None
+def _start_proof(run: Preparation, now: datetime) -> Proof:
+    tokenizer = run.tokenizer
+    assert run.chat_template is not None
     strings = tokenizer.control_strings, tokenizer.plain_added_strings
-    return start_proof(encoding.chat_template, tokenizer.special_tokens, *strings, now)
+    return start_proof(run.chat_template, tokenizer.special_tokens, *strings, now)
 
 
-def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encoding: Encoding) -> Job:
+def _open_job(run: Preparation, group: Group, splits: Sequence[Split]) -> Job:
     """The job of a work folder, which the first to come sets up: tokenizer files and the clock of templates."""
-    folder = work_dir(config, group)
+    folder = work_dir(run, group)
     tokenizer_dir = folder / "tokenizer"
     if not tokenizer_dir.exists():
         folder.mkdir(parents=True, exist_ok=True)
         staged = folder / f".tokenizer.{uuid.uuid4().hex}.partial"  # machines may come at once
         try:
-            encoding.tokenizer.save(staged, encoding.chat_template)
+            run.tokenizer.save(staged, run.chat_template)
             (staged / "now.txt").write_text(datetime.now().isoformat(), encoding="ascii")
             staged.rename(tokenizer_dir)
         except OSError:
@@ -77,24 +73,24 @@ def _open_job(config: DataConfig, group: Group, splits: Sequence[Split], encodin
                 raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    jobs = tuple(SplitJob(split.name, split.chosen, parts_dir(config, group, split)) for split in splits)
+    jobs = tuple(SplitJob(split.name, split.chosen, parts_dir(run, group, split)) for split in splits)
     for job in jobs:
         job.parts_dir.mkdir(exist_ok=True)
     now = datetime.fromisoformat((tokenizer_dir / "now.txt").read_text(encoding="ascii"))
-    chats = encoding.chat_template is not None and any(one.shape.gives_chats for one in group.inputs)
-    return Job(encoding.task, config, tokenizer_dir, encoding.chat_template, now, chats, jobs)
+    chats = run.chat_template is not None and any(one.shape.gives_chats for one in group.inputs)
+    return Job(run.task, run.config, tokenizer_dir, run.chat_template, now, chats, jobs)
 
 
-def find_store(config: DataConfig, split: Split, say: Say) -> TokenStore | None:
+def find_store(run: Preparation, split: Split) -> TokenStore | None:
     """The finished store of `split` if it is there and sound; a damaged one is removed. Only with the lock held."""
-    final = store_path(config, split)
+    final = store_path(run, split)
     if not final.exists():
         return None
     try:
         store = TokenStore.open(final)
         store.verify()
     except StoreError as error:
-        say(f"{error}; building it again")
+        run.say(f"{error}; building it again")
         shutil.rmtree(final)
         return None
     return store
@@ -114,27 +110,26 @@ def find_donor(store_dir: Path, split: Split) -> TokenStore | None:
 
 
 def build(
-    config: DataConfig, group: Group, split: Split, encoding: Encoding, label_names: Sequence[str] | None,
-    donor: TokenStore | None, progress: bool,
-) -> TokenStore:  # fmt: skip
+    run: Preparation, group: Group, split: Split, label_names: Sequence[str] | None, donor: TokenStore | None
+) -> TokenStore:
     """Join the parts of `split`, or take over the documents of `donor`, arrange rows and publish the store.
 
     `label_names`: labels in their order; None: those that the parts hold, sorted. Raises PreparationError;
     then no folder is left behind.
     """
-    final = store_path(config, split)
-    folder = config.store_dir / f".{final.name}.partial"
+    final = store_path(run, split)
+    folder = run.config.store_dir / f".{final.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         if donor is not None:
             content = link_content(donor, folder)
         else:
-            content = _join_content(config, group, split, encoding, label_names, folder)
-        plan = _row_plan(config, encoding.task)
+            content = _join_content(run, group, split, label_names, folder)
+        plan = _row_plan(run.config, run.task)
         mixture = [one.config for one in group.inputs] if split.name == "train" else None
         total = content["num_documents"]
-        with Progress(f"arranging {split.name}", total, progress, unit="documents") as bar:
+        with Progress(f"arranging {split.name}", total, run.progress, unit="documents") as bar:
             rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), plan, mixture, bar.advance)
         if rows["num_rows"] == 0:
             where = group.inputs[0].files[0].label
@@ -153,23 +148,22 @@ def _row_plan(config: DataConfig, task: DataTask) -> RowPlan:
 
 
 def _join_content(
-    config: DataConfig, group: Group, split: Split, encoding: Encoding, label_names: Sequence[str] | None,
-    folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+    run: Preparation, group: Group, split: Split, label_names: Sequence[str] | None, folder: Path
+) -> dict[str, Any]:
     """The columns of all parts of `split` in `folder`; returns the manifest without rows."""
-    tokenizer = encoding.tokenizer
-    parts = [Part(parts_dir(config, group, split), work.part) for work in group.work]
+    tokenizer = run.tokenizer
+    parts = [Part(parts_dir(run, group, split), work.part) for work in group.work]
     accounts = [part.account for part in parts]
-    names = _final_names(accounts, label_names, encoding.task)
-    kept = keep_first(parts) if config.deduplicate else None
+    names = _final_names(accounts, label_names, run.task)
+    kept = keep_first(parts) if run.config.deduplicate else None
     number_of = {name: number for number, name in enumerate(names)}
-    files, columns, remaining = write_content(folder, parts, encoding.task, tokenizer.id_type, number_of, kept)
+    files, columns, remaining = write_content(folder, parts, run.task, tokenizer.id_type, number_of, kept)
     sources = _account_sources(group, accounts, remaining)
-    tokenizer.save(folder / "tokenizer", encoding.chat_template)
-    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(encoding.chat_template))])
+    tokenizer.save(folder / "tokenizer", run.chat_template)
+    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(run.chat_template))])
     content = {
         "format": FORMAT_VERSION,
-        "task": encoding.task.name,
+        "task": run.task.name,
         "content_key": split.content_key,
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
@@ -217,23 +211,9 @@ def _account_sources(
     first_document = 0
     result = []
     for one in group.inputs:
-        first_of_source = first_document
-        files = []
         own = list(islice(pairs, len(one.work)))
-        pieces = iter([counts for _, left in own for counts in left.pieces])
-        for file in one.files:
-            counts = list(islice(pieces, len(file.spans)))
-            check_unchanged(file)
-            if not any(read for read, _ in counts):
-                raise BadDataError(f"{file.label}: the file holds no records")
-            documents = sum(made for _, made in counts)
-            files.append(
-                {
-                    "path": file.label, "xxh3_128": file.xxh3_128, "size_bytes": file.size_bytes,
-                    "first_document": first_document, "num_documents": documents,
-                }
-            )  # fmt: skip
-            first_document += documents
+        files = _account_files(one, [left for _, left in own], first_document)
+        num_documents = sum(file["num_documents"] for file in files)
         dropped: dict[str, int] = {}
         for account, _ in own:
             for reason, count in account.dropped.items():
@@ -244,8 +224,8 @@ def _account_sources(
                 "shape": one.shape.name,
                 "weight": one.config.weight,
                 "epochs": one.config.epochs,
-                "first_document": first_of_source,
-                "num_documents": first_document - first_of_source,
+                "first_document": first_document,
+                "num_documents": num_documents,
                 "records_read": sum(account.num_read for account, _ in own),
                 "records_of_other_split": sum(account.num_other_split for account, _ in own),
                 "duplicates": sum(account.num_documents - left.num_documents for account, left in own),
@@ -256,13 +236,34 @@ def _account_sources(
                 "files": files,
             }
         )
+        first_document += num_documents
     return result
 
 
-def discard_work(config: DataConfig, keys: Iterable[str]) -> None:
+def _account_files(one: Input, accounts: Sequence[PartAccount], first_document: int) -> list[dict[str, Any]]:
+    """What every file of a source came to. Raises BadDataError for one that changed or holds nothing."""
+    pieces = iter([counts for account in accounts for counts in account.pieces])
+    files = []
+    for file in one.files:
+        counts = list(islice(pieces, len(file.spans)))
+        check_unchanged(file)
+        if not any(read for read, _ in counts):
+            raise BadDataError(f"{file.label}: the file holds no records")
+        documents = sum(made for _, made in counts)
+        files.append(
+            {
+                "path": file.label, "xxh3_128": file.xxh3_128, "size_bytes": file.size_bytes,
+                "first_document": first_document, "num_documents": documents,
+            }
+        )  # fmt: skip
+        first_document += documents
+    return files
+
+
+def discard_work(run: Preparation, keys: Iterable[str]) -> None:
     """Remove the work folders of other data that nobody has touched for an hour. Only with the lock held."""
     wanted = {f".{key[:16]}.work" for key in keys}
-    for folder in config.store_dir.glob(".*.work"):
+    for folder in run.config.store_dir.glob(".*.work"):
         newest = max((path.stat().st_mtime for path in (folder, *folder.iterdir())), default=0.0)
         if folder.name not in wanted and time.time() - newest > _ABANDONED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)

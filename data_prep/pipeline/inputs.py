@@ -5,28 +5,45 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig, SourceConfig
+from data_prep.errors import BadDataError
 from data_prep.pipeline.work import HashRange, Work
-from data_prep.shapes.recognise import Shape
-from data_prep.sources.records import SourceFile, Span
+from data_prep.shapes.recognise import recognise
+from data_prep.shapes.shape import Shape
+from data_prep.sources.read import read_records
+from data_prep.sources.records import Record, SourceFile, Span
+from data_prep.sources.scan import find_sources
 from data_prep.sources.spans import SPAN_BYTES
+from data_prep.tasks import TASKS
 from data_prep.tasks.data_task import DataTask
+from data_prep.token_store import FORMAT_VERSION
 from data_prep.tokenizer.tokenizer import Tokenizer
 
-_PACKED = 4  # how many times as large compressed data is taken to be
+_RECOGNISED_FROM_RECORDS = 100
+#: Keys of the data section that change the documents of a store; the others change their rows or nothing.
+_CONTENT_KEYS = ("chat", "overlong", "min_targets", "deduplicate", "label_names", "stride_tokens", "target_tokens")
+_ASSUMED_COMPRESSION = 4  # compressed data is taken to be so many times as large
 _NOT_READING = {"path", "hub", "aligned", "name", "weight", "epochs"}  # keys of a source that change no example
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How the records of a run become documents; the same for all its splits."""
+class Preparation:
+    """One run of ``prepare``: what all of its steps need."""
 
+    config: DataConfig
     task: DataTask
     tokenizer: Tokenizer
     chat_template: str | None
+    progress: bool  # whether people read along
+
+    def say(self, line: str) -> None:
+        """Print a line for people."""
+        if self.progress:
+            print(line, flush=True)
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Input:
         spans = [(file, span) for file in self.files for span in file.spans]
         for number, (file, span) in enumerate(spans, 1):
             pieces.append((file, span))
-            size += num_bytes(file, span) * (_PACKED if file.compression != "none" else 1)
+            size += num_bytes(file, span) * (_ASSUMED_COMPRESSION if file.compression != "none" else 1)
             if size >= SPAN_BYTES or number == len(spans):
                 work.append(Work(_part_name(reading, pieces), tuple(pieces), self.shape))
                 pieces, size = [], 0
@@ -89,23 +106,23 @@ class Group:
         return [work for one in self.inputs for work in one.work]
 
 
-def work_dir(config: DataConfig, group: Group) -> Path:
+def work_dir(run: Preparation, group: Group) -> Path:
     """Where the parts of a group are made and kept until its stores are published.
 
     It belongs to an encoding, not to an input: after a faulty file is mended, the parts of the others count.
     """
-    return config.store_dir / f".{group.key[:16]}.work"
+    return run.config.store_dir / f".{group.key[:16]}.work"
 
 
-def parts_dir(config: DataConfig, group: Group, split: Split) -> Path:
+def parts_dir(run: Preparation, group: Group, split: Split) -> Path:
     """Where the parts of one split are: another share of the records is another folder."""
     chosen = "" if split.chosen is None else f"-{split.chosen.low:x}-{split.chosen.high:x}"
-    return work_dir(config, group) / f"records{chosen}"
+    return work_dir(run, group) / f"records{chosen}"
 
 
-def store_path(config: DataConfig, split: Split) -> Path:
+def store_path(run: Preparation, split: Split) -> Path:
     """The folder of the finished store of `split`."""
-    return config.store_dir / f"{split.name}-{split.store_key[:16]}"
+    return run.config.store_dir / f"{split.name}-{split.store_key[:16]}"
 
 
 def num_bytes(file: SourceFile, span: Span) -> int:
@@ -114,3 +131,108 @@ def num_bytes(file: SourceFile, span: Span) -> int:
         return file.size_bytes
     whole = sum(span.stop - span.start for span in file.spans)
     return file.size_bytes * (span.stop - span.start) // max(1, whole)
+
+
+def find_groups(run: Preparation) -> tuple[Group, ...]:
+    """The splits of a run with their inputs, hashed and recognised. Raises PreparationError."""
+    config = run.config
+    encoded = _encoding_key(run)
+    train = _inputs(run, config.train, "train")
+    whole = _input_key(encoded, train, "")
+    share = config.validation_fraction
+    if share is not None:
+        border = int(share * 2**64)
+        ranges = {"train": HashRange(border, 2**64), "validation": HashRange(0, border)}
+        return (Group(tuple(_split(config, *one, whole, train) for one in ranges.items()), train, encoded),)
+    groups = [Group((_split(config, "train", None, whole, train),), train, encoded)]
+    if config.validation is not None:
+        held_out = _inputs(run, config.validation, "validation")
+        # Labels are numbered as in train, so a store of held-out records belongs to its training records.
+        key = _input_key(encoded, held_out, "" if run.task.packs else whole)
+        groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, encoded))
+    return tuple(groups)
+
+
+def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tuple[Input, ...]:
+    found = find_sources(sources, f"data.{key}", run.config.store_dir / ".cache", run.progress)
+    names = _source_names(sources, found)
+    shapes_of = {task.name: task.shapes for task in TASKS.values()}
+    inputs = []
+    for source, name, files in zip(sources, names, found, strict=True):
+        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of)
+        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
+        inputs.append(Input(source, name, tuple(files), shape))
+    return tuple(inputs)
+
+
+def _joining(run: Preparation, shape: Shape) -> str:
+    """How conversations and prompts become text, where that is not what everybody would expect."""
+    if not run.task.takes_chats or shape.name == "text":
+        return ""
+    if not shape.gives_chats:
+        return "; prompt and response are joined as they stand, without a chat template"
+    if run.config.chat.template is None and run.tokenizer.chat_template is None:
+        return "; the tokenizer has no chat template: the built-in User/Assistant one is used (data.chat.template)"
+    return ""
+
+
+def _first_records(file: SourceFile) -> list[Record]:
+    """The first records of a file, up to the first that cannot be read: it is told when its turn comes."""
+    records: list[Record] = []
+    try:
+        records.extend(islice(read_records(file), _RECOGNISED_FROM_RECORDS))
+    except BadDataError:
+        if not records:
+            raise
+    if not records:
+        raise BadDataError(f"{file.label}: the file holds no records")
+    return records
+
+
+def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[SourceFile]]) -> list[str]:
+    """What each source is called; a number is added where two would be called the same."""
+    names: list[str] = []
+    for source, files in zip(sources, found, strict=True):
+        path = source.path or source.hub
+        name = source.name or (
+            Path(path).name if path and set("*?[") & set(path) == set() else Path(files[0].label).name
+        )
+        name = name if source.name else name.split(".")[0] or name
+        base, number = name, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _encoding_key(run: Preparation) -> str:
+    """Identity of how records become documents, whatever the records are."""
+    settings = run.config.model_dump(mode="json", include=set(_CONTENT_KEYS))
+    if run.task.packs:
+        del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
+    else:
+        settings["row_tokens"] = run.config.row_tokens
+    files = run.tokenizer.files(run.chat_template)
+    tokenizer = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    return _key({"format": FORMAT_VERSION, "task": run.task.name, "tokenizer": tokenizer, "settings": settings})
+
+
+def _input_key(encoding_key: str, inputs: Sequence[Input], belongs_to: str) -> str:
+    """Identity of the documents that an input becomes."""
+    described = [
+        [one.name, one.reading_key(), [(file.label, file.size_bytes, file.xxh3_128) for file in one.files]]
+        for one in inputs
+    ]
+    return _key([encoding_key, belongs_to, described])
+
+
+def _split(config: DataConfig, name: str, chosen: HashRange | None, input_key: str, inputs: Sequence[Input]) -> Split:
+    content_key = _key([input_key, None if chosen is None else (chosen.low, chosen.high)])
+    shares = [(one.config.weight, one.config.epochs) for one in inputs]
+    rows = [config.row_tokens, config.packing, config.overlong, config.min_targets, shares]
+    return Split(name, chosen, content_key, _key([content_key, rows]))
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -1,26 +1,37 @@
-"""Encodes spans of one source into part files, in worker processes. What it writes depends on the spans alone."""
+"""Encodes spans into part files, in worker processes. What it writes depends on the spans alone."""
 
 import gc
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import parent_process
-from typing import TYPE_CHECKING, Any
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.chat.child import Proof
 from data_prep.encode.blocks import Block, Names
 from data_prep.encode.content import Context
-from data_prep.errors import BadDataError, UntrainableError, overlong_message
+from data_prep.errors import (
+    BadDataError,
+    PreparationError,
+    RefusedError,
+    StorageError,
+    UntrainableError,
+    overlong_message,
+)
 from data_prep.pipeline.deduplicate import document_hashes
 from data_prep.pipeline.parts import PartAccount, PartWriter
-from data_prep.pipeline.work import Job, SplitJob, Work, record_hash
-from data_prep.shapes.recognise import Shape, to_example
+from data_prep.pipeline.work import Job, Work, batches_of
+from data_prep.shapes.shape import Shape, to_example
+from data_prep.sources.read import check_unchanged
 from data_prep.sources.records import Record
-from data_prep.sources.sources import check_unchanged, read_records
 from data_prep.tokenizer.backends import open_backend
 from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.tokenizer import Tokenizer
@@ -29,8 +40,6 @@ if TYPE_CHECKING:  # with its template engine, which most data does without
     from data_prep.chat.format import ChatFormat
 
 
-_BATCH_RECORDS = 1024
-_BATCH_CHARACTERS = 1 << 20
 _COLLECT_AFTER_OBJECTS = 200_000
 
 
@@ -183,7 +192,7 @@ def encode_work(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
     taken = dict.fromkeys(names, 0)
     dropped = dict.fromkeys(names, 0)
     try:
-        for name, batch, pieces in _batches(work, job.splits, read):
+        for name, batch, pieces in batches_of(work, job.splits, read):
             taken[name] += len(batch)
             if batch:
                 block, kept = encoder.encode(batch, work.shape, contexts[name])
@@ -208,48 +217,67 @@ def encode_work(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
         raise
 
 
-def _batches(work: Work, splits: Sequence[SplitJob], read: list[int]) -> Iterator[tuple[str, list[Record], list[int]]]:
-    """Batches of records of one split each, with the number of the piece of each record.
+def num_processes(workers: int | None, num_tasks: int) -> int:
+    """Processes for `num_tasks` spans: `workers`, or one for each core that this process may use."""
+    return min(workers or len(os.sched_getaffinity(0)), num_tasks)
 
-    Counts in `read` the records of every piece.
+
+def encode_spans(
+    job: Job, work: Sequence[Work], workers: int | None, tokenizer: Tokenizer, proof: Proof | None = None
+) -> Iterator[dict[str, PartAccount]]:
+    """Encode spans into the parts of every split; accounts in the order of `work`.
+
+    A single process uses `tokenizer`, from which the job's files were written, and its threads. It is this one, but
+    for conversations: what a template does in a single step can only be ended with its process.
+    `proof` is that of their template, waited for while the processes open all else.
+    The first error, by order, ends it; parts that are sealed by then stay.
     """
-    batches: dict[str, tuple[list[Record], list[int]]] = {split.name: ([], []) for split in splits}
-    waiting = size = 0
-    unreadable: BadDataError | None = None
-    everything = batches[splits[0].name] if len(splits) == 1 and splits[0].chosen is None else None
-    try:
-        for number, (file, span) in enumerate(work.pieces):
-            for record in read_records(file, span):
-                read[number] += 1
-                waiting += 1
-                size += record.num_characters or _characters(record.value)
-                if everything is not None:
-                    everything[0].append(record)
-                    everything[1].append(number)
-                else:
-                    digest = record_hash(record)
-                    for split in splits:
-                        if split.chosen is None or split.chosen.low <= digest < split.chosen.high:
-                            batches[split.name][0].append(record)
-                            batches[split.name][1].append(number)
-                if size >= _BATCH_CHARACTERS or waiting >= _BATCH_RECORDS:
-                    for name, (records, pieces) in batches.items():
-                        yield name, records[:], pieces[:]
-                        records.clear()
-                        pieces.clear()
-                    waiting = size = 0
-    except BadDataError as error:
-        unreadable = error
-    for name, (records, pieces) in batches.items():  # before a fault on a later line is told: they may hold the first
-        yield name, records, pieces
-    if unreadable is not None:
-        raise unreadable
+    number = num_processes(workers, len(work))
+    if number <= 1 and proof is None:
+        encoder = Encoder(job, tokenizer) if work else None
+        for item in work:
+            assert encoder is not None
+            yield encode_work(encoder, item)
+        return
+    pool = _open_pool(job, number, tokenizer)
+    futures: list[Future[dict[str, PartAccount]]] = []
+    processes: set[BaseProcess] = set()
+    with pool:
+        try:
+            plan = None
+            if proof is not None:
+                for _ in range(number):
+                    pool.submit(open_in_worker)
+                plan = proof.result()
+            for item in work:
+                futures.append(pool.submit(encode_in_worker, item, plan))
+                if len(futures) <= number:  # each of these has started a process
+                    processes.update(active_children())
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool as error:
+            pool.shutdown(wait=True)  # then every exit code is known
+            raise _why_it_broke([process.exitcode for process in processes]) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _characters(value: Any) -> int:
-    """Roughly what a record takes in memory: the characters of all its texts."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum([_characters(inner) for inner in value.values()])
-    return sum([_characters(inner) for inner in value]) if isinstance(value, list) else 8
+def _open_pool(job: Job, number: int, tokenizer: Tokenizer) -> ProcessPoolExecutor:
+    """Processes that start as copies of nothing, or one that is a copy of this process and has its `tokenizer`."""
+    if number > 1:
+        return ProcessPoolExecutor(number, get_context("spawn"), initializer=start_worker, initargs=(job,))
+    return ProcessPoolExecutor(1, get_context("fork"), initializer=start_worker, initargs=(job, tokenizer))
+
+
+def _why_it_broke(exit_codes: Sequence[int | None]) -> PreparationError:
+    """What to say of a pool whose processes ended like this; the pool itself ends those that are left."""
+    if -signal.SIGPROF in exit_codes:  # only template_sandbox.limits sets this clock
+        return RefusedError("chat template: it takes too much time in a single step, with one of the records")
+    kept = "finished parts are kept"
+    died = next((code for code in exit_codes if code and code not in (-signal.SIGTERM, -signal.SIGKILL)), None)
+    if died is None:
+        return StorageError(
+            "a worker process died, perhaps for lack of memory; set data.workers lower, and prepare again: " + kept
+        )
+    how = f"by signal {-died}" if died < 0 else f"with exit code {died}"
+    return StorageError(f"a worker process ended {how}; prepare again: {kept}")

@@ -12,11 +12,9 @@ import numpy as np
 
 from data_prep.config import Overlong, Packing, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, overlong_message
-from data_prep.rows.ledger import SourceAccount, ledger
-from data_prep.rows.mixture import rows_per_epoch
-from data_prep.rows.pack import pack_rows, wrap_rows
+from data_prep.rows.ledger import SourceAccount, ledger, rows_per_epoch
+from data_prep.rows.pack import Truncation, pack_rows, wrap_rows
 from data_prep.rows.row_files import RowFiles, unsigned_type
-from data_prep.rows.truncate import Truncation
 from data_prep.token_store import TokenStore
 
 _WINDOW_ROWS = 4096  # packing apart loses about one row of them
@@ -84,23 +82,28 @@ def write_rows(
         accounts.append(account)
     num_rows, num_tokens = [account.rows for account in accounts], [account.tokens_in_rows for account in accounts]
     of_epoch = num_rows if mixture is None else rows_per_epoch(num_rows, num_tokens, mixture)
-    row_sources, first_row = [], 0
-    for source, account, used in zip(sources, accounts, of_epoch, strict=True):
-        row_sources.append(
-            {"name": source["name"], "first_row": first_row, "num_rows": account.rows, "rows_per_epoch": used}
-        )
-        first_row += account.rows
     return {
         "row_tokens": plan.row_tokens,
         "packing": plan.packing,
         "overlong": plan.overlong,
         "min_targets": plan.min_targets,
-        "num_rows": first_row,
+        "num_rows": sum(num_rows),
         "num_segments": writer.num_segments,
-        "row_sources": row_sources,
+        "row_sources": _row_sources(accounts, of_epoch),
         "ledger": ledger(store, accounts, of_epoch, plan.row_tokens if plan.packing != "none" else None),
         "files": writer.close(),
     }
+
+
+def _row_sources(accounts: Sequence[SourceAccount], rows_per_epoch: Sequence[int]) -> list[dict[str, Any]]:
+    """Where the rows of each source begin, how many there are, and how many of them an epoch uses."""
+    result: list[dict[str, Any]] = []
+    first_row = 0
+    for account, used in zip(accounts, rows_per_epoch, strict=True):
+        name = account.source["name"]
+        result.append({"name": name, "first_row": first_row, "num_rows": account.rows, "rows_per_epoch": used})
+        first_row += account.rows
+    return result
 
 
 def _arrange_source(

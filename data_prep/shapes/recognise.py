@@ -17,77 +17,28 @@ A prompt's response and a text may be empty (the ledger counts what has nothing 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from data_prep.config import ShapeName, SourceConfig
 from data_prep.errors import BadDataError, DataConfigError
-from data_prep.shapes.chat import TURN_FIELDS, chat_from_messages, chat_from_sharegpt
-from data_prep.shapes.examples import ChatExample, Example, QuestionExample, TextExample
-from data_prep.shapes.fields import field_names, lookup, required_field, shown, shown_list, text_at
-from data_prep.shapes.forms import (
+from data_prep.shapes.chat import TURN_FIELDS
+from data_prep.shapes.examples import ChatExample, Example, QuestionExample
+from data_prep.shapes.fields import (
     FIELDS_TO_LEAVE_OUT,
     OPTIONAL,
     Reading,
     candidates_of,
+    field_names,
     known_fields,
+    lookup,
     readings,
+    required_field,
+    shown,
+    shown_list,
 )
-from data_prep.shapes.labels import labelled, number_of, questioned, scored, tagged
-from data_prep.shapes.prompt import alpaca, parallel_pair, prompt_pair
+from data_prep.shapes.shape import Shape, number_of, to_example
 from data_prep.sources.records import Record
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What every record of a source is. `fields`: our name -> the name in the records, dotted where nested."""
-
-    name: ShapeName
-    fields: Mapping[str, str] = field(hash=False)
-    many: bool = False  # label: each record has a list of them
-    refused: tuple[str, ...] = ()  # alpaca: fields that no first record had, but that would change its reading
-    summary: str = field(default="", compare=False)
-
-    @property
-    def gives_chats(self) -> bool:
-        """Whether its records may be conversations, which need a chat template."""
-        return self.name in ("messages", "sharegpt") or bool({"system", "history"} & set(self.fields))
-
-    def describe(self) -> str:
-        """One line for people: what the records were taken for."""
-        return f"{self.name}: {self.summary}"
-
-    def key(self) -> dict[str, Any]:
-        """What of this changes the examples, as JSON values; part of a store's content key."""
-        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many}
-
-
-def to_example(shape: Shape, record: Record) -> Example:
-    """What a record means. Raises BadDataError naming file:line and the place in the record."""
-    fields = shape.fields
-    match shape.name:
-        case "messages":
-            return chat_from_messages(record, fields)
-        case "text":
-            text = record.value.get(fields["text"]) if record.sound else None
-            return TextExample(text if type(text) is str else text_at(record.value, fields["text"], record.where))
-        case "prompt":
-            return prompt_pair(record, fields)
-        case "sharegpt":
-            return chat_from_sharegpt(record, fields)
-        case "alpaca":
-            return alpaca(record, fields, shape.refused)
-        case "parallel":
-            return parallel_pair(record, fields)
-        case "label":
-            return labelled(record, fields, shape.many)
-        case "score":
-            return scored(record, fields)
-        case "tags":
-            return tagged(record, fields)
-        case "question":
-            return questioned(record, fields)
-
 
 TaskShapes = Mapping[str, Sequence[ShapeName]]
 

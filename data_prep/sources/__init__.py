@@ -1,5 +1,5 @@
 """Files and Hub data sets as records, each with its place, in parallel spans.
 
 May import only errors, config and progress of data_prep.
-Read first: sources.py.
+Read first: scan.py, then read.py.
 """

@@ -1,4 +1,4 @@
-"""JSON arrays of records, alone or as values of one outer object."""
+"""JSON records: JSONL, JSON arrays alone or as values of one outer object, and SQuAD's articles of questions."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,12 +9,13 @@ import numpy as np
 
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.sources.json_items import find_items
-from data_prep.sources.lines import LINE_LIMIT_BYTES, with_whole_mark
+from data_prep.sources.lines import LINE_LIMIT_BYTES, text_lines, with_whole_mark
 from data_prep.sources.records import Record, Span, kind
 from data_prep.sources.spans import SPAN_BYTES, spans_between
-from data_prep.sources.strict_json import has_surrogate_escape, refuse_lone_surrogates, scan_value
+from data_prep.sources.strict_json import has_surrogate_escape, parse_value, refuse_lone_surrogates, scan_value
 
 _blanks = re.compile(r"[ \t\r\n]*").match
+_BLANK = " \t\r"
 
 
 def cut_json(
@@ -173,3 +174,85 @@ def _object(value: Any, columns: Sequence[str] | None, where: str) -> dict[str, 
     if len(value) != len(columns):
         raise BadDataError(f"{where}: a list of {len(value)}, but `columns` names {len(columns)}")
     return dict(zip(columns, value, strict=True))
+
+
+def read_jsonl(
+    blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
+) -> Iterator[Record]:
+    """The records of whole lines. Raises BadDataError naming file:line."""
+    for lines, first in text_lines(blocks, path, first_line, limit_bytes):
+        for line, text in enumerate(lines, first):
+            where = f"{path}:{line}"
+            try:
+                value, stop = scan_value(text, 0)
+            except (StopIteration, ValueError, RecursionError):
+                if not text.strip(_BLANK):
+                    continue
+                value, stop = parse_value(text, where), len(text)  # an object after blanks, or it says what is wrong
+            if stop < len(text) and text[stop:].strip(_BLANK):
+                parse_value(text, where)
+            if has_surrogate_escape(text):
+                refuse_lone_surrogates(value, where)
+            if not isinstance(value, dict):
+                hint = " (of a JSON array: `format: json`)" if isinstance(value, list) else ""
+                raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}{hint}')
+            yield Record(value, where, line, len(text), True)
+
+
+def questions(article: Record) -> Iterator[Record]:
+    """Records {"id", "question", "context", "title", "answers": {"text": [...], "answer_start": [...]}}.
+
+    An impossible question has no answers. `line` is the number of the article. Raises BadDataError.
+    """
+    where = article.where.replace(": item ", ": article ")
+    title = article.value.get("title", "")
+    for index, paragraph in enumerate(_list(article.value, "paragraphs", where)):
+        place = f"{where}, paragraph {index + 1}"
+        context = _text(_mapping(paragraph, place), "context", place)
+        for number, question in enumerate(_list(paragraph, "qas", place)):
+            asked = f"{place}, question {number + 1}"
+            value = {
+                "id": _mapping(question, asked).get("id"),
+                "question": _text(question, "question", asked),
+                "context": context,
+                "title": title,
+                "answers": _answers(question, asked),
+            }
+            yield Record(value, asked, article.line)
+
+
+def _answers(question: dict[str, Any], where: str) -> dict[str, list[Any]]:
+    if question.get("is_impossible") is True:
+        return {"text": [], "answer_start": []}
+    answers = [_mapping(answer, where) for answer in _list(question, "answers", where)]
+    starts = [answer.get("answer_start") for answer in answers]
+    for start in starts:
+        if not isinstance(start, int) or isinstance(start, bool):
+            raise BadDataError(f"{where}: answer_start must be a whole number, not {kind(start)}")
+    return {"text": [_text(answer, "text", where) for answer in answers], "answer_start": starts}
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadDataError(f"{where}: must be an object, not {kind(value)}")
+    return value
+
+
+def _list(value: dict[str, Any], name: str, where: str) -> list[Any]:
+    found = _field(value, name, where)
+    if not isinstance(found, list):
+        raise BadDataError(f"{where}: field {name!r} must be a list, not {kind(found)}")
+    return found
+
+
+def _text(value: dict[str, Any], name: str, where: str) -> str:
+    found = _field(value, name, where)
+    if not isinstance(found, str):
+        raise BadDataError(f"{where}: field {name!r} must be text, not {kind(found)}")
+    return found
+
+
+def _field(value: dict[str, Any], name: str, where: str) -> Any:
+    if name not in value:
+        raise BadDataError(f"{where}: field {name!r} is missing")
+    return value[name]

@@ -4,8 +4,8 @@ Imports only errors of data_prep.
 Read first: store.py, whose docstring is the format.
 """
 
-from data_prep.token_store.current import CURRENT_NAME, resolve_store
 from data_prep.token_store.format import (
+    CURRENT_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     StoreError,
@@ -13,6 +13,7 @@ from data_prep.token_store.format import (
     hash_file,
     is_content_file,
     read_manifest,
+    resolve_store,
 )
 from data_prep.token_store.rows import ROW_COLUMNS, Rows, RowSource, open_rows
 from data_prep.token_store.store import TokenStore

@@ -56,25 +56,14 @@ def convert_sentencepiece(model: bytes, config: Mapping[str, Any]) -> tuple[toke
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type not in (_UNIGRAM, _BPE) or not proto.pieces:
-        raise BadDataError("sentencepiece models of type word and char are not supported; use unigram or bpe")
-    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
-        raise BadDataError("sentencepiece models that keep blanks as suffixes or unescaped are not supported")
+    _refuse_unsupported(proto)
     # Nine digits name a single-precision score exactly, and survive tokenizer.json: longer ones drift when read.
     pieces = [(piece.piece, float(f"{piece.score:.9g}"), piece.type) for piece in proto.pieces]
     unknown = next(index for index, piece in enumerate(pieces) if piece[2] == _UNKNOWN)
     byte_pieces = [text for text, _, kind in pieces if kind == _BYTE]
-
     backend = tokenizers.Tokenizer(_unigram(pieces, unknown, byte_pieces) if trainer.model_type == _UNIGRAM
                                    else _bpe(pieces, unknown, byte_pieces))  # fmt: skip
-    steps: list[Any] = []
-    if normalizer.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
-    if normalizer.remove_extra_whitespaces:
-        # A blank at the start stands for the dummy prefix where there is one.
-        outer = r" +\z" if normalizer.add_dummy_prefix else r"\A +| +\z"
-        steps += [normalizers.Replace(Regex(outer), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if steps:
+    if steps := _normalizer_steps(normalizer):
         backend.normalizer = normalizers.Sequence(steps)
     # Where no piece reaches over a blank, words can be looked up one by one: same result, and they are cached.
     whole_text = any(_BLANK in text[1:] for text, _, kind in pieces if kind == _NORMAL)
@@ -84,20 +73,37 @@ def convert_sentencepiece(model: bytes, config: Mapping[str, Any]) -> tuple[toke
     added = [AddedToken(text, special=kind in (_CONTROL, _UNKNOWN), normalized=False)
              for text, _, kind in pieces if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]  # fmt: skip
     backend.add_tokens(added)
-
     specials = _special_tokens(proto, config)
     for text in specials.values():
         if backend.token_to_id(text) is None or text not in {token.content for token in added}:
             backend.add_tokens([AddedToken(text, special=True, normalized=False)])
     if trainer.model_type == _UNIGRAM:
         protect_pieces(backend)
-    has_bos = "bos_token" in specials
     backend.post_processor = _surround(
         backend,
-        specials.get("bos_token") if config.get("add_bos_token", has_bos) else None,
-        specials.get("eos_token") if config.get("add_eos_token", not has_bos) else None,
+        specials.get("bos_token") if config.get("add_bos_token", "bos_token" in specials) else None,
+        specials.get("eos_token") if config.get("add_eos_token", "bos_token" not in specials) else None,
     )
     return backend, specials
+
+
+def _refuse_unsupported(proto: Any) -> None:
+    if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE) or not proto.pieces:
+        raise BadDataError("sentencepiece models of type word and char are not supported; use unigram or bpe")
+    if proto.trainer_spec.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
+        raise BadDataError("sentencepiece models that keep blanks as suffixes or unescaped are not supported")
+
+
+def _normalizer_steps(normalizer: Any) -> list[Any]:
+    """The steps of the pipeline's normalizer that do what the model's `normalizer_spec` does."""
+    steps: list[Any] = []
+    if normalizer.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.remove_extra_whitespaces:
+        # A blank at the start stands for the dummy prefix where there is one.
+        outer = r" +\z" if normalizer.add_dummy_prefix else r"\A +| +\z"
+        steps += [normalizers.Replace(Regex(outer), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    return steps
 
 
 def _unigram(pieces: list[tuple[str, float, int]], unknown: int, byte_pieces: list[str]) -> models.Unigram:

@@ -10,8 +10,9 @@ from typing import Any
 from data_prep.config import SourceConfig
 from data_prep.sources.decompress import all_blocks
 from data_prep.sources.lines import text_lines
+from data_prep.sources.read import read_records
+from data_prep.sources.scan import find_sources
 from data_prep.sources.source_files import FORMATS
-from data_prep.sources.sources import find_sources, read_records
 
 CHUNK_CHARACTERS = 2000
 _HOLD_OUT_EVERY = 50

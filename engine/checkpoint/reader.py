@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.checkpoint.format import MANIFEST, MAX_JSON_BYTES, STATE, WeightEntry, read_manifest
 from engine.errors import DataError
-from engine.tensor_files.range_reader import Wanted, read_ranges
+from engine.tensor_files.range_reader import ReadRequest, read_ranges
 from engine.tensor_files.reader import (
     BLOCK_BYTES,
     TensorEntry,
@@ -61,8 +61,8 @@ class CheckpointReader:
             if expected.get(tensor) != found.get(tensor):
                 raise DataError(f"{self.path / file}: {tensor} is not the slice that the manifest names")
 
-    def wanted(self, tensor: str, start: int, values: Tensor) -> Iterator[Wanted]:
-        """Where `values` comes from: the elements from `start` on of ``master/<name>``, ``frozen/<name>`` and so on."""
+    def requests(self, tensor: str, start: int, values: Tensor) -> Iterator[ReadRequest]:
+        """The requests that fill `values` with elements from `start` on of ``master/<name>``, ``frozen/<name>``, ..."""
         kind, _, name = tensor.partition("/")
         stop = start + values.numel()
         for first, last, file in self._slices[name]:
@@ -70,19 +70,19 @@ class CheckpointReader:
             if begin < end:
                 entry: TensorEntry = self._headers[file][f"{kind}/{name}"]
                 offset = entry.begin + (begin - first) * entry.dtype.itemsize
-                yield Wanted(self.path / file, offset, entry.dtype, values[begin - start : end - start])
+                yield ReadRequest(self.path / file, offset, entry.dtype, values[begin - start : end - start])
 
-    def read_into(self, wanted: Iterable[Wanted]) -> int:
-        """Fill tensors with what `wanted` gave, comparing every block with its hash; returns the bytes read.
+    def read_into(self, requests: Iterable[ReadRequest]) -> int:
+        """Fill tensors as `requests` say, comparing every block with its hash; returns the bytes read.
 
         DataError for a damaged block: then some of the tensors have been filled.
         """
-        return read_ranges(wanted, self.records)
+        return read_ranges(requests, self.records)
 
     def read_weight(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened weight, 1-D on the CPU, in the type it is stored in. Not verified."""
         values = torch.empty(stop - start, dtype=self.weights[name].dtype)
-        read_ranges(self.wanted(self.manifest.tensors_of(name)[0], start, values))
+        read_ranges(self.requests(self.manifest.tensors_of(name)[0], start, values))
         return values
 
     def verify_rest(self, share: int = 0, shares: int = 1) -> None:

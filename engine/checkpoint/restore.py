@@ -5,30 +5,26 @@ reads with its hash on the way, so that the bytes are read once. All ranks call 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch.nn import Module, Parameter
 
 from engine.arithmetic import list_checkpoints
 from engine.checkpoint.format import verify_checkpoint
 from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.save import finish_replacing
 from engine.errors import DataError
-from engine.model.buffers import persistent_buffers
 from engine.ranks.agreement import agree, from_rank_0, num_ranks, this_rank
-from engine.tensor_files.range_reader import Wanted
+from engine.tensor_files.range_reader import ReadRequest
 from engine.tensor_files.slices import KINDS
-from engine.zero import zero_state
+from engine.zero.zero_model import ZeroModel
 
 _LOG = logging.getLogger(__name__)
 
 
 def restore_newest(
-    engine: Any,
-    parameters: Mapping[str, Parameter],
+    zero: ZeroModel,
     run_dir: Path,
     run_id: str,
     accept: Callable[[CheckpointReader, dict[str, Any]], None],
@@ -52,8 +48,8 @@ def restore_newest(
             continue
         agree(partial(accept, reader, state))
         try:
-            agree(partial(check_model, reader, parameters, engine.module.model))
-            _install(engine, parameters, reader)
+            agree(partial(_check_model, reader, zero))
+            _install(zero, reader)
         except DataError as error:
             _refuse(refused, error)
             continue
@@ -85,7 +81,7 @@ def find_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(engine: Any, parameters: Mapping[str, Parameter], path: Path) -> dict[str, Any]:
+def load_checkpoint(zero: ZeroModel, path: Path) -> dict[str, Any]:
     """Install the checkpoint at `path` and return its training state.
 
     The engine is fresh; it may have another world size, ZeRO stage and offload than the one that
@@ -93,8 +89,8 @@ def load_checkpoint(engine: Any, parameters: Mapping[str, Parameter], path: Path
     when the checkpoint is damaged or of another model.
     """
     reader, state = agree(partial(_open, path))
-    agree(partial(check_model, reader, parameters, engine.module.model))
-    _install(engine, parameters, reader)
+    agree(partial(_check_model, reader, zero))
+    _install(zero, reader)
     return state
 
 
@@ -129,41 +125,39 @@ def _stop_if_all(refused: list[str], run_dir: Path) -> None:
         raise DataError(f"{run_dir}: no checkpoint can be used ({'; '.join(refused)}); --fresh starts over")
 
 
-def _install(engine: Any, parameters: Mapping[str, Parameter], reader: CheckpointReader) -> None:
+def _install(zero: ZeroModel, reader: CheckpointReader) -> None:
     """Fill the live state; the weights that the model computes with change when all ranks are content."""
-    zero_state.create_optimizer_state(engine, reader.manifest.optimizer_steps)
-    zero_state.clear_padding(engine)
-    buffers = persistent_buffers(engine.module.model)
+    zero.create_optimizer_state(reader.manifest.optimizer_steps)
+    zero.clear_padding()
+    buffers = zero.buffers
     flat = {name: buffer.detach().clone().view(-1) for name, buffer in buffers.items()}
 
-    def wanted() -> Iterator[Wanted]:
+    def requests() -> Iterator[ReadRequest]:
         for kind in KINDS:
-            for piece in zero_state.live_state(engine, parameters, kind):
-                yield from reader.wanted(f"{kind}/{piece.name}", piece.start, piece.values)
-        for piece in zero_state.frozen_to_fill(engine, parameters):
-            yield from reader.wanted(f"frozen/{piece.name}", piece.start, piece.values)
+            for part in zero.live_state(kind):
+                yield from reader.requests(f"{kind}/{part.name}", part.start, part.values)
+        for part in zero.frozen_to_fill():
+            yield from reader.requests(f"frozen/{part.name}", part.start, part.values)
         for name, values in flat.items():
-            yield from reader.wanted(f"buffer/{name}", 0, values)
+            yield from reader.requests(f"buffer/{name}", 0, values)
 
-    agree(lambda: reader.read_into(wanted()))
+    agree(lambda: reader.read_into(requests()))
     for name, buffer in buffers.items():
         buffer.copy_(flat[name].view(buffer.shape))
-    zero_state.refresh_weights(engine)
-    engine.global_steps = reader.manifest.step
+    zero.refresh_weights()
+    zero.engine.global_steps = reader.manifest.step
 
 
-def check_model(reader: CheckpointReader, parameters: Mapping[str, Parameter], model: Module) -> None:
+def _check_model(reader: CheckpointReader, zero: ZeroModel) -> None:
     """DataError unless the checkpoint is of this model, with the same parameters frozen. No communication."""
-    path, manifest = reader.path, reader.manifest
-    frozen = zero_state.frozen_parameters(parameters)
-    here = {name: zero_state.full_shape(parameter) for name, parameter in parameters.items()}
-    here |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items()}
+    path, manifest, frozen = reader.path, reader.manifest, zero.frozen
+    here = zero.shapes | {name: tuple(buffer.shape) for name, buffer in zero.buffers.items()}
     there = {name: entry.shape for name, entry in reader.weights.items()}
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise DataError(
                 f"{path}: of another model: {name} has shape {there.get(name)} there and {here.get(name)} here"
             )
-    changed = sorted(name for name in parameters if (name in frozen) != (name in manifest.frozen))
+    changed = sorted(name for name in zero.parameters if (name in frozen) != (name in manifest.frozen))
     if changed:
         raise DataError(f"{path}: {changed[0]} is frozen in one and trained in the other; start a new run folder")

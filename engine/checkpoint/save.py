@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from engine.arithmetic import checkpoint_name, step_of
 from engine.checkpoint.format import FORMAT, MANIFEST, STATE, describe, parse_manifest, seal
 from engine.errors import FulltuneError
 from engine.file_modes import FOLDER_MODE
-from engine.model.buffers import persistent_buffers
 from engine.ranks.agreement import agree, all_gather_json, from_rank_0, num_ranks, this_rank
 from engine.tensor_files.reader import BLOCK_BYTES, FileRecord, check_size
 from engine.tensor_files.slices import KINDS, LiveSlice
@@ -37,7 +35,7 @@ from engine.tensor_files.writer import (
     write_file,
     write_safetensors,
 )
-from engine.zero import zero_state
+from engine.zero.zero_model import ZeroModel
 
 
 @dataclass(frozen=True)
@@ -60,26 +58,13 @@ class PendingSave:
     slices: list[tuple[str, int, int]]
     records: "Future[list[FileRecord]]"
 
-    @property
-    def is_written(self) -> bool:
-        """Whether this rank has written all it has to write, or failed to."""
-        return self.records.done()
 
-
-def save_checkpoint(
-    engine: Any,
-    parameters: Mapping[str, Parameter],
-    run_dir: Path,
-    state: Mapping[str, Any],
-    owner: Owner | None = None,
-) -> Path:
+def save_checkpoint(zero: ZeroModel, run_dir: Path, state: Mapping[str, Any], owner: Owner | None = None) -> Path:
     """Write and publish the checkpoint of ``state["step"]`` in one go; returns its folder. See `begin_save`."""
-    return finish_save(begin_save(engine, parameters, run_dir, state, owner or Owner()))[0]
+    return finish_save(begin_save(zero, run_dir, state, owner or Owner()))[0]
 
 
-def begin_save(
-    engine: Any, parameters: Mapping[str, Parameter], run_dir: Path, state: Mapping[str, Any], owner: Owner
-) -> PendingSave:
+def begin_save(zero: ZeroModel, run_dir: Path, state: Mapping[str, Any], owner: Owner) -> PendingSave:
     """Start writing the checkpoint of ``state["step"]``, between two updates, in a thread of this rank.
 
     `state` is plain JSON, the same on all ranks, with the number of steps done as ``step``. What
@@ -89,19 +74,16 @@ def begin_save(
     folder = run_dir / "checkpoints"
     name = checkpoint_name(state["step"])
     state_text = json.dumps(dict(state), allow_nan=False, indent=1)
-    if zero_state.optimizer_steps(engine) == 0:
-        zero_state.create_optimizer_state(engine, 0)
+    if zero.optimizer_steps() == 0:
+        zero.create_optimizer_state(0)
     temporary = folder / from_rank_0(lambda: _begin(folder, name, owner))
-    buffers = persistent_buffers(engine.module.model)
-    sources, slices = _own_sources(engine, parameters, buffers)
+    sources, slices = _own_sources(zero)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the update's kernels end before another stream reads their results
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     records = pool.submit(_write_own, sources, temporary, state_text)
     pool.shutdown(wait=False)
-    return PendingSave(
-        folder / name, temporary, owner, _index(engine, parameters, buffers, name, owner), slices, records
-    )
+    return PendingSave(folder / name, temporary, owner, _index(zero, name, owner), slices, records)
 
 
 def finish_save(pending: PendingSave) -> tuple[Path, list[FileRecord]]:
@@ -144,22 +126,20 @@ def _slices_file() -> str:
     return f"slices-{this_rank():05d}-of-{num_ranks():05d}.safetensors"
 
 
-def _own_sources(
-    engine: Any, parameters: Mapping[str, Parameter], buffers: Mapping[str, Tensor]
-) -> tuple[list[TensorSource], list[tuple[str, int, int]]]:
-    """What this rank writes, as views of the live state, masters first; and the (weight, start, stop) it covers."""
-    by_kind = {kind: zero_state.live_state(engine, parameters, kind) for kind in KINDS}
-    others = {"frozen": zero_state.live_frozen(engine, parameters)}
+def _own_sources(zero: ZeroModel) -> tuple[list[TensorSource], list[tuple[str, int, int]]]:
+    """The tensors that this rank writes, as views of the live state, masters first; and the (weight, start, stop)."""
+    by_kind = {kind: zero.live_state(kind) for kind in KINDS}
+    others = {"frozen": zero.live_frozen()}
     if this_rank() == 0:  # a forward pass may change buffers, and they are small
-        copies = {name: buffer.detach().clone().view(-1) for name, buffer in buffers.items()}
+        copies = {name: buffer.detach().clone().view(-1) for name, buffer in zero.buffers.items()}
         others["buffer"] = [LiveSlice(name, 0, len(values), values) for name, values in copies.items() if len(values)]
     sources = [
-        TensorSource(f"{kind}/{piece.name}", piece.values.dtype, (len(piece.values),), partial(stream, piece.values))
-        for kind, pieces in (by_kind | others).items()
-        for piece in pieces
+        TensorSource(f"{kind}/{part.name}", part.values.dtype, (len(part.values),), partial(stream, part.values))
+        for kind, slices in (by_kind | others).items()
+        for part in slices
     ]
-    covered = [piece for pieces in (by_kind["master"], *others.values()) for piece in pieces]
-    return sources, [(piece.name, piece.start, piece.stop) for piece in covered]
+    covered = [part for slices in (by_kind["master"], *others.values()) for part in slices]
+    return sources, [(part.name, part.start, part.stop) for part in covered]
 
 
 def stream(values: Tensor) -> Iterator[Tensor]:
@@ -169,13 +149,13 @@ def stream(values: Tensor) -> Iterator[Tensor]:
         return
     step = CHUNK_BYTES // values.element_size()
     buffer = torch.empty(min(step, len(values)), dtype=values.dtype, pin_memory=True)
-    stream = torch.cuda.Stream(values.device)  # type: ignore[no-untyped-call]
+    copying = torch.cuda.Stream(values.device)  # type: ignore[no-untyped-call]
     for start in range(0, len(values), step):
-        piece = values[start : start + step]
-        with torch.cuda.stream(stream):
-            buffer[: len(piece)].copy_(piece, non_blocking=True)
-        stream.synchronize()
-        yield buffer[: len(piece)]
+        chunk = values[start : start + step]
+        with torch.cuda.stream(copying):
+            buffer[: len(chunk)].copy_(chunk, non_blocking=True)
+        copying.synchronize()
+        yield buffer[: len(chunk)]
 
 
 def _write_own(sources: list[TensorSource], folder: Path, state_text: str) -> list[FileRecord]:
@@ -185,44 +165,25 @@ def _write_own(sources: list[TensorSource], folder: Path, state_text: str) -> li
     return records
 
 
-def _index(
-    engine: Any, parameters: Mapping[str, Parameter], buffers: Mapping[str, Tensor], name: str, owner: Owner
-) -> dict[str, Any]:
-    """The manifest but for what the ranks report."""
-    frozen = zero_state.frozen_parameters(parameters)
+def _index(zero: ZeroModel, name: str, owner: Owner) -> dict[str, Any]:
+    """The manifest but for what the ranks report. Nothing reads ``written_by`` back: it is for people, years later."""
+    shapes, frozen = zero.shapes, zero.frozen
     return {
         "format": FORMAT,
         "step": step_of(name),
-        "optimizer_steps": zero_state.optimizer_steps(engine),
+        "optimizer_steps": zero.optimizer_steps(),
         "run_id": owner.run_id,
-        "architecture": type(engine.module.model).__name__,
+        "architecture": type(zero.model).__name__,
         "block_bytes": BLOCK_BYTES,
-        "trained": {
-            name: describe(torch.float32, zero_state.full_shape(parameter))
-            for name, parameter in parameters.items()
-            if name not in frozen
+        "trained": {name: describe(torch.float32, shape) for name, shape in shapes.items() if name not in frozen},
+        "frozen": {name: describe(parameter.dtype, shapes[name]) for name, parameter in frozen.items()},
+        "buffers": {name: describe(buffer.dtype, tuple(buffer.shape)) for name, buffer in zero.buffers.items()},
+        "written_by": {
+            "world_size": num_ranks(),
+            "generation": owner.generation,
+            **zero.optimizer_facts(),
+            "torch": torch.__version__,
         },
-        "frozen": {
-            name: describe(parameter.dtype, zero_state.full_shape(parameter)) for name, parameter in frozen.items()
-        },
-        "buffers": {name: describe(buffer.dtype, tuple(buffer.shape)) for name, buffer in buffers.items()},
-        "written_by": _facts(engine, owner),
-    }
-
-
-def _facts(engine: Any, owner: Owner) -> dict[str, Any]:
-    """What somebody who looks into the manifest years later wants to know; nothing reads it back."""
-    optimizer = engine.optimizer.optimizer
-    groups = [
-        {key: value for key, value in group.items() if isinstance(value, bool | int | float | tuple)}
-        for group in optimizer.param_groups
-    ]
-    return {
-        "world_size": num_ranks(),
-        "generation": owner.generation,
-        "optimizer": type(optimizer).__name__,
-        "groups": groups,
-        "torch": torch.__version__,
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import DataError
-from engine.tensor_files.range_reader import Wanted, read_ranges
+from engine.tensor_files.range_reader import ReadRequest, read_ranges
 from engine.tensor_files.reader import opened, read_into
 from engine.tensor_files.writer import CHUNK_BYTES, TensorSource
 
@@ -95,10 +95,10 @@ def joined_source(name: str, shape: tuple[int, ...], pieces: Sequence[StoredTens
     return TensorSource(name, dtype, shape, chunks)
 
 
-def _destinations(pieces: Iterator[StoredTensor], values: Tensor) -> Iterator[Wanted]:
+def _destinations(pieces: Iterator[StoredTensor], values: Tensor) -> Iterator[ReadRequest]:
     start = 0
     for piece in pieces:
-        yield Wanted(piece.path, piece.offset_bytes, piece.dtype, values[start : start + piece.count])
+        yield ReadRequest(piece.path, piece.offset_bytes, piece.dtype, values[start : start + piece.count])
         start += piece.count
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from engine.deepspeed_import import restricted_pickle
+import engine.deepspeed_import.restricted_pickle as restricted_pickle
 from engine.deepspeed_import.stored_tensors import Storage, StoredTensor
 from engine.errors import DataError, RefusedForSecurityError
 from engine.tensor_files.reader import opened, read_into

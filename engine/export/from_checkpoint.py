@@ -108,7 +108,7 @@ def _source(reader: CheckpointReader, name: str) -> TensorSource:
         count = math.prod(entry.shape)
         for start in range(0, count, _CHUNK_ELEMENTS):
             values = torch.empty(min(count - start, _CHUNK_ELEMENTS), dtype=entry.dtype)
-            reader.read_into(reader.wanted(tensor, start, values))
+            reader.read_into(reader.requests(tensor, start, values))
             yield values
 
     return TensorSource(name, entry.dtype, entry.shape, chunks)

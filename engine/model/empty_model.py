@@ -12,7 +12,7 @@ from transformers import initialization
 
 from engine.errors import DataError
 from engine.model.model_files import FLOATING_TYPES, FileTensor
-from engine.model.starting_weights import Made, StartingWeights, exchange_parameters, read_whole
+from engine.model.starting_weights import DerivedWeights, StartingWeights, exchange_parameters, read_whole
 from engine.model.vocabulary import NewRows
 from engine.model.weight_names import Conversion, NameMap, map_names
 from engine.tasks.task import Task
@@ -60,13 +60,13 @@ def pretrained_weights(
     _check_missing(model, names, task, stored)
     fresh = initialise(model, names.missing, seed)
     direct = dict(names.direct)
-    made = [Made(tuple(c.targets.values()), partial(_convert, model, c)) for c in names.conversions]
+    made = [DerivedWeights(tuple(c.targets.values()), partial(_convert, model, c)) for c in names.conversions]
     for name in rows.names if rows is not None else ():
         assert rows is not None
         pieces = direct.pop(name, [])
         if len(pieces) != 1:
             raise DataError(f"model type {model.config.model_type} cannot take new tokens: {name} is not stored whole")
-        made.append(Made((name,), partial(_extend, rows, name, pieces[0])))
+        made.append(DerivedWeights((name,), partial(_extend, rows, name, pieces[0])))
     weights = StartingWeights(direct, fresh, made, names.copies)
     return weights, list(_lines(names, rows))
 

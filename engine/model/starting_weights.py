@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from engine.errors import DataError
 from engine.model.model_files import FileTensor
-from engine.tensor_files.range_reader import Wanted, read_ranges
+from engine.tensor_files.range_reader import ReadRequest, read_ranges
 from engine.tensor_files.slices import LiveSlice
 
 _COMPARE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Made:
+class DerivedWeights:
     """Weights `names` that are made whole, on every rank alike; `make` gives them by name, and the bytes it read."""
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class StartingWeights:
 
     stored: dict[str, list[FileTensor]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
-    made: list[Made] = field(default_factory=list)
+    made: list[DerivedWeights] = field(default_factory=list)
     copies: dict[str, list[FileTensor]] = field(default_factory=dict)
 
     @classmethod
@@ -51,16 +51,16 @@ class StartingWeights:
 
         Memory: what the range reader stages, and the tensors of one entry of `made`. Raises DataError.
         """
-        wanted: list[Wanted] = []
+        requests: list[ReadRequest] = []
         made = []
         for piece in pieces:
             if piece.name in self.stored:
-                wanted += _wanted(self.stored[piece.name], piece.start, piece.values)
+                requests += _requests(self.stored[piece.name], piece.start, piece.values)
             elif piece.name in self.whole:
                 piece.values.copy_(self.whole[piece.name].reshape(-1)[piece.start : piece.stop])
             else:
                 made.append(piece)
-        num_bytes = read_ranges(wanted)
+        num_bytes = read_ranges(requests)
         for entry in self.made:
             mine = [piece for piece in made if piece.name in entry.names]
             if mine:
@@ -78,7 +78,7 @@ class StartingWeights:
                 for start in range(0, len(piece.values), step):
                     here = piece.values[start : start + step]
                     there = torch.empty_like(here)
-                    num_bytes += read_ranges(_wanted([copy], piece.start + start, there))
+                    num_bytes += read_ranges(_requests([copy], piece.start + start, there))
                     if not torch.equal(here, there):
                         raise DataError(
                             f"{copy} and {self.stored[piece.name][0].name} differ, but config.json ties them to one "
@@ -87,18 +87,18 @@ class StartingWeights:
         return num_bytes
 
 
-def _wanted(tensors: list[FileTensor], start: int, values: Tensor) -> Iterator[Wanted]:
+def _requests(tensors: list[FileTensor], start: int, values: Tensor) -> Iterator[ReadRequest]:
     """Elements of `tensors`, seen as one long tensor, from `start` on into the 1-D `values`."""
     position = 0
     for tensor in tensors:
         first, last = max(start, position), min(start + len(values), position + tensor.count)
         if first < last:
             offset_bytes = tensor.offset_bytes + (first - position) * tensor.dtype.itemsize
-            yield Wanted(tensor.path, offset_bytes, tensor.dtype, values[first - start : last - start])
+            yield ReadRequest(tensor.path, offset_bytes, tensor.dtype, values[first - start : last - start])
         position += tensor.count
 
 
-def _make_into(entry: Made, pieces: list[LiveSlice]) -> int:
+def _make_into(entry: DerivedWeights, pieces: list[LiveSlice]) -> int:
     tensors, num_bytes = entry.make()
     for piece in pieces:
         piece.values.copy_(tensors[piece.name].reshape(-1)[piece.start : piece.stop])
@@ -108,7 +108,7 @@ def _make_into(entry: Made, pieces: list[LiveSlice]) -> int:
 def read_whole(tensor: FileTensor, dtype: torch.dtype | None = None) -> Tensor:
     """All of a stored tensor on the CPU, in its own type or `dtype`."""
     values = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
-    read_ranges(_wanted([tensor], 0, values.view(-1)))
+    read_ranges(_requests([tensor], 0, values.view(-1)))
     return values
 
 

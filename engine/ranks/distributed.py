@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -47,6 +47,10 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
+
+    def sum_named(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sum over all ranks of each value, under its name. All ranks call it with the same names in one order."""
+        return dict(zip(values, self.sum(list(values.values())), strict=True))
 
     def gather(self, values: list[int]) -> list[list[int]]:
         """The integers of every rank, in rank order; equally many on each. All ranks call it."""

@@ -5,9 +5,11 @@ nothing but remember. All ranks beat at the same places of the program, so the r
 count is the one that the others wait for. Imports without torch.
 """
 
+import contextlib
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,14 @@ def open_page(path: Path) -> None:
 def enter(phase: str, step: int | None = None) -> None:
     """A new phase of the run begins, with a time limit of its own; `step` when it is known."""
     _publish(Beat(os.getpid(), _now.count + 1, _now.step if step is None else step, _now.step_seconds, phase, ""))
+
+
+@contextlib.contextmanager
+def during(phase: str) -> Iterator[None]:
+    """Within the block the run is in `phase`, and then again in its step; an error leaves the phase as it is."""
+    enter(phase)
+    yield
+    enter("step")
 
 
 def beat(activity: str) -> None:

@@ -6,11 +6,10 @@ Read first: task.py, then causal_lm.py.
 
 from collections.abc import Mapping
 
-from engine.tasks.causal_lm import CAUSAL_LM
-from engine.tasks.sequence_classification import SEQUENCE_CLASSIFICATION
+from engine.tasks import causal_lm, sequence_classification
 from engine.tasks.task import Task
 
 #: The tasks that the engine trains, by name.
-TASKS: Mapping[str, Task] = {task.name: task for task in (CAUSAL_LM, SEQUENCE_CLASSIFICATION)}
+TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in (causal_lm, sequence_classification)}
 #: The tasks whose data can be prepared and inspected, but not trained yet.
 PREPARED_ONLY = ("token_classification", "question_answering", "seq2seq_lm")

@@ -60,7 +60,7 @@ def _figures(results: Sequence[DocumentResult], _names: Sequence[str]) -> dict[s
     return {"perplexity": math.exp(min(mean_loss(results), 700.0))}
 
 
-CAUSAL_LM = Task(
+TASK = Task(
     name="causal_lm",
     pipeline="text-generation",
     auto_class=_auto_class,

@@ -99,7 +99,7 @@ def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[st
     return label_figures(truth, predicted, len(names))
 
 
-SEQUENCE_CLASSIFICATION = Task(
+TASK = Task(
     name="sequence_classification",
     pipeline="text-classification",
     auto_class=_auto_class,

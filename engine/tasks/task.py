@@ -1,4 +1,4 @@
-"""What a task is for the engine: how rows become a batch, the loss, and the figures of an evaluation.
+"""The type `Task`: how rows become a batch, the loss, the figures of an evaluation, and which model fits.
 
 Everything else (model, training loop, evaluation, export) takes a `Task` and knows no task by name.
 """
@@ -27,7 +27,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentResult:
-    """What an evaluation keeps of one document (of one piece of it, where rows are packed with pieces)."""
+    """All that an evaluation keeps of one document, or of one piece of it where rows are packed with pieces."""
 
     loss: float  # fp64 sum of the fp32 losses of its targets
     num_targets: int
@@ -36,7 +36,7 @@ class DocumentResult:
 
 @dataclass(frozen=True)
 class Task:
-    """All that the engine must know of a task. U: the batch's targets; a result a document, in the batch's order."""
+    """Everything in which one task differs from another, for the engine."""
 
     name: str
     pipeline: str  # the Hub's name for it, for the model card
@@ -47,7 +47,7 @@ class Task:
     #: (store, row index, rows, filler row) -> the rows' tensors. Without rows: the filler row's, without targets.
     batch: Callable[["TokenStore", "Rows", "Rows64", int], "Batch"]
     loss: Callable[[Any, "Batch"], Output]  # (Hugging Face model, batch) -> ...
-    results: Callable[[Output, "Batch"], list[DocumentResult]]
+    results: Callable[[Output, "Batch"], list[DocumentResult]]  # one for each document, in the batch's order
     #: (results of all documents, label names of the store) -> figures beside the loss
     figures: Callable[[Sequence[DocumentResult], Sequence[str]], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by

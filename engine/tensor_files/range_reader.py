@@ -23,7 +23,7 @@ _thread = threading.local()  # of the pool of one `read_ranges`
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReadRequest:
     """`values.numel()` elements of type `dtype`, stored at a byte offset of a file, are to fill the 1-D `values`.
 
     `values` may have another type and live on another device.
@@ -39,11 +39,11 @@ class Wanted:
         """Where the range ends in the file."""
         return self.offset_bytes + self.values.numel() * self.dtype.itemsize
 
-    def part(self, begin: int, end: int) -> "Wanted":
+    def part(self, begin: int, end: int) -> "ReadRequest":
         """The part between two byte offsets of the file, both at borders of elements."""
         first = (begin - self.offset_bytes) // self.dtype.itemsize
         count = (end - begin) // self.dtype.itemsize
-        return Wanted(self.path, begin, self.dtype, self.values.narrow(0, first, count))
+        return ReadRequest(self.path, begin, self.dtype, self.values.narrow(0, first, count))
 
     @property
     def is_direct(self) -> bool:
@@ -51,14 +51,14 @@ class Wanted:
         return self.dtype == self.values.dtype and self.values.device.type == "cpu" and self.values.is_contiguous()
 
 
-def read_ranges(wanted: Iterable[Wanted], records: Mapping[Path, FileRecord] | None = None) -> int:
+def read_ranges(wanted: Iterable[ReadRequest], records: Mapping[Path, FileRecord] | None = None) -> int:
     """Fill every wanted tensor; returns the bytes read from storage. No communication.
 
     Memory beyond the tensors: 16 MiB a thread, four threads at most. With `records` every 4 MiB
     block that holds a wanted byte is read whole and compared with its hash. Raises DataError
     naming the file and the bytes: then some of the tensors have been filled.
     """
-    files: dict[Path, list[Wanted]] = defaultdict(list)
+    files: dict[Path, list[ReadRequest]] = defaultdict(list)
     for item in wanted:
         if item.values.numel():
             files[item.path].append(item)
@@ -78,9 +78,9 @@ def read_ranges(wanted: Iterable[Wanted], records: Mapping[Path, FileRecord] | N
     return total
 
 
-def _runs(items: list[Wanted]) -> Iterator[list[Wanted]]:
+def _runs(items: list[ReadRequest]) -> Iterator[list[ReadRequest]]:
     """Pieces that lie next to each other in the file, for one read each."""
-    run: list[Wanted] = []
+    run: list[ReadRequest] = []
     for item in items:
         step = _READ_BYTES // item.dtype.itemsize * item.dtype.itemsize
         for begin in range(item.offset_bytes, item.end_bytes, step):
@@ -94,7 +94,7 @@ def _runs(items: list[Wanted]) -> Iterator[list[Wanted]]:
         yield run
 
 
-def _read_pieces(descriptor: int, path: Path, run: list[Wanted]) -> int:
+def _read_pieces(descriptor: int, path: Path, run: list[ReadRequest]) -> int:
     landing, used = [], 0
     for item in run:
         if item.is_direct:
@@ -126,9 +126,9 @@ def _thread_buffer() -> Tensor:
     return buffer
 
 
-def _blocks(items: list[Wanted]) -> dict[int, list[Wanted]]:
+def _blocks(items: list[ReadRequest]) -> dict[int, list[ReadRequest]]:
     """The parts that lie in each block. Our own files are aligned, so no element crosses a border."""
-    blocks: dict[int, list[Wanted]] = defaultdict(list)
+    blocks: dict[int, list[ReadRequest]] = defaultdict(list)
     for item in items:
         if item.offset_bytes % item.dtype.itemsize:
             raise ValueError(f"{item.path}: byte {item.offset_bytes} is not aligned for {item.dtype}")
@@ -138,7 +138,7 @@ def _blocks(items: list[Wanted]) -> dict[int, list[Wanted]]:
     return blocks
 
 
-def _read_block(descriptor: int, record: FileRecord, path: Path, block: int, parts: list[Wanted]) -> int:
+def _read_block(descriptor: int, record: FileRecord, path: Path, block: int, parts: list[ReadRequest]) -> int:
     begin = block * BLOCK_BYTES
     size = min(BLOCK_BYTES, record.size_bytes - begin)
     # Read into the destination where it takes the whole block; the hash sees the very bytes that stay.

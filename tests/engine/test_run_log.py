@@ -9,13 +9,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.run_log import RunLog, Stopwatch, memory_gib
+from engine.config import LogSection
+from engine.goodput import Stopwatch
+from engine.run_log import RunLog, memory_gib
 
 FIGURES = {"loss": 2.5, "learning_rate": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 1000.0}
 
 
 def log_steps(run_dir: Path, first: int, last: int, total: int = 6) -> None:
-    log = RunLog(run_dir, 0, first - 1, total, tensorboard=True, log_every_steps=2)
+    log = RunLog(run_dir, 0, first - 1, total, LogSection(log_every_steps=2))
     for step in range(first, last + 1):
         log.train(step, FIGURES | {"loss": float(step)})
     log.evaluation(last, {"loss": 1.0, "seconds": 0.1})
@@ -65,7 +67,7 @@ def test_a_resumed_run_replaces_what_was_lost(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path, 1, 0, 3, tensorboard=True, log_every_steps=1)
+    log = RunLog(tmp_path, 1, 0, 3, LogSection())
     log.train(1, FIGURES)
     log.evaluation(1, {"loss": 1.0})
     log.say("hello")
@@ -94,8 +96,9 @@ def test_a_full_disk_delays_figures_and_ends_nothing(tmp_path: Path) -> None:
     program = f"""
 import resource
 from pathlib import Path
+from engine.config import LogSection
 from engine.run_log import RunLog
-log = RunLog(Path({str(tmp_path)!r}), 0, 0, 4, tensorboard=True, log_every_steps=9)
+log = RunLog(Path({str(tmp_path)!r}), 0, 0, 4, LogSection(log_every_steps=9))
 figures = {FIGURES!r} | {{"rows_hash": 1.0}}
 log.train(1, figures)
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

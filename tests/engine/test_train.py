@@ -8,7 +8,8 @@ import pytest
 
 from engine.config import RunConfig
 from engine.setup import model_digest
-from engine.train import Progress, _judge, is_finished, micro_batch_seed
+from engine.step import Progress, micro_batch_seed
+from engine.train import is_finished, update_best
 
 
 def training(metric: str | None = None, patience: int | None = None) -> Any:
@@ -29,10 +30,10 @@ def training(metric: str | None = None, patience: int | None = None) -> Any:
 def test_the_best_evaluation_is_the_first_of_the_best(
     metric: str | None, values: list[float], best_step: int, since: int
 ) -> None:
-    progress = Progress()
+    progress, config = Progress(), training(metric).config
     for step, value in enumerate(values, start=1):
         progress.step = step
-        _judge(training(metric), progress, {"loss": value, "accuracy": value})
+        update_best(progress, value, config.trained_task.metrics[config.best_metric])
     assert (progress.best_step, progress.evaluations_without_improvement) == (best_step, since)
 
 
@@ -42,6 +43,18 @@ def test_a_run_that_stopped_early_stays_stopped() -> None:
     assert not is_finished(training(patience=4), progress)
     assert not is_finished(training(), progress)
     assert is_finished(training(), Progress(step=100))
+
+
+def test_progress_is_kept_under_the_names_of_the_format() -> None:
+    """Checkpoints of earlier versions hold these names, in this order."""
+    progress = Progress(step=4, tokens=90, evaluation_pending=True)
+    values = progress.as_json()
+    assert list(values) == [
+        "step", "row_position", "tokens", "targets", "best_value", "best_step", "evaluations_without_improvement",
+        "owes_evaluation",
+    ]  # fmt: skip
+    assert values["owes_evaluation"] is True
+    assert Progress.of(values) == progress
 
 
 def test_seeds_of_micro_batches_differ_in_everything() -> None:

@@ -14,6 +14,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from ranks import ROOT, free_port
 
+from engine.config import LogSection
 from engine.errors import MissingInputError
 from engine.run_log import LAYOUT, RunLog
 from launcher.commands.tensorboard import name_runs
@@ -22,7 +23,7 @@ from launcher.commands.tensorboard import name_runs
 def write_run(run_dir: Path, learning: float) -> None:
     """Figures as a training of 200 steps writes them."""
     run_dir.mkdir(parents=True)
-    log = RunLog(run_dir, 0, 0, 200, tensorboard=True, log_every_steps=1000, load_seconds=4.0)
+    log = RunLog(run_dir, 0, 0, 200, LogSection(log_every_steps=1000), load_seconds=4.0)
     for step in range(1, 201):
         stall = 0.05 if step % 50 == 0 else 0.0
         figures = {

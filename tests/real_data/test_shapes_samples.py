@@ -12,8 +12,10 @@ from shape_fixtures import SHAPES_OF
 from data_prep.config import SourceConfig
 from data_prep.shapes.chat import ROLES
 from data_prep.shapes.examples import PromptExample, TextExample
-from data_prep.shapes.recognise import recognise, to_example
-from data_prep.sources.sources import find_sources, read_records
+from data_prep.shapes.recognise import recognise
+from data_prep.shapes.shape import to_example
+from data_prep.sources.read import read_records
+from data_prep.sources.scan import find_sources
 
 pytestmark = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample data")
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from engine.config import ModelSection
-from engine.model.buffers import persistent_buffers
 from engine.model.build import StoreFacts, build_model
 from engine.model.starting_weights import StartingWeights, exchange_parameters
 from engine.tasks import TASKS
 from engine.tensor_files.slices import LiveSlice
+from engine.zero.zero_model import persistent_buffers
 
 
 def whole_model(section: ModelSection, task: str, facts: StoreFacts, seed: int) -> Any:

@@ -17,8 +17,7 @@ import data_prep.rows.arrange
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.rows.arrange import RowPlan, write_rows
-from data_prep.rows.ledger import check_identities, ledger_table
-from data_prep.rows.mixture import rows_per_epoch
+from data_prep.rows.ledger import check_identities, ledger_table, rows_per_epoch
 from data_prep.token_store import Rows, TokenStore
 
 

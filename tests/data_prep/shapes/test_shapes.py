@@ -24,8 +24,9 @@ from data_prep.shapes.examples import (
     TaggedExample,
     TextExample,
 )
-from data_prep.shapes.forms import known_fields
-from data_prep.shapes.recognise import Shape, recognise, to_example
+from data_prep.shapes.fields import known_fields
+from data_prep.shapes.recognise import recognise
+from data_prep.shapes.shape import Shape, to_example
 
 SQUAD = {"question": "who?", "context": "it was me, me", "answers": [{"text": "me", "answer_start": 7}]}
 

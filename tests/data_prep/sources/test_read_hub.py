@@ -10,8 +10,9 @@ from data_fixtures import write_jsonl
 
 from data_prep.config import SourceConfig
 from data_prep.errors import DataConfigError, MissingInputError
+from data_prep.sources.read import read_records
 from data_prep.sources.records import Record
-from data_prep.sources.sources import find_sources, read_records
+from data_prep.sources.scan import find_sources
 
 ROWS = [{"text": f"é{number}", "label": number % 3, "score": None, "turns": [{"role": "user"}]} for number in range(50)]
 

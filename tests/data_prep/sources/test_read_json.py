@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import BadDataError, DataConfigError
-from data_prep.sources.read_json import cut_json, read_json, stream_json
-from data_prep.sources.read_squad import questions
+from data_prep.sources.read_json import cut_json, questions, read_json, stream_json
 from data_prep.sources.records import Record, Span
 
 TEXTS = st.text(st.sampled_from('a"\\[]{},:\n é😀\u2028'), max_size=12)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import BadDataError
-from data_prep.sources.read_jsonl import read_jsonl
+from data_prep.sources.read_json import read_jsonl
 from data_prep.sources.records import Record
 from data_prep.sources.spans import cut_at_lines
 

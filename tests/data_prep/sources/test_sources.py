@@ -17,8 +17,9 @@ from data_fixtures import SAMPLES, write_jsonl
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.sources import read_csv, read_json, spans
+from data_prep.sources.read import check_unchanged, read_records
 from data_prep.sources.records import Record, SourceFile
-from data_prep.sources.sources import check_unchanged, find_sources, read_records
+from data_prep.sources.scan import find_sources
 
 
 def found(tmp: Path, *sources: Mapping[str, Any]) -> list[list[SourceFile]]:

@@ -21,7 +21,7 @@ from engine.arithmetic import list_checkpoints
 from engine.checkpoint.format import best_checkpoint, read_manifest, seal, verify_checkpoint
 from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.restore import find_checkpoint
-from engine.checkpoint.retention import mark_best, prune_checkpoints
+from engine.checkpoint.schedule import mark_best, prune_checkpoints
 from engine.errors import DataError
 
 WORKER = WORKERS / "checkpoint_worker.py"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint.format import STATE, describe, seal
-from engine.checkpoint.retention import check_space, checkpoint_bytes
+from engine.checkpoint.schedule import check_space, checkpoint_bytes
 from engine.config import CheckpointSection
 from engine.errors import StorageError
 from engine.setup import changes, remaining_saves

@@ -18,8 +18,7 @@ from repository import WORKERS
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from engine.deepspeed_import.checkpoint import DeepSpeedCheckpoint, open_deepspeed
-from engine.deepspeed_import.convert import import_checkpoint
+from engine.deepspeed_import.convert import DeepSpeedCheckpoint, import_checkpoint, open_deepspeed
 from engine.deepspeed_import.files import _MODEL_KEYS, _OPTIMIZER_KEYS
 from engine.deepspeed_import.torch_archive import Opaque, TorchFile, read_torch_file
 from engine.errors import CannotWriteError, DataError, MissingInputError, RefusedForSecurityError

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.errors import DataError
-from engine.tensor_files.range_reader import Wanted, read_ranges
+from engine.tensor_files.range_reader import ReadRequest, read_ranges
 from engine.tensor_files.reader import BLOCK_BYTES, FileRecord, read_header
 from engine.tensor_files.writer import TensorSource, tensor_chunks, write_safetensors
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 
 
-def wanted_of(path: Path, name: str, start: int, values: torch.Tensor) -> Wanted:
+def wanted_of(path: Path, name: str, start: int, values: torch.Tensor) -> ReadRequest:
     entry = read_header(path)[name]
-    return Wanted(path, entry.begin + start * entry.dtype.itemsize, entry.dtype, values)
+    return ReadRequest(path, entry.begin + start * entry.dtype.itemsize, entry.dtype, values)
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,8 +9,8 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep.chat.format import ChatFormat, Rendered
-from data_prep.chat.plain_template import PLAIN_TEMPLATE
 from data_prep.config import ChatConfig
+from data_prep.prepare import PLAIN_TEMPLATE
 from data_prep.shapes.examples import ChatExample
 
 NOW = datetime.now()  # transformers' clock cannot be set

@@ -9,7 +9,8 @@ import pytest
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example
-from data_prep.shapes.recognise import Shape, recognise, to_example
+from data_prep.shapes.recognise import recognise
+from data_prep.shapes.shape import Shape, to_example
 from data_prep.sources.records import Record
 from data_prep.tasks import TASKS
 

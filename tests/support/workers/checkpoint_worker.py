@@ -23,15 +23,14 @@ from torch import nn
 import engine.checkpoint.schedule as engine_saves
 import engine.export.from_training as engine_export_live
 from engine.checkpoint.restore import find_checkpoint, load_checkpoint, restore_newest
-from engine.checkpoint.retention import prune_checkpoints
 from engine.checkpoint.save import Owner, begin_save, finish_save, save_checkpoint
-from engine.checkpoint.schedule import Saves
+from engine.checkpoint.schedule import Saves, prune_checkpoints
 from engine.config import CheckpointSection
 from engine.errors import CannotWriteError, FulltuneError
 from engine.export.from_training import export_live
 from engine.ranks.distributed import leave
 from engine.tensor_files.reader import data_offset
-from engine.zero.zero_state import clear_padding, live_state, optimizer_steps, refresh_weights
+from engine.zero.zero_model import ZeroModel
 
 SAVED_STEP, LAST_STEP = 7, 10
 LIVE_SHARD_BYTES = 4000
@@ -116,7 +115,7 @@ def hugging_face_model(family: str) -> nn.Module:
             return hf.BertForSequenceClassification(hf.BertConfig(**sizes, **names))
 
 
-def build(setting: str, seed: int, model: nn.Module | None = None) -> tuple[Any, dict[str, nn.Parameter]]:
+def build(setting: str, seed: int, model: nn.Module | None = None) -> ZeroModel:
     stage, dtype, offload_optimizer, offload_param = SETTINGS[setting]
     model = model or SmallModel(seed)
     parameters = dict(model.named_parameters())
@@ -127,25 +126,26 @@ def build(setting: str, seed: int, model: nn.Module | None = None) -> tuple[Any,
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     kind = DeepSpeedCPUAdam if offload_optimizer else torch.optim.AdamW
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 10_000, "contiguous_gradients": True}
+    section: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 10_000, "contiguous_gradients": True}
     if offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if offload_param:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+        section["offload_param"] = {"device": "cpu", "pin_memory": False}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 30, "sub_group_size": 200}
+        section |= {"stage3_param_persistence_threshold": 30, "sub_group_size": 200}
     config = {
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
         "gradient_clipping": 1.0, "bf16": {"enabled": dtype == "bf16"}, "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32", "zero_optimization": zero, "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32", "zero_optimization": section, "zero_allow_untested_optimizer": True,
     }  # fmt: skip
     optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8)
     engine, *_ = deepspeed.initialize(model=Task(model), optimizer=optimizer, config=config)
-    clear_padding(engine)
-    for piece in live_state(engine, parameters, "master"):
+    zero = ZeroModel(engine, parameters)
+    zero.clear_padding()
+    for piece in zero.live_state("master"):
         piece.values.copy_(originals[piece.name].reshape(-1)[piece.start : piece.stop])
-    refresh_weights(engine)
-    return engine, parameters
+    zero.refresh_weights()
+    return zero
 
 
 def train(engine: Any, first: int, last: int, before_update: Callable[[], Any] = lambda: None) -> list[list[float]]:
@@ -164,19 +164,19 @@ def train(engine: Any, first: int, last: int, before_update: Callable[[], Any] =
     return figures
 
 
-def gathered(engine: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def gathered(zero: ZeroModel) -> dict[str, torch.Tensor]:
     """The whole state: masters and moments in fp32, the weights computed with, and the buffers."""
     state = {}
-    for name, parameter in parameters.items():
+    for name, parameter in zero.parameters.items():
         if parameter.requires_grad:
             state[f"master/{name}"] = safe_get_full_fp32_param(parameter).clone()
             for kind in ("exp_avg", "exp_avg_sq"):
-                state[f"{kind}/{name}"] = _full_moment(engine, parameter, kind)
+                state[f"{kind}/{name}"] = _full_moment(zero.engine, parameter, kind)
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             state[f"weight/{name}"] = parameter.detach().clone()
-    if hasattr(engine.optimizer, "persistent_parameters"):  # the gathers above left these partitioned
-        engine.optimizer.checkpoint_event_epilogue()
-    for name, buffer in engine.module.model.named_buffers():
+    if hasattr(zero.engine.optimizer, "persistent_parameters"):  # the gathers above left these partitioned
+        zero.engine.optimizer.checkpoint_event_epilogue()
+    for name, buffer in zero.model.named_buffers():
         state[f"buffer/{name}"] = buffer.clone()
     return state
 
@@ -196,9 +196,9 @@ def _full_moment(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
     return whole.view(parameter.shape)
 
 
-def record(folder: Path, name: str, engine: Any, parameters: dict[str, nn.Parameter], facts: Any) -> None:
-    state = gathered(engine, parameters)
-    facts = {"optimizer_steps": optimizer_steps(engine), "facts": facts}
+def record(folder: Path, name: str, zero: ZeroModel, facts: Any) -> None:
+    state = gathered(zero)
+    facts = {"optimizer_steps": zero.optimizer_steps(), "facts": facts}
     if dist.get_rank() == 0:
         save_file(state, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(facts))
@@ -207,17 +207,15 @@ def record(folder: Path, name: str, engine: Any, parameters: dict[str, nn.Parame
 def phase_write(folder: Path) -> None:
     """Train, save half-way, and go on without a break: what a resumed run must equal."""
     for setting in SETTINGS:
-        engine, parameters = build(setting, seed=1)
-        record_start(folder, setting, parameters)
-        train(engine, 0, SAVED_STEP)
-        record(folder, f"{setting}-saved", engine, parameters, None)
-        pending = begin_save(
-            engine, parameters, folder / setting, {"step": SAVED_STEP, "note": setting}, Owner(run_id=setting)
-        )
+        zero = build(setting, seed=1)
+        record_start(folder, setting, zero.parameters)
+        train(zero.engine, 0, SAVED_STEP)
+        record(folder, f"{setting}-saved", zero, None)
+        pending = begin_save(zero, folder / setting, {"step": SAVED_STEP, "note": setting}, Owner(run_id=setting))
         # It is published before the next update, after a forward and backward pass that ran beside it.
-        figures = train(engine, SAVED_STEP, LAST_STEP, before_update=partial(finish_save, pending))
-        record(folder, f"{setting}-last", engine, parameters, figures)
-        engine.destroy()
+        figures = train(zero.engine, SAVED_STEP, LAST_STEP, before_update=partial(finish_save, pending))
+        record(folder, f"{setting}-last", zero, figures)
+        zero.engine.destroy()
 
 
 def record_start(folder: Path, setting: str, parameters: dict[str, nn.Parameter]) -> None:
@@ -231,31 +229,31 @@ def phase_load(folder: Path) -> None:
     sources = [folder / name for name in (*SETTINGS, *(f"from-{size}" for size in (1, 3))) if (folder / name).is_dir()]
     for number, source in enumerate(sources):
         setting = list(SETTINGS)[(number + dist.get_world_size()) % len(SETTINGS)]
-        engine, parameters = build(setting, seed=2)
-        state = load_checkpoint(engine, parameters, find_checkpoint(source))
-        record(folder, f"{source.name}-loaded-{dist.get_world_size()}", engine, parameters, [setting, state])
+        zero = build(setting, seed=2)
+        state = load_checkpoint(zero, find_checkpoint(source))
+        record(folder, f"{source.name}-loaded-{dist.get_world_size()}", zero, [setting, state])
         if source.name == "zero3-offload":
-            save_checkpoint(engine, parameters, folder / f"from-{dist.get_world_size()}", {"step": SAVED_STEP})
-        engine.destroy()
+            save_checkpoint(zero, folder / f"from-{dist.get_world_size()}", {"step": SAVED_STEP})
+        zero.engine.destroy()
 
 
 def phase_resume(folder: Path) -> None:
     """Go on from a checkpoint in a new process, in the same setting."""
     for setting in SETTINGS:
-        engine, parameters = build(setting, seed=2)
-        load_checkpoint(engine, parameters, find_checkpoint(folder / setting))
-        record(folder, f"{setting}-resumed", engine, parameters, train(engine, SAVED_STEP, LAST_STEP))
-        engine.destroy()
+        zero = build(setting, seed=2)
+        load_checkpoint(zero, find_checkpoint(folder / setting))
+        record(folder, f"{setting}-resumed", zero, train(zero.engine, SAVED_STEP, LAST_STEP))
+        zero.engine.destroy()
 
 
 def phase_fail(folder: Path) -> None:
     """Saves that fail on one rank only, and a checkpoint that is damaged for one rank only."""
-    engine, parameters = build("zero3-offload", seed=1)
+    zero = build("zero3-offload", seed=1)
     run_dir = folder / "failing"
     outcomes: dict[str, Any] = {}
     for step in (1, 2):
-        train(engine, step - 1, step)
-        save_checkpoint(engine, parameters, run_dir, {"step": step})
+        train(zero.engine, step - 1, step)
+        save_checkpoint(zero, run_dir, {"step": step})
     before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints" / "step-00000002").iterdir()}
 
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -263,7 +261,7 @@ def phase_fail(folder: Path) -> None:
         if dist.get_rank() == failing_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
         outcomes[f"rank {failing_rank} has {limit_bytes}"] = _error_of(
-            lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3})
+            lambda: save_checkpoint(zero, run_dir, {"step": 3})
         )
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         dist.barrier()
@@ -272,9 +270,7 @@ def phase_fail(folder: Path) -> None:
         )
         dist.barrier()  # the next save makes its folder at once; the others have listed by then
 
-    outcomes["stale owner"] = _error_of(
-        lambda: save_checkpoint(engine, parameters, run_dir, {"step": 3}, Owner(check=_taken))
-    )
+    outcomes["stale owner"] = _error_of(lambda: save_checkpoint(zero, run_dir, {"step": 3}, Owner(check=_taken)))
     after = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints" / "step-00000002").iterdir()}
     outcomes["untouched"] = before == after
     outcomes["found"] = find_checkpoint(run_dir).name
@@ -286,8 +282,8 @@ def phase_fail(folder: Path) -> None:
         victim.write_bytes(data)
     dist.barrier()
     outcomes["found after damage"] = find_checkpoint(run_dir).name
-    state = load_checkpoint(engine, parameters, find_checkpoint(run_dir))
-    save_checkpoint(engine, parameters, run_dir, {"step": state["step"] + 1})
+    state = load_checkpoint(zero, find_checkpoint(run_dir))
+    save_checkpoint(zero, run_dir, {"step": state["step"] + 1})
     outcomes["found after repair"] = find_checkpoint(run_dir).name
     prune_checkpoints(run_dir, keep=1)
     outcomes["after pruning"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -310,15 +306,15 @@ class Listed:
 
 def phase_saves(folder: Path) -> None:
     """A run's saves: what stays, what failures do, and what is found when a file is not what was written."""
-    engine, parameters = build("zero3-offload", seed=1)
+    zero = build("zero3-offload", seed=1)
     run_dir = folder / "saves"
     section = CheckpointSection(save_every_steps=1, keep_checkpoints=1, archive_every_steps=2)
     said: list[str] = []
-    saves = Saves(engine, parameters, run_dir, Owner(run_id="saves"), section, said.append)
+    saves = Saves(zero, run_dir, Owner(run_id="saves"), section, said.append)
     saves.check_space_for_run(5)
     listed = Listed(run_dir)
     for step in (1, 2, 3):
-        train(engine, step - 1, step, partial(saves.before_update, all_verified=False))
+        train(zero.engine, step - 1, step, partial(saves.before_update, all_verified=False))
         saves.begin({"step": step})
         listed.note(f"begun {step}")
     saves.before_update(all_verified=False)
@@ -345,13 +341,13 @@ def phase_saves(folder: Path) -> None:
     engine_saves.drop_cache = damage
     listed.note("damaged 8")
     taken_over = Owner(run_id="saves", generation=1, check=_taken)
-    late = Saves(engine, parameters, run_dir, taken_over, section)
+    late = Saves(zero, run_dir, taken_over, section)
     listed.note("taken over", _error_of(partial(late.begin, {"step": 9})))
     if dist.get_rank() == 0:
         (folder / "saves.json").write_text(json.dumps({"events": listed.events, "said": said}))
     outcomes = {}
     for run_id in ("saves", "another"):
-        outcomes[run_id] = _error_of(partial(restore_newest, engine, parameters, run_dir, run_id, lambda *_: None))
+        outcomes[run_id] = _error_of(partial(restore_newest, zero, run_dir, run_id, lambda *_: None))
     (folder / f"restored-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
 
 
@@ -377,13 +373,13 @@ def _taken() -> None:
 
 def phase_damage(folder: Path) -> None:
     """Files that are spoiled for a start with several ranks: none installs anything of them."""
-    engine, parameters = build("zero3-offload", seed=1)
+    zero = build("zero3-offload", seed=1)
     run_dir = folder / "damage"
     masters = []
     for step in (1, 2):
-        train(engine, step - 1, step)
-        masters.append(gathered(engine, parameters))
-        save_checkpoint(engine, parameters, run_dir, {"step": step}, Owner(run_id="damage"))
+        train(zero.engine, step - 1, step)
+        masters.append(gathered(zero))
+        save_checkpoint(zero, run_dir, {"step": step}, Owner(run_id="damage"))
     newest = run_dir / "checkpoints" / "step-00000002"
     outcomes = {}
     for file in sorted(path.name for path in newest.iterdir()):
@@ -395,22 +391,22 @@ def phase_damage(folder: Path) -> None:
                 data[int(len(data) * position)] ^= 8
                 (newest / file).write_bytes(data)
             dist.barrier()
-            before = gathered(engine, parameters)
-            alone = _error_of(partial(load_checkpoint, engine, parameters, newest))
-            after = gathered(engine, parameters)
+            before = gathered(zero)
+            alone = _error_of(partial(load_checkpoint, zero, newest))
+            after = gathered(zero)
             same = all(torch.equal(before[name], after[name]) for name in before if name.startswith("weight/"))
-            state = restore_newest(engine, parameters, run_dir, "damage", lambda *_: None)
+            state = restore_newest(zero, run_dir, "damage", lambda *_: None)
             assert state is not None
-            now = gathered(engine, parameters)
+            now = gathered(zero)
             right = all(torch.equal(now[name], value) for name, value in masters[0].items())
             outcomes[f"{file} at {position}"] = [alone, same, state["step"], right]
             dist.barrier()
             if dist.get_rank() == 0:
                 (newest / file).write_bytes(pristine)
     dist.barrier()
-    state = restore_newest(engine, parameters, run_dir, "damage", lambda *_: None)
+    state = restore_newest(zero, run_dir, "damage", lambda *_: None)
     assert state is not None
-    now = gathered(engine, parameters)
+    now = gathered(zero)
     right = all(torch.equal(now[name], value) for name, value in masters[1].items())
     outcomes["clean"] = [None, True, state["step"], right]
     (folder / f"damage-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
@@ -428,37 +424,35 @@ def phase_export(folder: Path) -> None:
     for family in ("llama", "gpt2", "qwen2", "t5-classification", "bert-classification", "mixtral"):
         model = hugging_face_model(family)
         steps = 0 if family == "mixtral" else 1  # its experts do not all see a token
-        engine, parameters = build("zero3-offload", 0, model)
-        train(engine, 0, steps)
+        zero = build("zero3-offload", 0, model)
+        train(zero.engine, 0, steps)
         run_dir = folder / family
-        save_checkpoint(engine, parameters, run_dir, {"step": steps})
-        engine.eval()
+        save_checkpoint(zero, run_dir, {"step": steps})
+        zero.engine.eval()
         with torch.no_grad():
-            logits = engine(export_tokens(), logits_only=True)
-        state = gathered(engine, parameters)
+            logits = zero.engine(export_tokens(), logits_only=True)
+        state = gathered(zero)
         if dist.get_rank() == 0:
             save_file({"logits": logits}, folder / f"{family}-engine.safetensors")
-            weights = {n: state.get(f"master/{n}", state[f"weight/{n}"].float()) for n in parameters}
+            weights = {n: state.get(f"master/{n}", state[f"weight/{n}"].float()) for n in zero.parameters}
             save_file(weights, folder / f"{family}.safetensors")
             model.config.save_pretrained(run_dir / "model")
             if model.can_generate():
                 model.generation_config.save_pretrained(run_dir / "model")
         dist.barrier()
-        written = export_live(
-            engine, parameters, run_dir / "model", None, run_dir / "live", "bfloat16", LIVE_SHARD_BYTES, "card"
-        )
+        written = export_live(zero, run_dir / "model", None, run_dir / "live", "bfloat16", LIVE_SHARD_BYTES, "card")
         assert written == (family != "mixtral")
-        engine.destroy()
+        zero.engine.destroy()
 
 
 def phase_live(folder: Path) -> None:
     """Another number of ranks exports straight from the training; then a disk that does not keep what it is given."""
     for family in ("llama", "qwen2", "bert-classification"):
-        engine, parameters = build("zero3-offload", 0, hugging_face_model(family))
+        zero = build("zero3-offload", 0, hugging_face_model(family))
         run_dir = folder / family
-        state = load_checkpoint(engine, parameters, run_dir / "checkpoints" / "step-00000001")
+        state = load_checkpoint(zero, run_dir / "checkpoints" / "step-00000001")
         assert state["step"] == 1
-        arguments = (engine, parameters, run_dir / "model", None)
+        arguments = (zero, run_dir / "model", None)
         for dtype in ("bfloat16", "float32"):
             out_dir = run_dir / f"live-{dist.get_world_size()}-{dtype}"
             assert export_live(*arguments, out_dir, dtype, LIVE_SHARD_BYTES, "card")
@@ -468,7 +462,7 @@ def phase_live(folder: Path) -> None:
         engine_export_live.drop_cache = kept
         taken = _error_of(partial(export_live, *arguments, run_dir / "model", "bfloat16", 10**9, "card"))
         (run_dir / f"live-{dist.get_rank()}.json").write_text(json.dumps([failed, taken]))
-        engine.destroy()
+        zero.engine.destroy()
 
 
 def _error_of(action: Any) -> list[Any]:

@@ -5,6 +5,7 @@ gradient is read from the state the optimizer really used, whatever DeepSpeed di
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from safetensors.torch import save_file
 from engine.checkpoint.save import Owner
 from engine.checkpoint.schedule import Saves
 from engine.model.attention import register_packed_attention
+from engine.model.starting_weights import StartingWeights
 from engine.ranks.distributed import leave, start_ranks
 from engine.ranks.stop import StopSignal
-from engine.setup import build_engine, quiet_libraries
-from engine.train import Progress, Training, train_step
+from engine.setup import quiet_libraries
+from engine.step import Progress, Training, train_step
 from engine.zero.ds_config import resolve_ds_config
-from engine.zero.zero_state import owned_slices, state_view
+from engine.zero.gradient_watch import GradientWatch
+from engine.zero.wrap import fill, wrap
 
 
 def run_case(case: Case, out_dir: Path, ranks) -> None:
@@ -31,23 +34,25 @@ def run_case(case: Case, out_dir: Path, ranks) -> None:
     model = make_model(case.family, packed=True)
     if case.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    engine, parameters, fill = build_engine(config, ds_config, model)
-    fill()
-    saves = Saves(engine, parameters, out_dir, Owner(), config.checkpoint)
-    training = Training(config, ranks, saves, engine, parameters, store, rows, None, 10)
-    engine.train()
-    figures, _ = train_step(training, Progress(), StopSignal())
-    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
-    gradients = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
-    for piece in owned_slices(engine, parameters):
-        gradients[piece.name][piece.start : piece.stop] = state_view(engine, piece, "exp_avg").cpu() / (1 - BETA1)
-    for name, shape in shapes.items():
+    weights = StartingWeights.of(model)
+    zero = wrap(model, config, ds_config)
+    fill(zero, weights)
+    training = Training(
+        config=config, ranks=ranks, zero=zero, gradients=GradientWatch(zero.parameters),
+        saves=Saves(zero, out_dir, Owner(), config.checkpoint), store=store, rows=rows, total_steps=10,
+    )  # fmt: skip
+    zero.engine.train()
+    figures = train_step(training, Progress(), StopSignal()).figures
+    gradients = {name: torch.zeros(math.prod(shape)) for name, shape in zero.shapes.items()}
+    for piece in zero.live_state("exp_avg"):
+        gradients[piece.name][piece.start : piece.stop] = piece.values.cpu() / (1 - BETA1)
+    for name, shape in zero.shapes.items():
         dist.all_reduce(gradients[name])
         gradients[name] = gradients[name].reshape(shape)
     if ranks.rank == 0:
         save_file(gradients, out_dir / f"{case.name}-{ranks.world_size}.safetensors")
         (out_dir / f"{case.name}-{ranks.world_size}.json").write_text(json.dumps(figures))
-    engine.destroy()
+    zero.engine.destroy()
 
 
 def main() -> None:

@@ -16,10 +16,12 @@ from engine.batches import MicroBatches
 from engine.errors import NumericalStopError
 from engine.evaluate import evaluate
 from engine.model.attention import register_packed_attention
+from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import all_gather_json
 from engine.ranks.distributed import leave, start_ranks
-from engine.setup import build_engine, quiet_libraries
+from engine.setup import quiet_libraries
 from engine.zero.ds_config import resolve_ds_config
+from engine.zero.wrap import fill, wrap
 
 FAMILIES = sys.argv[2].split(",")
 
@@ -42,8 +44,10 @@ def evaluations(family: str, out_dir: Path, ranks: Any) -> dict[str, Any]:
     config = case_config(case, out_dir)
     store, rows = memory_store(case.task)
     model = make_model(family, packed=config.trained_task.packs)
-    engine, _, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
-    fill()
+    weights = StartingWeights.of(model)
+    zero = wrap(model, config, resolve_ds_config(config, ranks.world_size))
+    fill(zero, weights)
+    engine = zero.engine
     engine.train()
     results: dict[str, Any] = {}
     seen: list[tuple[int, ...]] = []

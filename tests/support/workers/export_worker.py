@@ -20,9 +20,9 @@ import engine.export.from_training as live
 from engine.checkpoint.save import save_checkpoint
 from engine.config import RunConfig
 from engine.errors import CannotWriteError, FulltuneError
-from engine.export.from_training import export_live
-from engine.export.while_training import export_end, export_step
+from engine.export.from_training import export_end, export_live, export_step
 from engine.ranks.distributed import leave
+from engine.zero.zero_model import ZeroModel
 
 #: With which of DeepSpeed's settings each family is trained: every one of them is there.
 FAMILIES = {
@@ -69,32 +69,32 @@ def model_of(family: str) -> torch.nn.Module:
     return model
 
 
-def start(family: str, setting: str, run_dir: Path) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+def start(family: str, setting: str, run_dir: Path) -> ZeroModel:
     """An engine that has trained a step, and its model's configuration in the run folder."""
     model = model_of(family)
     if dist.get_rank() == 0:
         model.config.save_pretrained(run_dir / "model")
-    engine, parameters = build(setting, 0, model)
-    train(engine, 0, 0 if family == "mixtral" else 1)
+    zero = build(setting, 0, model)
+    train(zero.engine, 0, 0 if family == "mixtral" else 1)
     dist.barrier()
-    return engine, parameters
+    return zero
 
 
 def phase_same(folder: Path) -> None:
     """The live export of every family and a checkpoint of the same state."""
     for family, setting in FAMILIES.items():
         run_dir = folder / family
-        engine, parameters = start(family, setting, run_dir)
-        save_checkpoint(engine, parameters, run_dir, {"step": 1})
+        zero = start(family, setting, run_dir)
+        save_checkpoint(zero, run_dir, {"step": 1})
         for dtype in ("bfloat16", "float32"):
             out_dir = run_dir / "live" / dtype
-            assert export_live(engine, parameters, run_dir / "model", None, out_dir, dtype, SHARD_BYTES, "# card")
-        engine.destroy()
+            assert export_live(zero, run_dir / "model", None, out_dir, dtype, SHARD_BYTES, "# card")
+        zero.engine.destroy()
 
 
 def phase_fail(folder: Path) -> None:
     """Exports that must not be published, on two ranks, and the run's own that go on afterwards."""
-    engine, parameters = start("llama", "zero3-offload", folder)
+    zero = start("llama", "zero3-offload", folder)
     arguments = (folder / "model", None, folder / "export", "bfloat16", SHARD_BYTES, "")
     outcomes: dict[str, Any] = {}
 
@@ -102,7 +102,7 @@ def phase_fail(folder: Path) -> None:
         outcomes[name] = [_error_of(action), _listing(folder)]
         dist.barrier()
 
-    export = partial(export_live, engine, parameters, *arguments)
+    export = partial(export_live, zero, *arguments)
     read_back = live._read_back
     for rank in (0, 1):
         live._read_back = partial(_damage, read_back, rank)
@@ -111,7 +111,7 @@ def phase_fail(folder: Path) -> None:
     attempt("taken over", partial(export, _taken))
 
     said: list[str] = []
-    own = (engine, parameters, run_config(folder), STORE)
+    own = (zero, run_config(folder), STORE)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for step in range(1, 9):
         if step == 4 and dist.get_rank() == 1:
@@ -130,17 +130,17 @@ def phase_fail(folder: Path) -> None:
     attempt("end without room", partial(export_end, *own, state_of(9), said.append))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     attempt("end again", partial(export_end, *own, state_of(10), said.append))
-    engine.destroy()
-    mixtral, parameters = start("mixtral", "zero3", folder / "mixtral")
+    zero.engine.destroy()
+    mixtral = start("mixtral", "zero3", folder / "mixtral")
     arguments = (folder / "mixtral" / "model", None, folder / "mixtral" / "export", "bfloat16", SHARD_BYTES, "")
-    outcomes["mixtral"] = export_live(mixtral, parameters, *arguments)
+    outcomes["mixtral"] = export_live(mixtral, *arguments)
     outcomes["said"] = said
     (folder / f"fail-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
 
 
 def phase_killed(folder: Path) -> None:
     """Rank 1 is killed when everything is written, but not read back."""
-    engine, parameters = start("llama", "zero3-offload", folder)
+    zero = start("llama", "zero3-offload", folder)
 
     def killed(_folder: Path, _written: Any) -> None:
         dist.barrier()
@@ -149,16 +149,16 @@ def phase_killed(folder: Path) -> None:
         dist.barrier()
 
     live._read_back = killed
-    export_end(engine, parameters, run_config(folder), STORE, state_of(1), print)
+    export_end(zero, run_config(folder), STORE, state_of(1), print)
 
 
 def phase_later(folder: Path) -> None:
     """The same, not killed."""
-    engine, parameters = start("llama", "zero3-offload", folder)
-    export_end(engine, parameters, run_config(folder), STORE, state_of(1), print)
+    zero = start("llama", "zero3-offload", folder)
+    export_end(zero, run_config(folder), STORE, state_of(1), print)
 
 
-def _damage(read_back: Any, victim: int, folder: Path, written: list[live.Piece]) -> None:
+def _damage(read_back: Any, victim: int, folder: Path, written: list[live.WrittenRange]) -> None:
     """A disk that keeps something else than `victim` has given it: one bit, in the middle of its largest slice."""
     dist.barrier()
     if dist.get_rank() != victim:  # on two ranks, the one that reads it back

@@ -40,11 +40,11 @@ class Cutter:
         self._folder = folder
         self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
         self._log = Path(os.environ["FAULTS_LOG"])
-        self.engine, self.parameters = build("zero3-offload", seed=1)
+        self.zero = build("zero3-offload", seed=1)
         self._contents: dict[int, Any] = {}
         for step in (1, 2):
-            train(self.engine, step - 1, step)
-            path = save_checkpoint(self.engine, self.parameters, folder / f"clean-{step}", {"step": step})
+            train(self.zero.engine, step - 1, step)
+            path = save_checkpoint(self.zero, folder / f"clean-{step}", {"step": step})
             self._contents[step] = final_state(path)
         assert self._contents[1] != self._contents[2]
         self._contents[3] = self._contents[2]
@@ -92,7 +92,7 @@ class Cutter:
         if pid == 0:
             code = 70
             try:
-                saves = Saves(self.engine, self.parameters, run_dir, Owner(run_id="cuts"), SECTION)
+                saves = Saves(self.zero, run_dir, Owner(run_id="cuts"), SECTION)
                 self._library.faults_arm(rule.encode())
                 saves.save_now({"step": step}, Best("loss", 1.0))
                 saves.close(verify=True)
@@ -137,9 +137,9 @@ def phase_cuts(folder: Path, scenario: str, every: str, some: str) -> None:
 
 def phase_full(folder: Path, kind: str) -> None:
     """Saves on a small file system (mounted at `folder`) with less and less room: bytes or inodes."""
-    engine, parameters = build("zero3-offload", seed=1)
-    train(engine, 0, 1)
-    first = save_checkpoint(engine, parameters, folder, {"step": 1})
+    zero = build("zero3-offload", seed=1)
+    train(zero.engine, 0, 1)
+    first = save_checkpoint(zero, folder, {"step": 1})
     before, needed = final_state(first), sum(path.stat().st_size for path in first.iterdir())
     results = []
     levels = (0, 1, 2, 3, 4) if kind == "inodes" else tuple(needed * part // 8 for part in range(8))
@@ -148,7 +148,7 @@ def phase_full(folder: Path, kind: str) -> None:
         ballast.mkdir()
         _fill(ballast, kind, level)
         try:
-            save_checkpoint(engine, parameters, folder, {"step": 2 + number})
+            save_checkpoint(zero, folder, {"step": 2 + number})
             outcome: list[Any] = ["", "", 0]
         except FulltuneError as error:
             outcome = [type(error).__name__, str(error), error.exit_code]
@@ -156,7 +156,7 @@ def phase_full(folder: Path, kind: str) -> None:
         left = sorted(path.name for path in (folder / "checkpoints").iterdir())
         intact = final_state(first) == before
         shutil.rmtree(ballast)
-        again = save_checkpoint(engine, parameters, folder, {"step": 2 + number})
+        again = save_checkpoint(zero, folder, {"step": 2 + number})
         results.append({
             "level": level, "error": outcome, "found": found and found.name, "left": left, "intact": intact,
             "again": find_checkpoint(folder) == again,
@@ -178,12 +178,12 @@ def _fill(ballast: Path, kind: str, level: int) -> None:
 
 def phase_spoil(folder: Path) -> None:
     """Each kind of damage to each file, seen by several ranks."""
-    engine, parameters = build("zero3-offload", seed=1)
+    zero = build("zero3-offload", seed=1)
     rank_0 = dist.get_rank() == 0
     run_dir, draw = folder / "spoiled", random.Random(5)
     for step in (1, 2, 3):
-        train(engine, step - 1, step)
-        save_checkpoint(engine, parameters, run_dir, {"step": step}, Owner(run_id="spoil"))
+        train(zero.engine, step - 1, step)
+        save_checkpoint(zero, run_dir, {"step": step}, Owner(run_id="spoil"))
     newest, stale = (run_dir / "checkpoints" / f"step-0000000{step}" for step in (3, 1))
     results = []
     for file in sorted(path.name for path in newest.iterdir()):
@@ -195,10 +195,10 @@ def phase_spoil(folder: Path) -> None:
             dist.barrier()
             error = ""
             try:
-                load_checkpoint(engine, parameters, newest)
+                load_checkpoint(zero, newest)
             except DataError as caught:
                 error = str(caught)
-            state = restore_newest(engine, parameters, run_dir, "spoil", lambda *_: None)
+            state = restore_newest(zero, run_dir, "spoil", lambda *_: None)
             results.append([file, how, error, state and state["step"]])
             dist.barrier()
             if rank_0:
@@ -206,7 +206,7 @@ def phase_spoil(folder: Path) -> None:
                 (run_dir / "kept").rename(newest)
                 (newest.parent / "aside").unlink(missing_ok=True)
     dist.barrier()
-    state = restore_newest(engine, parameters, run_dir, "spoil", lambda *_: None)
+    state = restore_newest(zero, run_dir, "spoil", lambda *_: None)
     (folder / f"spoiled-{dist.get_rank()}.json").write_text(json.dumps([results, state and state["step"]]))
 
 
@@ -217,10 +217,10 @@ def phase_train(run_file: Path) -> None:
 
     restore = setup.restore_newest
 
-    def restore_and_tell(engine: Any, parameters: Any, run_dir: Path, *rest: Any) -> Any:
-        state = restore(engine, parameters, run_dir, *rest)
+    def restore_and_tell(zero: Any, run_dir: Path, *rest: Any) -> Any:
+        state = restore(zero, run_dir, *rest)
         if state is not None:
-            whole = gathered(engine, parameters)
+            whole = gathered(zero)
             if dist.get_rank() == 0:
                 name = f"resumed-{run_dir.name}-{state['step']}-by-{dist.get_world_size()}.safetensors"
                 save_file(whole, run_dir.parent / name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,42 +17,41 @@ from safetensors.torch import load_file
 from data_prep.token_store import StoreError, TokenStore, open_rows
 from engine.checkpoint.save import Owner, save_checkpoint
 from engine.checkpoint.schedule import Saves
-from engine.config import ModelSection
+from engine.config import ModelSection, RunConfig
 from engine.errors import NumericalStopError
 from engine.model.attention import register_packed_attention
 from engine.model.build import StoreFacts, build_model
+from engine.model.starting_weights import StartingWeights
 from engine.ranks.distributed import leave, start_ranks
 from engine.ranks.stop import StopSignal
-from engine.setup import build_engine, quiet_libraries
+from engine.setup import quiet_libraries
+from engine.step import Progress, Training, train_step
 from engine.tasks import TASKS
-from engine.train import Progress, Training, train_step
 from engine.zero.ds_config import resolve_ds_config, shipped_ds_configs
-from engine.zero.zero_state import owned_slices, state_view
+from engine.zero.gradient_watch import GradientWatch
+from engine.zero.wrap import fill, wrap
 
 
 def training_of(case: Case, out_dir: Path, ranks, model: Any = None, **changes: Any) -> Training:
     store, rows = memory_store(case.task)
     config = case_config(case, out_dir).model_copy(update=changes)
     model = model or make_model(case.family, packed=case.task == "causal_lm")
-    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
-    fill()
-    engine.train()
+    return training_on(config, model, StartingWeights.of(model), store, rows, ranks)
+
+
+def training_on(config: RunConfig, model: Any, weights: StartingWeights, store: Any, rows: Any, ranks: Any) -> Training:
+    """Ten steps of `model` from `weights` on the rows of a store."""
+    zero = wrap(model, config, resolve_ds_config(config, ranks.world_size))
+    fill(zero, weights)
+    zero.engine.train()
     return Training(
-        config,
-        ranks,
-        Saves(engine, parameters, out_dir, Owner(), config.checkpoint),
-        engine,
-        parameters,
-        store,
-        rows,
-        None,
-        10,
-    )
+        config=config, ranks=ranks, zero=zero, gradients=GradientWatch(zero.parameters),
+        saves=Saves(zero, config.run_dir, Owner(), config.checkpoint), store=store, rows=rows, total_steps=10,
+    )  # fmt: skip
 
 
 def masters(training: Training) -> torch.Tensor:
-    pieces = owned_slices(training.engine, training.parameters)
-    return torch.cat([state_view(training.engine, piece, "master").clone() for piece in pieces])
+    return torch.cat([piece.values.clone() for piece in training.zero.live_state("master")])
 
 
 def refused_step(training: Training) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def changed_store(out_dir: Path, ranks) -> dict[str, Any]:
     training = training_of(Case("guards"), out_dir, ranks)
     store = ChangedStore(training.store.documents, training.store.marks, training.store.labels)
     result = refused_step(dataclasses.replace(training, store=store))
-    training.engine.destroy()
+    training.zero.engine.destroy()
     return result
 
 
@@ -92,10 +92,10 @@ def bad_loss(out_dir: Path, ranks) -> dict[str, Any]:
         is_spoilt = ranks.rank == 1 and len(calls) == 2
         return output._replace(loss_sum=output.loss_sum * float("nan")) if is_spoilt else output
 
-    training.engine.module.register_forward_hook(spoil)
+    training.zero.engine.module.register_forward_hook(spoil)
     result = refused_step(training)
     result["rows_of_rank_1"] = ranks.gather([*calls[1], *[-1] * (2 - len(calls[1]))])[1]
-    training.engine.destroy()
+    training.zero.engine.destroy()
     return result
 
 
@@ -117,9 +117,9 @@ def refused_gradient(case: Case, out_dir: Path, ranks) -> dict[str, Any]:
         if ranks.rank == 1:
             output.register_hook(lambda gradient: gradient * float("inf"))
 
-    training.engine.module.model.model.norm.register_forward_hook(spoil)
+    training.zero.engine.module.model.model.norm.register_forward_hook(spoil)
     result = refused_step(training)
-    training.engine.destroy()
+    training.zero.engine.destroy()
     return result
 
 
@@ -129,7 +129,7 @@ def missing_gradient(out_dir: Path, ranks) -> dict[str, Any]:
     model.forgotten = torch.nn.Parameter(torch.ones(8, 8))
     training = training_of(Case("guards"), out_dir, ranks, model)
     result = refused_step(training)
-    training.engine.destroy()
+    training.zero.engine.destroy()
     return result
 
 
@@ -139,14 +139,15 @@ def fp32_masters(out_dir: Path, ranks) -> dict[str, Any]:
     model = make_model("llama", packed=True)
     originals = {name: parameter.detach().clone().flatten() for name, parameter in model.named_parameters()}
     rotary = model.model.rotary_emb.inv_freq.clone()
-    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model)
-    fill()
+    weights = StartingWeights.of(model)
+    zero = wrap(model, config, resolve_ds_config(config, ranks.world_size))
+    fill(zero, weights)
     masters_equal = all(
-        torch.equal(state_view(engine, piece, "master").cpu(), originals[piece.name][piece.start : piece.stop])
-        for piece in owned_slices(engine, parameters)
+        torch.equal(piece.values.cpu(), originals[piece.name][piece.start : piece.stop])
+        for piece in zero.live_state("master")
     )
     weights_equal = True
-    for name, parameter in parameters.items():
+    for name, parameter in zero.parameters.items():
         with deepspeed.zero.GatheredParameters([parameter]):
             weights_equal &= torch.equal(parameter.detach().flatten().cpu(), originals[name].bfloat16())
     result = {
@@ -154,7 +155,7 @@ def fp32_masters(out_dir: Path, ranks) -> dict[str, Any]:
         "lossy": any(not torch.equal(value, value.bfloat16().float()) for value in originals.values()),
         "rotary_kept": torch.equal(model.model.rotary_emb.inv_freq.cpu(), rotary),
     }  # fmt: skip
-    engine.destroy()
+    zero.engine.destroy()
     return result
 
 
@@ -167,9 +168,8 @@ def dropout(out_dir: Path, ranks) -> dict[str, Any]:
             if isinstance(module, torch.nn.Dropout):
                 module.p = probability
         training = training_of(Case("gpt2", family="gpt2"), out_dir, ranks, model)
-        figures, _ = train_step(training, Progress(step=step), StopSignal())
-        losses.append(figures["loss"])
-        training.engine.destroy()
+        losses.append(train_step(training, Progress(step=step), StopSignal()).figures["loss"])
+        training.zero.engine.destroy()
     return {"losses": losses}
 
 
@@ -181,8 +181,8 @@ def shipped(out_dir: Path, ranks) -> dict[str, Any]:
             continue
         training = training_of(Case("shipped"), out_dir, ranks, deepspeed=name)
         progress = Progress()
-        losses[name] = [train_step(training, progress, StopSignal())[0]["loss"] for _ in range(3)]
-        training.engine.destroy()
+        losses[name] = [train_step(training, progress, StopSignal()).figures["loss"] for _ in range(3)]
+        training.zero.engine.destroy()
     return losses
 
 
@@ -193,10 +193,10 @@ def golden(out_dir: Path, ranks) -> dict[str, Any]:
         training = training_of(Case("golden", family=family), out_dir, ranks)
         progress, figures = Progress(), []
         for _ in range(8):
-            step, _ = train_step(training, progress, StopSignal())
+            step = train_step(training, progress, StopSignal()).figures
             figures.append([step["loss"], step["gradient_norm"]])
         results[family] = figures
-        training.engine.destroy()
+        training.zero.engine.destroy()
     return results
 
 
@@ -210,20 +210,7 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
     pieces = json.loads((store.tokenizer_dir / "extension.json").read_text())["pieces"]
     first = min(map(int, pieces))
     config = case_config(Case("new_rows", bf16=True), out_dir)
-    engine, parameters, fill = build_engine(config, resolve_ds_config(config, ranks.world_size), model, weights)
-    fill()
-    rows = open_rows(store, 64)
-    training = Training(
-        config,
-        ranks,
-        Saves(engine, parameters, out_dir, Owner(), config.checkpoint),
-        engine,
-        parameters,
-        store,
-        rows,
-        None,
-        10,
-    )
+    training = training_on(config, model, weights, store, open_rows(store, 64), ranks)
     names = ("model.embed_tokens.weight", "lm_head.weight")
     expected = {
         name: torch.stack(
@@ -233,10 +220,9 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
     }
     start = {name: gathered_masters(training, name)[first : store.vocab_size] for name in names}
     progress = Progress()
-    engine.train()
-    losses = [train_step(training, progress, StopSignal())[0]["loss"] for _ in range(3)]
+    losses = [train_step(training, progress, StopSignal()).figures["loss"] for _ in range(3)]
     stop = {name: gathered_masters(training, name)[first : store.vocab_size] for name in names}
-    save_checkpoint(engine, parameters, out_dir / "new_rows", {"step": 3})
+    save_checkpoint(training.zero, out_dir / "new_rows", {"step": 3})
     if ranks.rank == 0:
         model.config.save_pretrained(out_dir / "new_rows" / "model")
     used = np.concatenate([store.tokens(document) for document in range(store.num_documents)])
@@ -247,17 +233,17 @@ def new_rows(out_dir: Path, ranks) -> dict[str, Any]:
         "moved": {name: float((stop[name] - start[name]).abs().max()) for name in names},
         "last_embedding": stop[names[0]][-1].tolist(),
     }  # fmt: skip
-    engine.destroy()
+    training.zero.engine.destroy()
     return result
 
 
 def gathered_masters(training: Training, name: str) -> torch.Tensor:
     """The whole fp32 master of a matrix, from the parts of all ranks."""
-    shape = training.parameters[name].ds_shape
-    whole = torch.zeros(shape.numel())
-    for piece in owned_slices(training.engine, training.parameters):
+    shape = training.zero.shapes[name]
+    whole = torch.zeros(math.prod(shape))
+    for piece in training.zero.live_state("master"):
         if piece.name == name:
-            whole[piece.start : piece.stop] = state_view(training.engine, piece, "master").cpu()
+            whole[piece.start : piece.stop] = piece.values.cpu()
     dist.all_reduce(whole)
     return whole.reshape(shape)
 

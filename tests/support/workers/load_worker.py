@@ -7,9 +7,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed import zero
 from deepspeed.utils import safe_get_full_fp32_param
 from equivalence_cases import Case, case_config
 from load_cases import SEED, LoadCase, cases, facts_of, section_of
@@ -17,21 +17,22 @@ from safetensors.torch import save_file
 
 from engine.model.build import build_model
 from engine.ranks.distributed import leave, start_ranks
-from engine.setup import build_engine, quiet_libraries
+from engine.setup import quiet_libraries
 from engine.tasks import TASKS
 from engine.zero.ds_config import resolve_ds_config
-from engine.zero.zero_state import full_shape, live_state
+from engine.zero.wrap import fill, wrap
+from engine.zero.zero_model import ZeroModel
 
 
-def gathered(engine: Any, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+def gathered(zero: ZeroModel) -> dict[str, torch.Tensor]:
     """Masters, the weights that are computed with, and buffers, whole."""
     state = {}
-    for name, parameter in parameters.items():
+    for name, parameter in zero.parameters.items():
         if parameter.requires_grad:
-            state[f"master/{name}"] = safe_get_full_fp32_param(parameter).clone().view(full_shape(parameter))
-        with zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            state[f"master/{name}"] = safe_get_full_fp32_param(parameter).clone().view(zero.shapes[name])
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             state[f"weight/{name}"] = parameter.detach().clone()
-    for name, buffer in engine.module.model.named_buffers():
+    for name, buffer in zero.model.named_buffers():
         state[f"buffer/{name}"] = buffer.clone()
     return state
 
@@ -45,27 +46,27 @@ def run(case: LoadCase, folder: Path, out_dir: Path, ranks: Any) -> None:
         model, weights = build_model(section_of(case, folder), TASKS[case.task], facts_of(case, folder), SEED)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in case.frozen)
-        engine, parameters, fill = build_engine(config, ds_config, model, weights)
+        zero = wrap(model, config, ds_config)
+        read = torch.zeros(ranks.world_size, dtype=torch.int64)
+        read[ranks.rank] = fill(zero, weights)
         stored_bytes = weights.num_bytes
         del weights
-        read = torch.zeros(ranks.world_size, dtype=torch.int64)
-        read[ranks.rank] = fill()
     dist.all_reduce(read)
-    padding = sum(float(values.abs().sum()) for values in _padding(engine, parameters))
-    state = gathered(engine, parameters)
+    padding = sum(float(values.abs().sum()) for values in _padding(zero))
+    state = gathered(zero)
     facts = {"printed": printed.getvalue(), "padding": padding, "bytes": read.tolist(), "stored_bytes": stored_bytes}
     if ranks.rank == 0:
         save_file({name: value.contiguous() for name, value in state.items()}, out_dir / f"{case.name}.safetensors")
         (out_dir / f"{case.name}.json").write_text(json.dumps(facts))
-    engine.destroy()
+    zero.engine.destroy()
 
 
-def _padding(engine: Any, parameters: dict[str, torch.nn.Parameter]) -> list[torch.Tensor]:
+def _padding(zero: ZeroModel) -> list[torch.Tensor]:
     """What the master buffers hold besides this rank's slices."""
     rest = []
     used: dict[int, list[tuple[int, int]]] = {}
     buffers: dict[int, torch.Tensor] = {}
-    for piece in live_state(engine, parameters, "master"):
+    for piece in zero.live_state("master"):
         base = piece.values.untyped_storage().data_ptr()
         start = piece.values.storage_offset()
         used.setdefault(base, []).append((start, start + len(piece.values)))

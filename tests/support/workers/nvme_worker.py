@@ -24,15 +24,7 @@ from engine.checkpoint.save import Owner, begin_save, finish_save, save_checkpoi
 from engine.errors import FulltuneError
 from engine.ranks.distributed import leave
 from engine.zero import nvme_state
-from engine.zero.nvme_state import remove_swap_files
-from engine.zero.zero_state import (
-    begin_swapping,
-    clear_padding,
-    create_optimizer_state,
-    live_state,
-    optimizer_steps,
-    refresh_weights,
-)
+from engine.zero.zero_model import ZeroModel
 
 SAVED_STEP, LAST_STEP = 3, 6
 # How sub-groups are read and written: name -> (what offload_optimizer says besides, aio.intra_op_parallelism)
@@ -69,7 +61,7 @@ class Task(nn.Module):
         return self.model(tokens)
 
 
-def build(folder: Path, setting: str, seed: int) -> tuple[Any, dict[str, nn.Parameter]]:
+def build(folder: Path, setting: str, seed: int) -> ZeroModel:
     """An engine with its states in memory ("memory") or on disk, masters exactly those of the fp32 model."""
     model = OddModel(seed)
     parameters = dict(model.named_parameters())
@@ -81,7 +73,7 @@ def build(folder: Path, setting: str, seed: int) -> tuple[Any, dict[str, nn.Para
     ]
     more, intra_op_parallelism = SWAPPING.get(setting, ({}, 1))
     offload = {"device": "nvme", "nvme_path": str(folder / "swap" / f"fulltune-{setting}-1"), **more}
-    zero = {
+    section = {
         "stage": 3, "reduce_bucket_size": 1_000_000, "sub_group_size": 800_000 // dist.get_world_size(),
         "stage3_param_persistence_threshold": 3000, "offload_param": {"device": "cpu", "pin_memory": False},
         "offload_optimizer": {"pin_memory": False} | (offload if setting in SWAPPING else {"device": "cpu"}),
@@ -89,17 +81,18 @@ def build(folder: Path, setting: str, seed: int) -> tuple[Any, dict[str, nn.Para
     config = {
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
         "gradient_clipping": 1.0, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32", "zero_optimization": zero,
+        "communication_data_type": "fp32", "zero_optimization": section,
         "aio": {"block_size": 2**20, "intra_op_parallelism": intra_op_parallelism},
     }  # fmt: skip
     optimizer = DeepSpeedCPUAdam(groups, lr=1e-2, betas=(0.9, 0.98))
     engine, *_ = deepspeed.initialize(model=Task(model), optimizer=optimizer, config=config)
-    begin_swapping(engine)
-    clear_padding(engine)
-    for piece in live_state(engine, parameters, "master"):
+    zero = ZeroModel(engine, parameters)
+    zero.begin_swapping()
+    zero.clear_padding()
+    for piece in zero.live_state("master"):
         piece.values.copy_(originals[piece.name][piece.start : piece.stop])
-    refresh_weights(engine)
-    return engine, parameters
+    zero.refresh_weights()
+    return zero
 
 
 def train(engine: Any, first: int, last: int, before_update: Callable[[int], Any] = lambda _: None) -> list[Any]:
@@ -115,11 +108,11 @@ def train(engine: Any, first: int, last: int, before_update: Callable[[int], Any
     return figures
 
 
-def record(folder: Path, name: str, engine: Any, parameters: dict[str, nn.Parameter], figures: Any) -> None:
-    state = gathered(engine, parameters)
+def record(folder: Path, name: str, zero: ZeroModel, figures: Any) -> None:
+    state = gathered(zero)
     if dist.get_rank() == 0:
         save_file(state, folder / f"{name}.safetensors")
-        facts = {"figures": figures, "steps": optimizer_steps(engine), "swapped": swapped(engine)}
+        facts = {"figures": figures, "steps": zero.optimizer_steps(), "swapped": swapped(zero.engine)}
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
@@ -139,79 +132,79 @@ def swapped(engine: Any) -> Any:
 def phase_straight(folder: Path) -> None:
     """Train without a break, saving half-way in the shadow of a step; with states in memory too."""
     for setting in ("memory", *SWAPPING):
-        engine, parameters = build(folder, setting, seed=1)
-        first = train(engine, 0, SAVED_STEP)
-        record(folder, f"{setting}-saved", engine, parameters, first)
-        pending = begin_save(engine, parameters, folder / setting, {"step": SAVED_STEP}, Owner())
+        zero = build(folder, setting, seed=1)
+        first = train(zero.engine, 0, SAVED_STEP)
+        record(folder, f"{setting}-saved", zero, first)
+        pending = begin_save(zero, folder / setting, {"step": SAVED_STEP}, Owner())
 
         def publish(step: int, pending: Any = pending) -> None:
             if step == SAVED_STEP + 1:
                 finish_save(pending)
 
-        record(folder, f"{setting}-last", engine, parameters, train(engine, SAVED_STEP, LAST_STEP, publish))
-        close(engine)
+        record(folder, f"{setting}-last", zero, train(zero.engine, SAVED_STEP, LAST_STEP, publish))
+        close(zero)
 
 
 def phase_resume(folder: Path) -> None:
     """Go on in a new process: from a checkpoint of the same kind, and from the other kind's."""
     for source, setting in (("plain", "plain"), ("overlapped", "overlapped"), ("memory", "plain")):
-        engine, parameters = build(folder, setting, seed=2)
-        load_checkpoint(engine, parameters, find_checkpoint(folder / source))
-        record(folder, f"{source}-to-{setting}", engine, parameters, train(engine, SAVED_STEP, LAST_STEP))
-        close(engine)
-    engine, parameters = build(folder, "plain", seed=2)
-    train(engine, 0, 1)  # also one that has trained is filled anew
-    load_checkpoint(engine, parameters, find_checkpoint(folder / "plain"))
-    record(folder, "used-engine", engine, parameters, None)
-    close(engine)
+        zero = build(folder, setting, seed=2)
+        load_checkpoint(zero, find_checkpoint(folder / source))
+        record(folder, f"{source}-to-{setting}", zero, train(zero.engine, SAVED_STEP, LAST_STEP))
+        close(zero)
+    zero = build(folder, "plain", seed=2)
+    train(zero.engine, 0, 1)  # also one that has trained is filled anew
+    load_checkpoint(zero, find_checkpoint(folder / "plain"))
+    record(folder, "used-engine", zero, None)
+    close(zero)
 
 
 def phase_other_size(folder: Path) -> None:
     """Load at this number of ranks, into memory and from disk to disk, save again, and load that."""
     size = dist.get_world_size()
     for setting in ("memory", "plain"):
-        engine, parameters = build(folder, setting, seed=2)
-        load_checkpoint(engine, parameters, find_checkpoint(folder / "plain"))
-        record(folder, f"plain-to-{setting}-at-{size}", engine, parameters, None)
-        save_checkpoint(engine, parameters, folder / f"{setting}-at-{size}", {"step": SAVED_STEP})
-        close(engine)
-    engine, parameters = build(folder, "memory", seed=3)
-    load_checkpoint(engine, parameters, find_checkpoint(folder / f"plain-at-{size}"))
-    record(folder, f"again-at-{size}", engine, parameters, None)
-    close(engine)
+        zero = build(folder, setting, seed=2)
+        load_checkpoint(zero, find_checkpoint(folder / "plain"))
+        record(folder, f"plain-to-{setting}-at-{size}", zero, None)
+        save_checkpoint(zero, folder / f"{setting}-at-{size}", {"step": SAVED_STEP})
+        close(zero)
+    zero = build(folder, "memory", seed=3)
+    load_checkpoint(zero, find_checkpoint(folder / f"plain-at-{size}"))
+    record(folder, f"again-at-{size}", zero, None)
+    close(zero)
 
 
 def phase_start(folder: Path) -> None:
     """A checkpoint before the first step, and what starts from it."""
-    engine, parameters = build(folder, "plain", seed=1)
-    save_checkpoint(engine, parameters, folder / "start", {"step": 0})
-    close(engine)
-    engine, parameters = build(folder, "plain", seed=2)
-    load_checkpoint(engine, parameters, find_checkpoint(folder / "start"))
-    record(folder, "from-start", engine, parameters, train(engine, 0, SAVED_STEP))
-    close(engine)
+    zero = build(folder, "plain", seed=1)
+    save_checkpoint(zero, folder / "start", {"step": 0})
+    close(zero)
+    zero = build(folder, "plain", seed=2)
+    load_checkpoint(zero, find_checkpoint(folder / "start"))
+    record(folder, "from-start", zero, train(zero.engine, 0, SAVED_STEP))
+    close(zero)
 
 
 def phase_as_deepspeed_does(folder: Path) -> None:
     """Without what `begin_swapping` puts right: gradients are swapped, and read back wrongly."""
     nvme_state.keep_gradients_in_memory = lambda _optimizer: None
-    engine, parameters = build(folder, "plain", seed=1)
-    record(folder, "as-deepspeed-does", engine, parameters, train(engine, 0, SAVED_STEP))
-    close(engine)
+    zero = build(folder, "plain", seed=1)
+    record(folder, "as-deepspeed-does", zero, train(zero.engine, 0, SAVED_STEP))
+    close(zero)
 
 
 def phase_refusing_disk(folder: Path) -> None:
     """The system refuses what one rank writes after the first MiB."""
-    engine, _ = build(folder, "plain", seed=1)
+    zero = build(folder, "plain", seed=1)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     outcomes = []
-    for action in (lambda: create_optimizer_state(engine, 0), lambda: clear_padding(engine)):
+    for action in (lambda: zero.create_optimizer_state(0), zero.clear_padding):
         if dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
         outcomes.append(error_of(action))
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     (folder / f"refused-{dist.get_rank()}.json").write_text(json.dumps(outcomes))
-    close(engine)
+    close(zero)
 
 
 def error_of(action: Callable[[], Any]) -> list[str]:
@@ -222,10 +215,10 @@ def error_of(action: Callable[[], Any]) -> list[str]:
     return []
 
 
-def close(engine: Any) -> None:
+def close(zero: ZeroModel) -> None:
     dist.barrier()
-    remove_swap_files(engine.optimizer)
-    engine.destroy()
+    zero.remove_swap_files()
+    zero.engine.destroy()
     dist.barrier()
 
 

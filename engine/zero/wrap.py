@@ -1,4 +1,6 @@
-"""Starting weights, put where ZeRO keeps them: each rank reads its own ranges of the files, and nothing else.
+"""A model is handed to DeepSpeed, and its starting weights are put where ZeRO keeps them.
+
+Each rank reads its own ranges of the files, and nothing else.
 
 A slice of ZeRO is a contiguous range of a parameter's elements, and so of a file's bytes. Parameters
 are therefore given to DeepSpeed without values, and the fp32 masters are filled from the files
@@ -12,22 +14,49 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 from torch import nn
 
+from engine.config import RunConfig
 from engine.errors import ConfigError
-from engine.model.buffers import persistent_buffers
+from engine.model.build import TaskModel, decay_groups
 from engine.model.starting_weights import StartingWeights, exchange_parameters
 from engine.ranks.agreement import agree, all_gather_json, this_rank
 from engine.tensor_files.slices import LiveSlice
-from engine.zero.zero_state import clear_padding, frozen_to_fill, live_state, refresh_weights
+from engine.zero.ds_config import offloads_optimizer
+from engine.zero.zero_model import ZeroModel
 
 
-def place_parameters(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
+def wrap(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> ZeroModel:
+    """Hand `model` to DeepSpeed. All ranks call it.
+
+    What comes back has no weights until `fill` has put them there or a checkpoint was installed.
+    """
+    _place_parameters(model, ds_config)
+    parameters = dict(model.named_parameters())
+    groups = decay_groups(model, config.optimizer.weight_decay)
+    task_model = TaskModel(model, config.trained_task)
+    if ds_config["zero_optimization"]["stage"] == 3:
+        _partition(task_model, ds_config)
+    section = config.optimizer
+    numbers: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.eps}
+    optimizer: Any
+    if offloads_optimizer(ds_config):
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **numbers)
+    else:
+        optimizer = torch.optim.AdamW(groups, **numbers)
+    engine, *_ = deepspeed.initialize(model=task_model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    zero = ZeroModel(engine, parameters)
+    zero.begin_swapping()
+    return zero
+
+
+def _place_parameters(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
     """Exchange every parameter of `model` for one without values, in the type and on the device it is trained on.
 
-    Under ZeRO-3 they keep their shape but take no memory, until `partition` gives each rank its
+    Under ZeRO-3 they keep their shape but take no memory, until `_partition` gives each rank its
     share; otherwise they are whole. Buffers move to the device with their values. Tied parameters
     stay tied. The model may be on the meta device, its buffers not.
     """
@@ -49,8 +78,8 @@ def place_parameters(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
             module._buffers[name] = buffer.to(device, torch.float32 if wide else buffer.dtype)
 
 
-def partition(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
-    """Make ZeRO-3 parameters of what `place_parameters` left: each rank gets its share, zeros. All ranks call it."""
+def _partition(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
+    """Make ZeRO-3 parameters of what `_place_parameters` left: each rank gets its share, zeros. All ranks call it."""
     _EmptyInit(module=model, config_dict_or_path=ds_config)
 
 
@@ -79,30 +108,26 @@ class _EmptyInit(deepspeed.zero.Init):  # type: ignore[misc]
         free_param(param)
 
 
-def fill_engine(
-    engine: Any, parameters: Mapping[str, nn.Parameter], weights: StartingWeights, say: Callable[[str], None]
-) -> int:
-    """Put the starting weights into the fp32 masters, frozen parameters and buffers of `engine`. All ranks call it.
+def fill(zero: ZeroModel, weights: StartingWeights, say: Callable[[str], None] = print) -> int:
+    """Put the starting weights into the fp32 masters, frozen parameters and buffers. All ranks call it.
 
-    Returns the bytes that this rank read of `weights.num_bytes`.
-
-    If a rank cannot read what it needs, all raise the same DataError. `say` gets one line on how
-    much all ranks read in what time.
+    Returns the bytes that this rank read. If a rank cannot read what it needs, all raise the same
+    DataError. `say` gets one line on how much all ranks read in what time.
     """
     started = time.perf_counter()
-    clear_padding(engine)
-    buffers = {n: b for n, b in persistent_buffers(engine.module.model).items() if n in weights.stored}
+    zero.clear_padding()
+    buffers = {name: buffer for name, buffer in zero.buffers.items() if name in weights.stored}
     flat = {name: buffer.detach().clone().view(-1) for name, buffer in buffers.items()}
 
-    def read() -> list[int]:
-        pieces = [*live_state(engine, parameters, "master"), *frozen_to_fill(engine, parameters)]
+    def read() -> int:
+        slices = [*zero.live_state("master"), *zero.frozen_to_fill()]
         whole = [LiveSlice(name, 0, len(values), values) for name, values in flat.items()]
-        return [weights.read_into([*pieces, *whole]) + weights.check_copies(pieces)]
+        return weights.read_into([*slices, *whole]) + weights.check_copies(slices)
 
-    (num_bytes,) = agree(read)
+    num_bytes = agree(read)
     for name, buffer in buffers.items():
         buffer.copy_(flat[name].view(buffer.shape))
-    refresh_weights(engine)
+    zero.refresh_weights()
     total = sum(all_gather_json(num_bytes))
     if total and this_rank() == 0:
         seconds = time.perf_counter() - started

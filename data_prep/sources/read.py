@@ -1,0 +1,89 @@
+"""From a file, or a span of it, to its records, whatever the format."""
+
+from collections.abc import Iterator
+
+from data_prep.errors import BadDataError
+from data_prep.sources.decompress import all_blocks, file_blocks, stat_file
+from data_prep.sources.read_aligned import read_aligned
+from data_prep.sources.read_csv import read_csv, read_header
+from data_prep.sources.read_json import questions, read_json, read_jsonl, stream_json
+from data_prep.sources.read_tables import read_arrow, read_parquet
+from data_prep.sources.read_text import read_conll, read_conllu, read_text
+from data_prep.sources.records import WHOLE_FILE, Record, SourceFile, Span
+from data_prep.sources.scan import dialect_of
+
+_HEADER_BLOCK_BYTES = 64 << 10
+
+
+def read_records(source: SourceFile, span: Span | None = None) -> Iterator[Record]:
+    """The records of a file, or of one of its spans, in order. Raises BadDataError naming the place."""
+    for piece in source.spans if span is None else (span,):
+        yield from _read(source, piece)
+
+
+def check_unchanged(source: SourceFile) -> None:
+    """Raise BadDataError if a file of `source` is not what was hashed, by its size and time of change."""
+    parts = source.aligned or (source,)
+    for part in parts:
+        status = stat_file(part.path)
+        if (status.st_size, status.st_mtime_ns) != (part.size_bytes, part.modified_ns):
+            raise BadDataError(f"{part.path}: changed while it was being read; prepare again when it is at rest")
+
+
+def _read(source: SourceFile, span: Span) -> Iterator[Record]:
+    path, label, config = source.path, source.label, source.config
+    match source.format:
+        case "jsonl":
+            return read_jsonl(_blocks(source, span), label, span.first_line)
+        case "csv" | "tsv":
+            return _read_csv(source, span)
+        case "json":
+            return _read_items(source, span, config.split)
+        case "squad":
+            return _read_squad(source, span)
+        case "parquet":
+            return read_parquet(path, source.compression, span, config.columns)
+        case "arrow":
+            return read_arrow(path, source.compression, span, config.columns)
+        case "text":
+            return read_text(_blocks(source, span), label, config.document or "line", span.first_line)
+        case "conll":
+            return read_conll(_blocks(source, span), label, config.columns, span.first_line)
+        case "conllu":
+            return read_conllu(_blocks(source, span), label, span.first_line)
+        case "aligned":
+            return read_aligned(source.aligned, span, label, config.encoding)
+
+
+def _blocks(source: SourceFile, span: Span) -> Iterator[bytes]:
+    if span == WHOLE_FILE:
+        return all_blocks(source.path, source.compression, source.config.encoding)
+    return file_blocks(source.path, span.start, span.stop)
+
+
+def _read_squad(source: SourceFile, span: Span) -> Iterator[Record]:
+    for article in _read_items(source, span, "data"):
+        yield from questions(article)
+
+
+def _read_csv(source: SourceFile, span: Span) -> Iterator[Record]:
+    config = source.config
+    dialect = dialect_of(source.format, config.quoting)
+    has_header = config.header if config.header is not None else config.columns is None
+    if config.columns is not None:
+        columns = config.columns
+    else:
+        whole = span == WHOLE_FILE
+        head = _blocks(source, span) if whole else file_blocks(source.path, 0, source.size_bytes, _HEADER_BLOCK_BYTES)
+        columns = read_header(head, source.label, dialect)
+    skip_header = has_header and span.first_line == 1
+    return read_csv(_blocks(source, span), source.label, dialect, columns, skip_header, span.first_line)
+
+
+def _read_items(source: SourceFile, span: Span, key: str | None) -> Iterator[Record]:
+    columns = source.config.columns
+    if span == WHOLE_FILE:
+        return stream_json(_blocks(source, span), source.label, key, columns)
+    before = b"".join(file_blocks(source.path, span.start - 1, span.start))
+    blocks = file_blocks(source.path, span.start, span.stop)
+    return read_json(blocks, source.label, span.first_line, columns, begins_array=before == b"[")
