@@ -1,13 +1,15 @@
 # `make` alone lists what there is. Everything lives in .venv; nothing outside this folder but ~/.cache/fulltune.
 
 PYTHON ?= python3
+# Processes that share the tests; each may start two ranks.
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-deps demo test test-unit test-faults test-cluster test-cluster-short lint format clean
+.PHONY: help setup bench-deps demo test test-unit test-long test-faults test-cluster test-cluster-short lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,20 +29,26 @@ bench-deps: $(STAMP) ## install what benchmarks/ compares with (trl, gigatoken, 
 demo: $(STAMP) ## train a small model from nothing on this machine: corpus to generated text
 	@$(BIN)/fulltune demo
 
-test: $(STAMP) ## all tests; real DeepSpeed on 2 CPU ranks where ranks matter
-	@$(BIN)/python -m pytest
+PYTEST = $(BIN)/python -m pytest
+PARALLEL = -n $(TEST_PROCESSES) --dist loadgroup
 
-test-unit: $(STAMP) ## the tests that start no ranks (a few minutes)
-	@$(BIN)/python -m pytest -m "not ranks and not cluster and not faults"
+test: $(STAMP) ## the tests, real DeepSpeed on 2 CPU ranks where ranks matter (10 minutes on 2 cores)
+	@$(PYTEST) $(PARALLEL)
+
+test-unit: $(STAMP) ## those of them that start no ranks (90 s)
+	@$(PYTEST) $(PARALLEL) -m unit
+
+test-long: $(STAMP) ## long forms of them, and whole benchmarks on small inputs
+	@FULLTUNE_TESTS=long $(PYTEST) $(PARALLEL) -m "long and not cluster"
 
 test-cluster: $(STAMP) ## the tests on a real Slurm and on hosts with sshd, made here (needs root; installs slurm-wlm, openssh-server, pdsh)
-	@FULLTUNE_CLUSTER=required $(BIN)/python -m pytest -m cluster
+	@FULLTUNE_CLUSTER=required $(PYTEST) -m cluster
 
 test-cluster-short: $(STAMP) ## the shorter of them, skipped where no cluster can be started
-	@$(BIN)/python -m pytest -rs -m "cluster and not long"
+	@$(PYTEST) -rs -m "cluster and not long"
 
 test-faults: $(STAMP) ## long campaigns: kills, hangs, failing storage, damage; FULLTUNE_FAULT_SEED, FULLTUNE_FAULT_ROUNDS
-	@FULLTUNE_ALL_TESTS=1 $(BIN)/python -m pytest -m faults -s
+	@FULLTUNE_ALL_TESTS=1 $(PYTEST) -m faults -s
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(BIN)/ruff check .

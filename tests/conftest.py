@@ -1,12 +1,47 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the marks that follow from where a test is and what it is."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import examples
 import pytest
 import ssh_hosts
 from slurm_cluster import SlurmCluster, running_cluster, why_not
 from ssh_hosts import SshHosts
+
+CLUSTER = Path(__file__).parent / "cluster"
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of several processes that share the tests (pytest -n)."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that share the tests do not compute with all cores each."""
+    if is_worker(config):
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """tests/cluster is `cluster`; drawn examples are `long` where all of them are drawn; most of the rest is `unit`.
+
+    Tests with ranks stay with their file when several processes share the tests: its fixtures are dear.
+    """
+    for item in items:
+        if item.path.is_relative_to(CLUSTER):
+            item.add_marker("cluster")
+        if getattr(item.function, "is_hypothesis_test", False) and examples.IS_LONG:
+            item.add_marker("long")
+        if item.get_closest_marker("ranks"):
+            if is_worker(item.config):
+                item.add_marker(pytest.mark.xdist_group(item.path.name))
+        elif not any(item.get_closest_marker(name) for name in ("cluster", "faults", "long")):
+            item.add_marker("unit")
 
 
 @pytest.fixture(scope="session")

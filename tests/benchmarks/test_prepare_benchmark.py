@@ -20,6 +20,7 @@ SECONDS = ("pack_1e7_8k_seconds", "pack_1e7_128k_seconds", "repack_1e6_seconds",
            "gather_8192_microseconds", "seek_1e9_milliseconds")  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample data")
 def test_every_figure_of_a_small_run(tmp_path: Path) -> None:
     record = tmp_path / "record.md"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.long]
 NAMED = ("read_fraction", "load_vs_transformers", "load_extra_mb", "stall_s", "stall_vs_deepspeed",
          "bytes_per_parameter", "export_extra_mb", "export_vs_zero_to_fp32")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""benchmarks/stopping.py measures what it says: one case with all tests, all of it with the long ones."""
+"""benchmarks/stopping.py measures what it says: one case with the long tests, all of it with the campaigns."""
 
 import importlib.util
 import json
@@ -13,6 +13,7 @@ SCRIPT = ROOT / "benchmarks" / "stopping.py"
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_a_stop_is_measured_from_the_signal_to_the_commit(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("stopping", SCRIPT)
     assert spec is not None

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from slurm_cluster import SlurmCluster, running_cluster
 
-pytestmark = pytest.mark.cluster
-
 
 def is_running(pid: int) -> bool:
     try:

@@ -19,7 +19,6 @@ from ranks import ROOT
 from slurm_cluster import SlurmCluster
 from training_runs import metrics, run_file, state_bytes, wait_for_step
 
-pytestmark = pytest.mark.cluster
 # A step takes about a second, and a preemption comes within a few.
 STEPS, LONG_STEPS, ROWS = 20, 120, 12
 FIGURES = ("loss", "gradient_norm", "learning_rate", "tokens", "epoch")

@@ -19,7 +19,6 @@ from ssh_hosts import NOBODY, SshHosts, children_of
 
 from engine.ranks.heartbeat import page_path, read_page
 
-pytestmark = pytest.mark.cluster
 CPU = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 TWO = "h1 slots=1\nh2 slots=1\n"
 

@@ -52,7 +52,7 @@ def test_optional_packages_are_named_when_asked_for(tmp_path: Path) -> None:
 
 def test_make_alone_lists_every_target() -> None:
     listing = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "demo", "test", "test-unit", "lint", "clean"):
+    for target in ("setup", "demo", "test", "test-unit", "test-long", "test-faults", "test-cluster", "lint", "clean"):
         assert re.search(rf"^ *make {target} +\S", listing, re.MULTILINE), listing
 
 
@@ -73,7 +73,7 @@ def test_continuous_integration_fails_when_its_parts_fail(tmp_path: Path) -> Non
     (tmp_path / "launcher").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     shutil.copy(ROOT / "launcher" / "check_system.py", tmp_path / "launcher")
-    parts = ("lint", "test", "test-cluster-short")
+    parts = ("lint", "test", "test-long", "test-cluster-short")
     for failing in (*parts, None):
         rules = (f"{part}:\n\t@exit {5 if part == failing else 0}\n" for part in parts)
         (tmp_path / "Makefile").write_text("".join(rules))

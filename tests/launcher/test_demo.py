@@ -170,6 +170,7 @@ def test_demo_again_reuses_everything(small_demo: tuple[Path, str]) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_killed_rank_then_stop_on_request_then_the_rest(small_demo: tuple[Path, str], tmp_path: Path) -> None:
     """The real engine under the real command: 76 and its reason, then 75 with a checkpoint, then 0 from there."""
     folder, _ = small_demo

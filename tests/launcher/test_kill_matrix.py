@@ -16,7 +16,6 @@ TARGETS = ("launcher", "deepspeed", "rank-0", "rank-1")
 SIGNALS = ("KILL", "TERM", "INT", "USR1")
 SHORT = {
     ("KILL", "launcher", "step"), ("KILL", "deepspeed", "save"), ("KILL", "rank-1", "step"), ("TERM", "rank-0", "save"),
-    ("USR1", "launcher", "start"), ("INT", "rank-1", "step"),
 }  # fmt: skip
 
 

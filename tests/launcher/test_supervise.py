@@ -63,7 +63,7 @@ def test_stopped_within_a_step_it_goes_on_bit_by_bit(folder: Path) -> None:
 def test_before_the_time_limit_there_is_time_for_a_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end that a batch system has announced: the ranks stop as long before it as a save takes, which they measure."""
     run_file = make_run(folder, "limited", steps=10_000, checkpoint={"save_every_steps": 2})
-    end = int(time.time()) + 80
+    end = int(time.time()) + 60
     monkeypatch.setenv("FULLTUNE_END_TIME", str(end))
     with started(run_file, "slow slow_save") as run:
         code, output = run.wait()

@@ -106,7 +106,17 @@ def add_chat_template(tokenizer: Path, folder: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("name", CASES)
+#: One of each kind of file, shape and tokenizer; the others are much like one of them.
+ALWAYS = {
+    "sst2 train", "sst2 dev", "chnsenticorp", "clinc150 oos_val", "ag_news", "snli", "snli explanations", "stsb", "wnut17",
+    "up_english_ewt", "cmrc2018", "multi30k val", "scitldr", "csl_ts", "alpaca zh", "glaive", "reasoning with tools", "wiki",
+    "cluecorpussmall",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.long]) for name in CASES]
+)
 def test_every_sample_set_is_prepared_and_reconciles(name: str, tmp_path: Path) -> None:
     files, options, task, tokenizer, more, records = CASES[name]
     if task == "causal_lm":

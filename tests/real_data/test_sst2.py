@@ -17,6 +17,7 @@ from launcher.commands.export import export_run
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 @pytest.mark.skipif(not (SAMPLES / "classification" / "sst2").is_dir(), reason="no sample data here")
 def test_a_small_bert_with_random_weights_learns_sst2(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "sst2.py"), "--seeds", "3", "--work", str(tmp_path)]

@@ -26,9 +26,11 @@ from chat_templates import (
     talk,
     theirs,
     trained,
+    trl_cases,
     trl_templates,
 )
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -101,7 +103,7 @@ WORDS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.sampled_from(sorted(OWN)), st.lists(st.lists(WORDS, max_size=5).map("".join), min_size=1, max_size=8))
 def test_spans_are_those_of_prefix_renders_whatever_the_contents(name: str, contents: list[str]) -> None:
     contents = contents if len(contents) % 2 == 0 else [*contents[:-1], "x", "y"]
@@ -116,7 +118,7 @@ def test_spans_are_those_of_prefix_renders_whatever_the_contents(name: str, cont
 
 
 @pytest.mark.skipif(not trl_templates(), reason="needs TRL's chat templates")
-@pytest.mark.parametrize("path", trl_templates(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", trl_cases())
 def test_the_templates_of_real_models(path: Any) -> None:
     """Text, and the masks of templates with generation blocks, as transformers has them; answers trained in others."""
     template = path.read_text(encoding="utf-8")
@@ -295,7 +297,7 @@ def test_long_conversations_stay_linear() -> None:
 _MARKS = (marks.TURN, marks.START, marks.STOP)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.lists(st.sampled_from([*_MARKS, "a", "é", "", f"b{_MARKS[1]}c", f"{_MARKS[2]}d", f"x{_MARKS[1]}y{_MARKS[2]}z"])),
     st.integers(0, 3),

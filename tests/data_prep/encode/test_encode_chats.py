@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pytest
-from chat_templates import control_strings, trl_templates
+from chat_templates import control_strings, trl_cases, trl_templates
 from data_fixtures import SAMPLES, byte_level_folder, prepared, section, sentences, write_jsonl
 from transformers import AutoTokenizer
 
@@ -79,7 +79,7 @@ def documents(block: Block) -> list[tuple[list[int], list[int]]]:
     return [(one.tolist(), other.tolist()) for one, other in zip(ids, marks, strict=True)]
 
 
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", trl_cases())
 def test_ids_and_marks_are_those_of_transformers(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("gigatoken")
     template = path.read_text(encoding="utf-8")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 from data_fixtures import byte_level_folder
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from store_fixtures import SourceDocuments, make_store, random_documents, write_store
 
@@ -49,7 +50,7 @@ documents_of = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.lists(documents_of, min_size=1, max_size=3),
     st.integers(2, 24),
@@ -225,7 +226,7 @@ def test_weights_are_shares_of_tokens_in_whole_rows(tmp_path: Path) -> None:
     assert plain.digest != rows.digest
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 64), st.floats(1e-3, 1e3)), min_size=1, max_size=6))
 def test_shares_are_those_of_the_weights_to_less_than_a_row(drawn: list[tuple[int, int, float]]) -> None:
     rows = [count for count, _, _ in drawn]

@@ -4,7 +4,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.rows.pack import pack_rows, wrap_rows
@@ -39,7 +40,7 @@ def corpora(draw: st.DrawFn) -> tuple[int, list[int]]:
     return capacity, draw(st.lists(st.integers(1, capacity), max_size=120))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(corpora())
 def test_rows_hold_every_segment_once_and_equal_the_naive_algorithm(corpus: tuple[int, list[int]]) -> None:
     capacity, lengths = corpus
@@ -69,7 +70,7 @@ def test_equal_lengths_take_documents_in_store_order() -> None:
     assert ends.tolist() == [2, 4, 5]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(2, 20), st.data())
 def test_wrap_is_one_stream_cut_where_rows_are_full(lengths: list[int], row_tokens: int, data: st.DataObject) -> None:
     filled = data.draw(st.integers(0, row_tokens - 1))

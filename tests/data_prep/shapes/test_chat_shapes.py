@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from shape_fixtures import HI, example, recognised, record, refusal, turns
 
@@ -148,7 +149,7 @@ def test_faulty_conversations(value: dict[str, Any], words: str) -> None:
 near_turns = st.lists(st.fixed_dictionaries({"role": st.sampled_from(sorted(ROLES)), "content": st.sampled_from(["a", "é", "", " ", "\ud83d"])}), min_size=1, max_size=3)  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(near_turns, st.booleans())
 def test_the_short_way_says_what_the_careful_one_would(found: list[dict[str, Any]], sharegpt: bool) -> None:
     keys = {"role": "from", "content": "value"} if sharegpt else {"role": "role", "content": "content"}

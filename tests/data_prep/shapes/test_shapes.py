@@ -7,7 +7,8 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from shape_fixtures import HI, SHAPES_OF, example, recognised, record, records, refusal, turns
 
@@ -351,7 +352,7 @@ SHAPES = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(objects, st.lists(objects, max_size=2), st.sampled_from(sorted(SHAPES_OF)))
 def test_any_objects_are_read_or_refused_in_one_line(
     value: dict[str, Any], others: list[dict[str, Any]], task: str

@@ -5,7 +5,8 @@ import io
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import example, given, settings
+from examples import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_prep.errors import BadDataError
@@ -34,7 +35,7 @@ CELLS = st.text(st.sampled_from('a",\n \té'), max_size=6)
 ROWS = st.lists(st.lists(CELLS, min_size=2, max_size=3), max_size=12)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(ROWS, st.sampled_from([CSV, TSV]), st.sampled_from(["\n", "\r\n"]), st.integers(1, 20), st.integers(1, 60))
 def test_written_rows_come_back(rows: list[list[str]], dialect: Dialect, end: str, size: int, span_bytes: int) -> None:
     stream = io.StringIO()
@@ -48,7 +49,7 @@ def test_written_rows_come_back(rows: list[list[str]], dialect: Dialect, end: st
         lines += 1 + sum(cell.count("\n") for cell in row)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @example('5" pipe,a\n"b\nc\nd",e\n', 1, 1)  # a quote in the middle of a field opens none
 @example('5",""a\n"b\nc\nd",e\n', 7, 1)
 @example('"a""\nb""","c"\n' * 3, 4, 1)
@@ -68,7 +69,7 @@ def test_any_text_gives_what_the_csv_module_gives(text: str, size: int, span_byt
     assert found == wanted
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.text(st.sampled_from('a"\t é'), max_size=8), max_size=20), st.integers(1, 20), st.integers(1, 60))
 def test_without_quoting_a_quote_is_a_character(lines: list[str], size: int, span_bytes: int) -> None:
     found = rows_by_spans("\n".join(lines).encode(), PLAIN_TSV, size, span_bytes)

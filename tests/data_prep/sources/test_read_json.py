@@ -6,7 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import BadDataError, DataConfigError
@@ -40,7 +41,7 @@ def streamed(content: bytes, size: int, key: str | None = None, **more: Any) -> 
     return list(stream_json(pieces(content, size), "a.json", key, more.get("columns")))
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(RECORDS, INDENTS, st.booleans(), st.integers(1, 40), st.integers(1, 200))
 def test_arrays_are_cut_where_a_parser_would(
     values: list[dict[str, Any]], indent: int | None, ascii_only: bool, size: int, span_bytes: int
@@ -52,7 +53,7 @@ def test_arrays_are_cut_where_a_parser_would(
         assert [record.where for record in found] == [f"a.json: item {record.line}" for record in found]
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     st.dictionaries(TEXTS, RECORDS, min_size=1, max_size=4), VALUES, INDENTS, st.integers(1, 40), st.integers(1, 200)
 )
@@ -67,10 +68,10 @@ def test_objects_of_splits(
 
 
 def test_spans_are_many_and_do_not_depend_on_blocks() -> None:
-    content = json.dumps([{"text": "x" * (number % 50), "n": number} for number in range(2000)]).encode()
-    spans = cut_json(pieces(content, 1 << 20), "a.json", None, 1000)
+    content = json.dumps([{"text": "x" * (number % 50), "n": number} for number in range(400)]).encode()
+    spans = cut_json(pieces(content, 1 << 20), "a.json", None, 200)
     assert len(spans) > 50
-    assert [cut_json(pieces(content, size), "a.json", None, 1000) for size in (1, 777)] == [spans, spans]
+    assert [cut_json(pieces(content, size), "a.json", None, 200) for size in (1, 777)] == [spans, spans]
     assert all(a.stop == b.start for a, b in pairwise(spans))
 
 
@@ -138,6 +139,7 @@ def test_arrays_that_are_not_there(content: bytes, key: str | None, words: str) 
 @pytest.mark.parametrize("size", [3, 1 << 20])
 def test_faults_name_the_item(content: bytes, words: str, size: int) -> None:
     key = "a" if content.startswith(b'{"a": [') else None
+    size = max(size, len(content) // 1000)  # a thousand blocks are many enough
     for read in (lambda: by_spans(content, size, 1, key), lambda: streamed(content, size, key)):
         with pytest.raises(BadDataError) as caught:
             read()

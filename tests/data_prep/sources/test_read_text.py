@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.config import SourceConfig
@@ -75,7 +76,7 @@ def test_records_are_small_tuples(tmp_path: Path) -> None:
     assert (value, where, line) == ({"text": "a"}, "a.txt:1", 1)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     st.lists(
         st.sampled_from(["a", "b c", " indented", "", " ", "\t", "\u3000", "\x1c", "漢", "x\r", "\r", "é "]),

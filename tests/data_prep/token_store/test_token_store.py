@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from repository import ROOT
 from store_fixtures import SourceDocuments, make_store, random_documents
@@ -55,7 +56,7 @@ def test_documents_and_marks_are_those_that_were_written(made: dict[str, Any]) -
     assert [store.source_of(document) for document in (0, 89, 90, 149)] == [0, 0, 1, 1]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.data())
 def test_gathered_pieces_are_the_tokens_one_after_the_other(made: dict[str, Any], data: st.DataObject) -> None:
     store: TokenStore = made["store"]
@@ -75,7 +76,7 @@ def test_gathered_pieces_are_the_tokens_one_after_the_other(made: dict[str, Any]
     assert list(zip(ids.tolist(), marks.tolist(), strict=True)) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.booleans(), min_size=1, max_size=90), st.data())
 def test_counted_bits_are_those_of_the_ranges(bits: list[bool], data: st.DataObject) -> None:
     borders = sorted(data.draw(st.lists(st.integers(0, len(bits)), min_size=2, max_size=9)))
@@ -456,7 +457,7 @@ def test_a_truncated_file_does_not_kill_the_process(copy: Path) -> None:
         assert f"{name}: was cut off while it was in use" in done.stdout
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.lists(st.booleans(), min_size=1), max_size=5)), max_size=12))
 def test_bits_of_blocks_are_bits_of_the_whole(given: list[tuple[bool, list[list[bool]]]]) -> None:
     blocks = []

@@ -23,12 +23,12 @@ from faults import (
     SPOILS,
     Job,
     expected_rows,
-    fault_library,
     final_state,
     metrics,
     rows_hash,
     small_file_system,
     spoil,
+    start_with_faults,
     steps_done,
     write_run_file,
 )
@@ -122,7 +122,7 @@ def kill_somewhere(draw: random.Random, job: Job, how: str, seconds: float) -> s
     """Wait for the death of `start_to_be_killed`, or kill: one rank, all, the launcher; says who died."""
     started = time.monotonic()
     moment = draw.uniform(0, seconds) if how == "at a time" else 600.0
-    while time.monotonic() - started < moment and all(process.poll() is None for process in job.processes):
+    while time.monotonic() - started < moment and job.is_whole:
         time.sleep(0.01)
     if not job.runs:
         return "nobody"
@@ -163,7 +163,7 @@ def test_killed_inside_saves_and_started_again_is_bit_equal(folder: Path, golden
         ("rename KILL 0 1 checkpoints/step-00000007", 6),
     ):
         job = Job(run_file, 2, rule + "\n")
-        while all(process.poll() is None for process in job.processes):
+        while job.is_whole:
             time.sleep(0.02)
         job.end(grace_seconds=2)
         assert len(job.injected) == 1, job.output
@@ -192,8 +192,12 @@ def test_kill_campaign(folder: Path, golden: Path, number: int) -> None:
 
 def run_cuts(folder: Path, scenario: str, every: str, some: str = "") -> dict[str, Any]:
     """What tests/support/workers/faults_worker.py saw; see there."""
-    environment = {"LD_PRELOAD": str(fault_library()), "FAULTS_LOG": str(folder / "log")}
-    run_ranks(1, WORKER, folder, "cuts", scenario, every, some, environment=environment)
+    (folder / "rules").touch()  # the worker makes its own
+    ranks = start_with_faults(
+        1, WORKER, folder, "cuts", scenario, every, some, rules=folder / "rules", log=folder / "log"
+    )
+    output = ranks.wait()
+    assert ranks.codes == [0], output
     return dict(json.loads((folder / "cuts.json").read_text()))
 
 

@@ -54,11 +54,11 @@ def straight(folder: Path) -> Path:
 
 def test_killed_at_any_moment_and_started_again_is_bit_equal(folder: Path, straight: Path) -> None:
     path = run_file(folder, "killed", export={"at_end": True, "every_steps": SAVE_EVERY, "keep": 1})
-    process = start_ranks(2, "-m", "engine", str(path))
+    ranks = start_ranks(2, "-m", "engine", path)
     wait_for_step(folder / "killed", 6)
     kill_ranks(folder / "killed", signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    ranks.wait(120)
+    assert ranks.codes == [-signal.SIGKILL] * 2
     # What a kill between writing a hint and renaming it leaves; it must not be in the way of the next save.
     (folder / "killed" / "checkpoints" / ".tmp-latest-0badcafe").write_text("step-00000004")
     output = run_ranks(2, "-m", "engine", str(path))
@@ -98,12 +98,13 @@ def check_exports(run_dir: Path, output: str) -> None:
 def test_stopping_commits_and_another_number_of_ranks_goes_on(folder: Path, straight: Path) -> None:
     """SIGTERM to one rank only: all stop together with 75. Then one rank takes over from two."""
     path = run_file(folder, "moved", evaluation={"eval_every_steps": 1})
-    process = start_ranks(2, "-m", "engine", str(path))
+    ranks = start_ranks(2, "-m", "engine", path)
     wait_for_step(folder / "moved", 2)
     records = sorted((folder / "moved" / "ranks").glob("rank-*.json"))
     (folder / "moved" / "ranks" / records[0].name).rename(folder / "rank-0-record.json")
     kill_ranks(folder / "moved", signal.SIGTERM)
-    process.communicate(timeout=120)
+    ranks.wait(120)
+    assert ranks.codes == [75, 75]
     exits = [json.loads(file.read_text()) for file in (folder / "moved" / "ranks").glob("exit-*.json")]
     assert {record["code"] for record in exits} == {75}
     assert len(exits) == 2
@@ -153,7 +154,7 @@ def test_a_finished_run_has_nothing_to_do_and_a_changed_seed_is_refused(folder: 
     before = (straight / "metrics.jsonl").read_text()
     run_yaml = (straight / "run.yaml").read_text()
     changed = run_file(folder, "straight", seed=4)
-    output = run_ranks(1, "-m", "engine", str(changed), expected_code=65)
+    output = run_ranks(1, "-m", "engine", str(changed), expected_codes=(65,))
     assert "seed was 3 and is 4 now" in output
     assert (straight / "run.yaml").read_text() == run_yaml
     assert (straight / "metrics.jsonl").read_text() == before

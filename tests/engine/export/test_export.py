@@ -263,7 +263,7 @@ def large_checkpoint(run_dir: Path, layers: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, dtype: str) -> None:
     """Models of 200 and 400 MB in fp32, exported by processes of their own: the same few chunks at a time."""
     peaks = []

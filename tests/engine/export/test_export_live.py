@@ -1,13 +1,14 @@
 """Exports written by all ranks from the live state: the same bytes as the export of a checkpoint, or nothing at all."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from export_worker import FAMILIES, SHARD_BYTES
-from ranks import run_ranks
+from ranks import run_ranks, start_ranks
 from repository import WORKERS
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
@@ -101,7 +102,9 @@ def test_a_family_of_another_layout_is_left_to_the_checkpoint(failed: tuple[Path
 
 
 def test_a_killed_export_is_not_there_and_a_later_one_is(tmp_path: Path) -> None:
-    run_ranks(2, WORKER, str(tmp_path), "killed", expected_code=1)
+    ranks = start_ranks(2, WORKER, tmp_path, "killed")
+    output = ranks.wait()
+    assert ranks.codes[1] == -signal.SIGKILL, output
     assert not (tmp_path / "export").exists()
     assert list(tmp_path.glob(".tmp-export-*"))
     run_ranks(2, WORKER, str(tmp_path), "later")

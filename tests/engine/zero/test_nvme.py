@@ -152,10 +152,10 @@ def test_a_killed_run_goes_on_and_leaves_nothing(disk: Path) -> None:
     }  # fmt: skip
     run_ranks(2, "-m", "engine", run_file(disk, "memory-run", **{**common, "deepspeed": "zero3_offload"}))
     killed = run_file(disk, "killed-run", **common)
-    process = start_ranks(2, "-m", "engine", str(killed))
+    ranks = start_ranks(2, "-m", "engine", killed)
     wait_for_step(disk / "killed-run", 3)
     kill_ranks(disk / "killed-run", signal.SIGKILL)
-    process.communicate(timeout=120)
+    ranks.wait(120)
     (left,) = swap.iterdir()
     assert left.name.endswith("-1")
     assert len(list(left.rglob("*.swp"))) > 4

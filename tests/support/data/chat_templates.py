@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_prep.chat.format import ChatFormat, Rendered
@@ -96,6 +97,21 @@ def trl_templates() -> list[Path]:
     found = importlib.util.find_spec("trl")
     places = found.submodule_search_locations if found else None
     return sorted(Path(places[0], "chat_templates").glob("*.jinja")) if places else []
+
+
+#: TRL keeps several versions of these families; the others of a family differ from the one that always runs in words.
+_OTHER_VERSIONS = re.compile(
+    r"(diffusion_gemma|gemma4|gemma4_v[234]|lfm2_2_5(_v2)?|lfm2|nemotron_3_(5_lightning|super|ultra)"
+    r"|qwen3_(5_think|5_nothink|6|instruct_2507))(_training)?"
+)
+
+
+def trl_cases() -> list[Any]:
+    """All of them for `parametrize`; those that are much like another one are `long`."""
+    return [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] if _OTHER_VERSIONS.fullmatch(path.stem) else [])
+        for path in trl_templates()
+    ]
 
 
 def control_strings(template: str) -> list[str]:

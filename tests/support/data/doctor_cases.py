@@ -4,6 +4,8 @@ Every fault is real: a limit that is set, a file system that is full, a port tha
 put words before the command (`unshare`, `prlimit`, `setpriv`), change the environment, or the run.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,8 +21,11 @@ from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
 
+import pytest
 from data_fixtures import byte_level_folder
 from repository import ROOT
+
+from launcher.cli import main
 
 # Without these even root obeys permissions and limits on locked memory.
 PLAIN_USER = ("setpriv", "--inh-caps=-all", "--bounding-set=-all", "--")
@@ -49,20 +54,15 @@ class Setting:
     before: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def is_special(self) -> bool:
+        """Whether the command needs a process of its own: other limits, file systems or variables."""
+        return bool(self.before or self.environment)
+
     def run(self) -> "tuple[int, list[dict[str, Any]]]":
         """`fulltune doctor --json`: its exit code and what it found."""
-        command = [
-            *self.before,
-            sys.executable,
-            "-m",
-            "launcher.cli",
-            "doctor",
-            "--json",
-            "--wait-seconds",
-            "60",
-            *self.words,
-        ]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | self.environment
+        command = [*self.before, sys.executable, "-m", "launcher.cli", *self._arguments()]
+        environment = os.environ | self._variables() | self.environment
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -70,6 +70,21 @@ class Setting:
         found = json.loads(done.stdout)
         assert found["exit_code"] == done.returncode
         return done.returncode, found["findings"]
+
+    def run_here(self) -> "tuple[int, list[dict[str, Any]]]":
+        """The same in this process, which is quicker."""
+        printed = io.StringIO()
+        with contextlib.chdir(self.folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            for name, value in self._variables().items():
+                patch.setenv(name, value)
+            code = main(self._arguments())
+        return code, json.loads(printed.getvalue())["findings"]
+
+    def _arguments(self) -> list[str]:
+        return ["doctor", "--json", "--wait-seconds", "60", *self.words]
+
+    def _variables(self) -> dict[str, str]:
+        return {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 
     def mount(self, where: str, options: str, kind: str = "tmpfs") -> None:
         """A file system that only the command sees, on a folder that is made for it."""

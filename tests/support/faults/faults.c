@@ -1,6 +1,7 @@
 /* Makes a storage call of a program fail, tear, stop or be its last one. For LD_PRELOAD.
  *
- * Rules, one a line, come from the file that FAULTS_RULES names, or from faults_arm():
+ * Rules, one a line, come from the file that FAULTS_RULES names (read at the start and by faults_read()), or from
+ * faults_arm():
  *     CALL ACTION RANK NTH PART
  * CALL: write fsync rename mkdir unlink rmdir create ftruncate, or any. ACTION: an errno as a number,
  * or KILL, TORN (half of a write, then KILL), SHORT (half of a write), STOP, LOG. RANK: that of the
@@ -57,11 +58,13 @@ void faults_arm(const char *line)
     add_rule(line);
 }
 
-__attribute__((constructor)) static void read_rules(void)
+/* Replace all rules by those of the file that FAULTS_RULES names now. */
+__attribute__((constructor)) void faults_read(void)
 {
     const char *path = getenv("FAULTS_RULES");
     FILE *file = path ? fopen(path, "r") : NULL;
     char line[512];
+    num_rules = 0;
     while (file && fgets(line, sizeof line, file))
         add_rule(line);
     if (file)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import xxhash
 from data_fixtures import byte_level_folder, sentences, write_jsonl
-from ranks import ROOT, free_port, rank_environment
+from ranks import ROOT, RankParent, Ranks, free_port, rank_environment, rank_parent
 from repository import SUPPORT
 from safetensors import safe_open
 
@@ -52,6 +52,17 @@ def fault_library() -> Path:
     source = SUPPORT / "faults" / "faults.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(path), str(source), "-ldl"], check=True)
     return path
+
+
+@functools.cache
+def _fault_parent() -> RankParent:
+    return RankParent(LD_PRELOAD=str(fault_library()))
+
+
+def start_with_faults(world_size: int, *program: str | Path, rules: Path, log: Path) -> Ranks:
+    """Ranks whose storage calls go through the library: what `rules` says is done to them and written into `log`."""
+    names = {"LD_PRELOAD": str(fault_library()), "FAULTS_RULES": str(rules), "FAULTS_LOG": str(log)}
+    return _fault_parent().start(world_size, *program, together=False, **names)
 
 
 @contextlib.contextmanager
@@ -102,49 +113,26 @@ def write_run_file(folder: Path, name: str, **changes: Any) -> Path:
 
 
 class Job:
-    """A training run's ranks, started as `srun` would, or by torch's launcher. Output goes into a file."""
+    """A training run's ranks, started as `srun` would, or by torch's launcher."""
 
     def __init__(
         self, run_file: Path, world_size: int, rules: str = "", launcher: bool = False, program: tuple[str, ...] = ()
     ):
-        self._run_file = run_file
-        self._children: set[int] = set()
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=run_file.parent))
-        self.log, self._output = folder / "faults.log", folder / "output.txt"
-        environment = rank_environment(world_size) | {"OMP_NUM_THREADS": "1"}
-        if rules:
-            (folder / "rules").write_text(rules)
-            environment |= {
-                "LD_PRELOAD": str(fault_library()), "FAULTS_RULES": str(folder / "rules"), "FAULTS_LOG": str(self.log),
-            }  # fmt: skip
-        engine = [*(program or ("-m", "engine")), str(run_file)]
-        port = self._port = str(free_port())
+        self.log = folder / "faults.log"
+        words = [*(program or ("-m", "engine")), str(run_file)]
+        self._ranks: Ranks | TorchRanks
         if launcher:
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size),
-                "--master-addr", "127.0.0.1", "--master-port", port, *engine,
-            ]  # fmt: skip
-            self.processes = [self._start(command, environment)]
-            return
-        self.processes = [
-            self._start(
-                [sys.executable, *engine],
-                environment
-                | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                    "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                },
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-
-    def _start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        with self._output.open("ab") as output:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            self._ranks = TorchRanks(run_file, world_size, words, folder / "output.txt")
+        elif rules:
+            (folder / "rules").write_text(rules)
+            self._ranks = start_with_faults(world_size, *words, rules=folder / "rules", log=self.log)
+        else:
+            self._ranks = rank_parent().start(world_size, *words, together=False)
 
     @property
     def output(self) -> str:
-        return self._output.read_text(errors="replace")
+        return self._ranks.output
 
     @property
     def injected(self) -> list[list[str]]:
@@ -153,22 +141,17 @@ class Job:
 
     @property
     def runs(self) -> bool:
-        return any(process.poll() is None for process in self.processes)
+        """Whether any of its processes still does."""
+        return bool(self.pids())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether none of its processes has ended yet."""
+        return set(self.pids()) >= set(self._ranks.pids)
 
     def pids(self) -> list[int]:
-        """Its living processes, a launcher's children included, also when it has left them; started ones first."""
-        for parent in [process.pid for process in self.processes]:
-            with contextlib.suppress(OSError):
-                for task in Path(f"/proc/{parent}/task").iterdir():
-                    self._children |= {int(child) for child in (task / "children").read_text().split()}
-        started = [process.pid for process in self.processes if process.poll() is None]
-        return started + sorted(pid for pid in self._children if self._is_ours(pid))
-
-    def _is_ours(self, pid: int) -> bool:
-        try:  # empty for one that has ended and waits to be collected
-            return str(self._run_file).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            return False
+        """Its living processes; a launcher's children included, also when it has left them, after itself."""
+        return [pid for pid in self._ranks.all_pids() if is_alive(pid)]
 
     def kill(self, pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
         for pid in pids:
@@ -177,25 +160,77 @@ class Job:
 
     def wait(self, timeout_seconds: float = 400) -> list[int]:
         """The exit codes; AssertionError with the output when it does not end."""
-        deadline = time.monotonic() + timeout_seconds
-        for process in self.processes:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self.end()
-                raise AssertionError(f"did not end in {timeout_seconds} s:\n{self.output[-4000:]}") from None
-        return [process.returncode for process in self.processes]
+        self._ranks.wait(timeout_seconds)
+        return self._ranks.codes
 
     def end(self, grace_seconds: float = 0) -> None:
         """Kill what is left, at once or after some time to leave by itself, as a scheduler does."""
         deadline = time.monotonic() + grace_seconds
-        while time.monotonic() < deadline and self.pids():
+        while time.monotonic() < deadline and self.runs:
             time.sleep(0.05)
-        while self.pids():
-            self.kill(self.pids())
+        self._ranks.end()
+
+
+class TorchRanks:
+    """Ranks under torch's own launcher, a real process with its own children."""
+
+    def __init__(self, run_file: Path, world_size: int, words: list[str], output: Path):
+        self._run_file, self._output = run_file, output
+        self._port = str(free_port())
+        self._children: set[int] = set()
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size),
+            "--master-addr", "127.0.0.1", "--master-port", self._port, *words,
+        ]  # fmt: skip
+        environment = rank_environment(world_size)
+        with output.open("ab") as file:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        self.pids = [self._process.pid]
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    @property
+    def codes(self) -> list[int]:
+        return [self._process.returncode]
+
+    def all_pids(self) -> list[int]:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{self._process.pid}/task").iterdir():
+                self._children |= {int(child) for child in (task / "children").read_text().split()}
+        self._process.poll()
+        return [self._process.pid, *sorted(pid for pid in self._children if self._is_ours(pid))]
+
+    def _is_ours(self, pid: int) -> bool:
+        try:  # empty for one that has ended and waits to be collected
+            return str(self._run_file).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+    def wait(self, timeout_seconds: float) -> None:
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"did not end in {timeout_seconds} s:\n{self.output[-4000:]}") from None
+
+    def end(self) -> None:
+        while left := [pid for pid in self.all_pids() if is_alive(pid)]:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         for segment in Path("/dev/shm").glob(f"deepspeed_*_{self._port}_*"):
             segment.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, and it does not only wait to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def steps_done(run_dir: Path) -> int:
