@@ -15,9 +15,8 @@ from engine.arithmetic import is_hub_name
 from engine.batches import Batch
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
-from engine.model.attention import PACKED_ATTENTION, register_packed_attention
+from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
-from engine.model.isolation import check_isolation
 from engine.model.model_files import read_model_files
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension

@@ -28,7 +28,7 @@ from launcher.job.hosts import Node, is_host_name
 from launcher.job.job import Job, free_port
 from launcher.job.records import RankExit, clear_records, read_exits, read_starts
 from launcher.ssh.mailbox import killed_path
-from launcher.supervision.explain import explain_end
+from launcher.supervision.run import explain_end
 from launcher.supervision.supervisor import Stop, Supervision, liveness
 
 _ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]*")

@@ -24,7 +24,7 @@ ROOMS = {
     "launcher": "cli commands doctor start batch supervision ssh job check_system recipes",
     "engine": (
         "__main__ setup deepspeed_import train evaluate export run_folder run_file step checkpoint zero run_log goodput ranks model"
-        " schedule config tasks batches tensor_files file_modes arithmetic secrets_in_text errors"
+        " config tasks batches tensor_files file_modes arithmetic secrets_in_text errors"
     ),
     "data_prep": (
         "prepare inspect pipeline tasks encode chat shapes tokenizer rows token_store sources progress config errors"
@@ -33,7 +33,7 @@ ROOMS = {
 TORCH_FREE = (
     "launcher.cli", "launcher.job.job", "launcher.start.dry_run", "launcher.start.start", "launcher.commands.export", "launcher.commands.generate",
     "launcher.commands.demo", "launcher.job.records", "launcher.commands.doctor", "launcher.doctor.node_facts", "engine.config", "engine.zero.ds_config", "engine.run_file", "engine.zero.prebuild",
-    "engine.errors", "engine.arithmetic", "engine.schedule", "data_prep.config", "data_prep.token_store",
+    "engine.errors", "engine.arithmetic", "engine.arithmetic", "data_prep.config", "data_prep.token_store",
 )  # fmt: skip
 
 
