@@ -20,7 +20,7 @@ from engine.errors import FulltuneError
 from engine.ranks.distributed import Ranks, leave, start_ranks
 from engine.zero.prebuild import load_ops_once
 from launcher.batch.rank_parent import rank_environment
-from launcher.doctor.device_figures import FIGURES
+from launcher.doctor.measure import FIGURES
 from launcher.doctor.node_facts import send
 
 _REPEATS = 5

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from doctor_cases import ROOT, make_setting
 
-from launcher.doctor.device_figures import FIGURES, known_gpu, reference
-from launcher.doctor.measure import collect, compare
+from launcher.doctor.measure import FIGURES, collect, compare, known_gpu, reference
 from launcher.job.hosts import Node
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "pcie.link.gen.max": "5", "pcie.link.width.max": "16"}
