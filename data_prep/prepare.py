@@ -80,6 +80,8 @@ def prepare(
 
 def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
     """Open the tokenizer and check that it goes with the task and the settings. Raises PreparationError."""
+    if task not in TASKS:
+        raise DataConfigError(f"task {task} is none of {', '.join(TASKS)}")
     tokenizer = open_tokenizer(config.tokenizer)
     run = Preparation(config, TASKS[task], tokenizer, _chat_template(config, tokenizer, TASKS[task]), progress)
     _check_task(run)

@@ -86,8 +86,10 @@ def open_rows(store: "TokenStore", row_tokens: int) -> Rows:
         hashes = [files[f"rows_{name}.npy"]["xxh3_128"] for name in ROW_COLUMNS]
     except (KeyError, TypeError) as error:
         raise StoreError(f"{store.path / MANIFEST_NAME}: lacks or garbles {error}") from error
-    documents, starts, lengths = (store._load(f"rows_{name}", num_segments, INDEX_TYPES) for name in ROW_COLUMNS[:3])
-    row_ends, row_targets = (store._load(f"rows_{name}", num_rows, INDEX_TYPES) for name in ROW_COLUMNS[3:])
+    documents, starts, lengths = (
+        store.load_array(f"rows_{name}", num_segments, INDEX_TYPES) for name in ROW_COLUMNS[:3]
+    )
+    row_ends, row_targets = (store.load_array(f"rows_{name}", num_rows, INDEX_TYPES) for name in ROW_COLUMNS[3:])
     mixture = [(source.first_row, source.num_rows, source.rows_per_epoch) for source in sources]
     digest = hashlib.sha256(json.dumps([store.digest, row_tokens, *hashes, mixture]).encode()).hexdigest()
     rows = Rows(row_tokens, documents, starts, lengths, row_ends, row_targets, sources, digest)

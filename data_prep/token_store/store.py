@@ -66,11 +66,11 @@ class TokenStore:
         self.ledger: Mapping[str, Any] = manifest["ledger"]
         self.tokenizer_dir: Path = path / "tokenizer"
         self._files: dict[str, MappedFile] = {}
-        self._input_ids = self._load("input_ids", self.num_tokens, ID_TYPES)
-        self._ends = self._load("document_ends", self.num_documents, INDEX_TYPES)
-        self._lines = self._load("document_lines", self.num_documents, INDEX_TYPES)
+        self._input_ids = self.load_array("input_ids", self.num_tokens, ID_TYPES)
+        self._ends = self.load_array("document_ends", self.num_documents, INDEX_TYPES)
+        self._lines = self.load_array("document_lines", self.num_documents, INDEX_TYPES)
         has_marks = "targets.npy" in manifest["files"]
-        self._marks = self._load("targets", -(-self.num_tokens // 8), ("uint8",)) if has_marks else None
+        self._marks = self.load_array("targets", -(-self.num_tokens // 8), ("uint8",)) if has_marks else None
         self._source_firsts = np.array(
             [whole_number(source, "first_document") for source in manifest["sources"]], np.int64
         )
@@ -96,7 +96,7 @@ class TokenStore:
             raise StoreError(f"{path / 'document_ends.npy'}: does not end with the last token: damaged")
         return store
 
-    def _load(self, name: str, length: int | None, kinds: tuple[str, ...]) -> np.ndarray:
+    def load_array(self, name: str, length: int | None, kinds: tuple[str, ...]) -> np.ndarray:
         """The array of ``name.npy``, mapped: `length` values (None: however many) of one of the types `kinds`."""
         file = self._files.get(name)
         if file is None:
@@ -278,20 +278,20 @@ class TokenStore:
     def column(self, name: str) -> np.ndarray:
         """A task's column with one value a document, over the whole split: for example ``labels`` (int32)."""
         self._require_column(name, "document")
-        return self._load(name, self.num_documents, VALUE_TYPES)
+        return self.load_array(name, self.num_documents, VALUE_TYPES)
 
     def token_column(self, name: str, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Values [stop - start] of a column with one value a token: for example ``tags``. A view of the file."""
         self._require_column(name, "token")
         first, last = self._bounds(document, start, stop)
-        return self._load(name, self.num_tokens, VALUE_TYPES)[first:last]
+        return self.load_array(name, self.num_tokens, VALUE_TYPES)[first:last]
 
     def ragged(self, name: str, document: int) -> np.ndarray:
         """One document's values of a column that has any number of them: for example the places of its answers."""
         self._require_column(name, "ragged")
         assert 0 <= document < self.num_documents, f"document {document} of {self.num_documents}"
-        values = self._load(name, None, VALUE_TYPES)
-        ends = self._load(f"{name}_ends", self.num_documents, INDEX_TYPES)
+        values = self.load_array(name, None, VALUE_TYPES)
+        ends = self.load_array(f"{name}_ends", self.num_documents, INDEX_TYPES)
         first, last = int(ends[document - 1]) if document else 0, int(ends[document])
         if not 0 <= first <= last <= len(values):
             raise StoreError(f"{self.path / name}_ends.npy: reaches outside the column: damaged; {ADVICE}")
@@ -300,12 +300,12 @@ class TokenStore:
     def values(self, name: str) -> np.ndarray:
         """All stored values of a column, whatever they belong to. A view of the file."""
         self._require_column(name)
-        return self._load(name, None, VALUE_TYPES)
+        return self.load_array(name, None, VALUE_TYPES)
 
     def ragged_lengths(self, name: str, first: int = 0, stop: int | None = None) -> np.ndarray:
         """int64 [stop - first]: how many values of a ragged column each document has."""
         self._require_column(name, "ragged")
-        ends = self._load(f"{name}_ends", self.num_documents, INDEX_TYPES)
+        ends = self.load_array(f"{name}_ends", self.num_documents, INDEX_TYPES)
         before = int(ends[first - 1]) if first else 0
         lengths: np.ndarray = np.diff(ends[first:stop].astype(np.int64), prepend=before)
         return lengths

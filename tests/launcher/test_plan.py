@@ -14,6 +14,7 @@ from repository import ROOT
 from safetensors.numpy import save_file
 
 from engine.errors import ConfigError, MissingInputError
+from engine.tasks import TASKS
 from launcher.job.hosts import Node, filter_nodes, read_hostfile
 from launcher.job.run_config import load_run
 from launcher.start.dry_run import count_parameters, describe_plan
@@ -181,5 +182,6 @@ def test_every_recipe_is_a_valid_run_file(recipe: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_there_are_recipes_for_both_tasks() -> None:
-    assert {path.stem for path in RECIPES} >= {"pretrain", "sft", "classify"}
+def test_there_is_a_recipe_for_each_task() -> None:
+    assert {path.stem for path in RECIPES} >= {"pretrain", "sft", "classify", "tag"}
+    assert {load_run(path, []).config.task for path in RECIPES} == set(TASKS)

@@ -17,7 +17,7 @@ from engine.tasks.task import DocumentResult, document_results, mean_loss
 
 register_packed_attention()
 SIZES = ("1", "3", "100", "60")  # rows of a micro-batch; the last in tokens
-FAMILIES = ("llama", "bert")
+FAMILIES = ("llama", "bert", "bert_tags")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,22 @@ def test_held_out_accuracy_and_f1_are_exact(evaluations: dict[int, dict[str, Any
     confusion = np.zeros((3, 3), dtype=int)
     np.add.at(confusion, (store.labels, predicted), 1)
     assert figures["accuracy"] == pytest.approx(float((store.labels == predicted).mean()))
+    assert figures["macro_f1"] == pytest.approx(macro_f1(confusion))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [*SIZES, "sources"])
+def test_held_out_accuracy_and_f1_over_tags_are_exact(evaluations: dict[int, dict[str, Any]], size: str) -> None:
+    figures = evaluations[2]["bert_tags"][size]
+    store, _ = memory_store("token_classification")
+    model = make_model("bert_tags", packed=False).eval()
+    confusion = np.zeros((3, 3), dtype=int)
+    with torch.no_grad():
+        for ids, tags in zip(store.documents, store.tags, strict=True):
+            predicted = model(torch.from_numpy(ids)[None]).logits[0].argmax(-1).numpy()
+            np.add.at(confusion, (tags[tags >= 0], predicted[tags >= 0]), 1)
+    assert confusion.sum() == figures["targets"] > 100
+    assert figures["accuracy"] == pytest.approx(np.trace(confusion) / confusion.sum())
     assert figures["macro_f1"] == pytest.approx(macro_f1(confusion))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence_cases import make_model, memory_store
+from equivalence_cases import make_model, memory_store, task_of
 
 from engine.errors import DataError
 from engine.model.attention import register_packed_attention
@@ -83,10 +83,10 @@ def test_the_output_layer_sees_targets_only() -> None:
     assert not values["losses"].requires_grad
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", ["llama", "bert", "bert_tags", "llama_tags"])
 def test_a_filler_batch_costs_nothing_and_reaches_every_parameter(family: str) -> None:
     """ZeRO needs every rank in every collective; a rank without rows must add exactly nothing."""
-    task = TASKS["causal_lm" if family == "llama" else "sequence_classification"]
+    task = TASKS[task_of(family)]
     model = make_model(family, packed=task.packs)
     store, index = memory_store(task.name)
     loss_sum, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2))
@@ -105,6 +105,27 @@ def test_classification_loss_and_predictions() -> None:
     labels = torch.from_numpy(store.labels[rows]).long()
     assert loss_sum.item() == pytest.approx(F.cross_entropy(logits, labels).item() * 3, rel=1e-5)
     assert values["predicted"].tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", ["bert_tags", "llama_tags"])
+def test_tags_are_predicted_as_for_one_sentence_at_a_time(family: str) -> None:
+    model = make_model(family, packed=False).eval()
+    task = TASKS["token_classification"]
+    store, index = memory_store(task.name)
+    rows = np.array([2, 3, 4])
+    batch = task.batch(store, index, rows, 0)
+    with torch.no_grad():
+        output = TaskModel(model, task)(batch)
+        results = task.results(output, batch)
+        for row, result in zip(rows, results, strict=True):
+            tags = torch.from_numpy(store.tags[row]).long()
+            logits = model(torch.from_numpy(store.documents[row])[None]).logits[0][tags >= 0]
+            assert result.details["tags"] == tags[tags >= 0].tolist()
+            assert result.details["predicted"] == logits.argmax(-1).tolist()
+            assert result.num_targets == len(logits)
+            expected = F.cross_entropy(logits, tags[tags >= 0], reduction="sum").item()
+            assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert output.loss_sum.item() == pytest.approx(sum(result.loss for result in results), rel=1e-6)
 
 
 def test_macro_f1_equals_its_definition() -> None:

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from data_prep.config import DataConfig
+from data_prep.errors import DataConfigError
 from data_prep.prepare import prepare
 from data_prep.token_store import TokenStore
 
@@ -56,6 +57,8 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "chat": ("causal_lm", ["chats", "prompts"], {}),
     "labels": ("sequence_classification", ["labels", "pairs"], {"overlong": "truncate", "row_tokens": 24}),
     "unequal labels": ("sequence_classification", ["labels"], {"deduplicate": True, "validation_fraction": 0.3}),
+    "held-out text": ("causal_lm", ["texts"], {"validation": "prompts.jsonl"}),
+    "held-out labels": ("sequence_classification", ["labels"], {"validation": "pairs.jsonl"}),
     "label sets": ("sequence_classification", ["sets"], {}),
     "scores": ("sequence_classification", ["scores"], {"deduplicate": True}),
     "tags": ("token_classification", ["more tags", "tags"], {"overlong": "truncate", "row_tokens": 12}),
@@ -75,6 +78,14 @@ GOLDEN: dict[str, dict[str, str]] = {
     "unequal labels": {
         "train-35e56c01a506790f": "6e7526cb5a661649f618be8157e37b85",
         "validation-196c5d43a161b5de": "6573b6775d7c9686a3ce6b6b5265b3df",
+    },
+    "held-out text": {
+        "train-2738137416773d2d": "e3dfb4937426f5c30fc3c203b47d6678",
+        "validation-23e0c3b87cfeb7be": "b25732983a7cbc2c010997c55c88d4e4",
+    },
+    "held-out labels": {
+        "train-37fd393914e9d6fd": "386e99bc2e04fa119332e2dd7aaad65c",
+        "validation-20e52a9d65428b98": "b5d6ac33bdf323363e424000f016517f",
     },
     "label sets": {"train-6e444a2083e4eb01": "435303987b3cffe951b0c7d8710a46e0"},
     "scores": {"train-27369324818c6058": "076a8e983ad381f76d32c947f2ead4e9"},
@@ -108,8 +119,8 @@ def tokenizer_folder(folder: Path) -> Path:
 def test_a_store_is_what_it_was(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # paths of sources are part of a store
     task, names, options = CASES[case]
-    for name in names:
-        lines = (json.dumps(record) + "\n" for record in RECORDS[name])
+    for name, records in RECORDS.items():
+        lines = (json.dumps(record) + "\n" for record in records)
         Path(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     values = {"store_dir": "stores", "train": [f"{name}.jsonl" for name in names], "row_tokens": 64, "workers": 1}
     values |= {"tokenizer": str(tokenizer_folder(Path("tokenizer"))), **options}
@@ -121,3 +132,9 @@ def test_a_store_is_what_it_was(case: str, tmp_path: Path, monkeypatch: pytest.M
         found[folder.name] = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:32]
         assert store.num_documents and folder.name.startswith(split)
     assert found == GOLDEN[case]
+
+
+def test_an_unknown_task_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    values = {"store_dir": str(tmp_path / "s"), "train": "no.jsonl", "tokenizer": "no", "row_tokens": 8}
+    with pytest.raises(DataConfigError, match=r"^task dancing is none of causal_lm, .*, seq2seq_lm$"):
+        prepare(DataConfig.model_validate(values), values, "dancing", progress=False)

@@ -318,7 +318,7 @@ def test_a_file_that_changes_before_it_is_read_leaves_no_part(
 
     values = section(tmp_path, byte_level_folder(tmp_path / "t"), path, overlong="split")
     with monkeypatch.context() as patched:
-        patched.setattr("data_prep.prepare.find_sources", changes_after_hashing)
+        patched.setattr("data_prep.pipeline.inputs.find_sources", changes_after_hashing)
         error = attempt(values)
     assert isinstance(error, BadDataError) and str(error).startswith(f"{path}: ")
     assert "changed while" in str(error) or "became shorter" in str(error)

@@ -139,6 +139,19 @@ def test_what_is_new_and_what_is_left_out_is_said(folder: Path, capsys: pytest.C
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("source", ["bert-base", "bert-masked", "bert-labels", "llama", "gpt2", "qwen2", "t5-base"])
+def test_a_tagger_of_any_family_starts_as_transformers_makes_it(folder: Path, source: str) -> None:
+    """Its body is the file's bit by bit; the head is the file's or new, from the seed."""
+    ours = load(folder, source, "token_classification")
+    torch.manual_seed(SEED)
+    theirs = transformers.AutoModelForTokenClassification.from_pretrained(folder / source, num_labels=3)
+    assert type(ours) is type(theirs)
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_a_pooler_is_left_out_where_the_head_reads_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"hidden_size": 12, "intermediate_size": 17, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.RobertaForSequenceClassification(

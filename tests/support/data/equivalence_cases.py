@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,13 @@ class Case:
 
     @property
     def task(self) -> str:
-        return "causal_lm" if self.family in ("llama", "gpt2", "qwen2") else "sequence_classification"
+        return task_of(self.family)
+
+
+def task_of(family: str) -> str:
+    if family in ("llama", "gpt2", "qwen2"):
+        return "causal_lm"
+    return "token_classification" if family.endswith("_tags") else "sequence_classification"
 
 
 def cases(world_size: int) -> list[Case]:
@@ -49,7 +55,9 @@ def cases(world_size: int) -> list[Case]:
     ]
     if world_size != 2:
         return plain
-    families = [Case(family, family=family) for family in ("gpt2", "qwen2", "bert", "llama_labels", "t5_labels")]
+    families = [Case(family, family=family) for family in (
+        "gpt2", "qwen2", "bert", "llama_labels", "t5_labels", "bert_tags", "llama_tags",
+    )]  # fmt: skip
     return plain + families + [Case("zero2_offload", stage=2)]
 
 
@@ -99,19 +107,23 @@ def make_model(family: str, packed: bool) -> Any:
             config = transformers.Qwen2Config(**common, **size, num_key_value_heads=2, tie_word_embeddings=True)
         case "gpt2":
             config = transformers.GPT2Config(**common, **still, n_embd=32, n_layer=2, n_head=4)
-        case "bert":
+        case "bert" | "bert_tags":
             config = transformers.BertConfig(
                 **common, **size, **labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
             )
-        case "llama_labels":
+        case "llama_labels" | "llama_tags":
             config = transformers.LlamaConfig(**common, **size, **labels, num_key_value_heads=2)
         case "t5_labels":
             config = transformers.T5Config(
                 **common, **labels, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
                 decoder_start_token_id=0,
             )  # fmt: skip
-    if family in ("llama", "gpt2", "qwen2"):
-        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    match task_of(family):
+        case "causal_lm":
+            return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        case "token_classification":
+            config.classifier_dropout = 0.0  # Llama's head has a dropout of its own
+            return transformers.AutoModelForTokenClassification.from_config(config)
     return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
@@ -124,6 +136,7 @@ class MemoryStore:
     labels: np.ndarray
     pad_id: int = 0
     label_names: tuple[str, ...] = ()
+    tags: list[np.ndarray] = field(default_factory=list)
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pieces = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
@@ -138,6 +151,9 @@ class MemoryStore:
 
     def column(self, name: str) -> np.ndarray:
         return {"labels": self.labels, "pair_starts": np.zeros(len(self.labels), dtype=np.uint32)}[name]
+
+    def token_column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
+        return {"tags": self.tags}[name][document][start:stop]
 
     def locate(self, document: int) -> str:
         return f"memory.jsonl:{document + 1}"
@@ -177,13 +193,19 @@ def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
     for mark in marks:
         mark[0], mark[-1] = True, True  # the first mark must be ignored: nothing precedes it
     names = () if task == "causal_lm" else ("bad", "good", "great")
-    store = MemoryStore(documents, marks, generator.integers(0, 3, 24).astype(np.int32), label_names=names)
+    labels = generator.integers(0, 3, 24).astype(np.int32)
+    tags = [np.where(mark, generator.integers(0, 3, len(mark)), -1).astype(np.int32) for mark in marks]
+    store = MemoryStore(documents, marks, labels, label_names=names, tags=tags)
     per_row = 3 if task == "causal_lm" else 1
     lengths = np.array([len(document) for document in documents])
-    counts = np.array([int(mark[1:].sum()) for mark in marks]).reshape(-1, per_row).sum(1)
+    counts = {
+        "causal_lm": np.array([int(mark[1:].sum()) for mark in marks]).reshape(-1, per_row).sum(1),
+        "sequence_classification": np.ones(24, dtype=np.int64),
+        "token_classification": np.array([int(mark.sum()) for mark in marks]),
+    }
     rows = MemoryRows(
         np.arange(24), np.zeros(24, dtype=np.int64), lengths, np.arange(per_row, 25, per_row),
-        counts if task == "causal_lm" else np.ones(24, dtype=np.int64),
+        counts[task],
         (RowSource("memory", 0, 24 // per_row, 24 // per_row),),
     )  # fmt: skip
     return store, rows
@@ -191,7 +213,7 @@ def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
 
 def reference_gradients(family: str, rows_used: np.ndarray) -> tuple[dict[str, torch.Tensor], float]:
     """Gradients and loss by one plain process: stock attention, one document at a time, no padding."""
-    task = "causal_lm" if family in ("llama", "gpt2", "qwen2") else "sequence_classification"
+    task = task_of(family)
     store, _ = memory_store(task)
     model = make_model(family, packed=False).train()
     per_row = 3 if task == "causal_lm" else 1
@@ -204,6 +226,10 @@ def reference_gradients(family: str, rows_used: np.ndarray) -> tuple[dict[str, t
             logits = model(ids, use_cache=False).logits[0, :-1][mark]
             total = total + F.cross_entropy(logits, ids[0, 1:][mark], reduction="sum")
             targets += int(mark.sum())
+        elif task == "token_classification":
+            tags = torch.from_numpy(store.tags[document]).long()
+            total = total + F.cross_entropy(model(ids).logits[0], tags, ignore_index=-1, reduction="sum")
+            targets += int((tags >= 0).sum())
         else:
             label = torch.tensor([int(store.labels[document])])
             total = total + F.cross_entropy(model(ids).logits, label, reduction="sum")

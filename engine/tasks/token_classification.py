@@ -1,0 +1,91 @@
+"""Tagging: one label for each marked token (the first of each word)."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from engine.tasks.task import DocumentResult, Output, Task, document_results
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_prep.token_store import Rows, TokenStore
+    from engine.batches import Batch, Rows64
+
+
+def _auto_class() -> Any:
+    import transformers
+
+    return transformers.AutoModelForTokenClassification
+
+
+def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+    """Targets are the marked tokens, at their positions in the flattened (B, T), and their tags."""
+    import numpy as np
+    import torch
+
+    from engine.batches import pad, padded_batch, segments_of
+
+    padded = padded_batch(store, index, rows, filler_row)
+    if len(rows) == 0:
+        return padded
+    documents, starts, lengths, _ = segments_of(index, rows)
+    pieces = zip(documents.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
+    tags = pad(np.concatenate([store.token_column("tags", *piece) for piece in pieces]), lengths, -1)
+    return replace(padded, target_ids=torch.from_numpy(tags.reshape(-1))[padded.target_positions])
+
+
+def tag_logits(model: Any, batch: "Batch") -> "Tensor":
+    """Tag logits of the batch's targets, (U, L)."""
+    # Causal families would keep keys and values for text to come, which never comes.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+    return cast("Tensor", output.logits).flatten(0, 1)[batch.target_positions]
+
+
+def _loss(model: Any, batch: "Batch") -> Output:
+    import torch.nn.functional as F
+
+    logits = tag_logits(model, batch)
+    losses = F.cross_entropy(logits.float(), batch.target_ids, reduction="none")
+    return Output(losses.sum(), {"losses": losses.detach(), "predicted": logits.detach().argmax(-1)})
+
+
+def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
+    """With the true and the predicted tags of each document, in the order of its words."""
+    owners = batch.target_positions // batch.input_ids.shape[1]
+    details: list[dict[str, list[int]]] = [{"tags": [], "predicted": []} for _ in batch.rows]
+    chosen = (owners.tolist(), batch.target_ids.tolist(), output.values["predicted"].tolist())
+    for owner, tag, predicted in zip(*chosen, strict=True):
+        details[owner]["tags"].append(tag)
+        details[owner]["predicted"].append(predicted)
+    return document_results(output.values["losses"], owners, len(batch.rows), details)
+
+
+def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[str, float]:
+    import numpy as np
+
+    from engine.tasks.metrics import label_figures
+
+    truth, predicted = (
+        np.concatenate([np.array(result.details[key], dtype=np.int64) for result in results])
+        for key in ("tags", "predicted")
+    )
+    return label_figures(truth, predicted, len(names))
+
+
+TASK = Task(
+    name="token_classification",
+    pipeline="token-classification",
+    auto_class=_auto_class,
+    packs=False,
+    new_head=True,
+    columns={"tags": "holds no tags"},
+    batch=_batch,
+    loss=_loss,
+    results=_results,
+    figures=_figures,
+    metrics={"macro_f1": "max", "accuracy": "max", "loss": "min"},
+    best="macro_f1",
+)
