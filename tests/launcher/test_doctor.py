@@ -54,7 +54,18 @@ def test_why_a_host_is_silent_is_told_however_it_ends(setting: Setting) -> None:
     assert {each["found"].partition(":")[0] for each in found if each["name"] == "ssh"} == {"ssh"}
 
 
-@pytest.mark.parametrize("case", FAULTS)
+#: Much like another case of the same finding.
+LONG = {
+    "run file of the wrong type", "held-out records missing", "model without weights", "DeepSpeed configuration missing",
+    "run folder a file", "no inodes", "NVMe folder missing", "open files below the usual", "file size limited",
+    "ops may not be written", "hostfile misspelt", "hostfile empty", "host given twice", "host to leave out unknown",
+    "shared memory small",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.long] if case in LONG else []) for case in FAULTS]
+)
 def test_a_planted_fault_is_named(case: str, setting: Setting) -> None:
     plant, name, verdict, words = FAULTS[case]
     plant(setting)

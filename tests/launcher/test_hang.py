@@ -64,7 +64,7 @@ def test_of_the_first_steps_nothing_is_known(tmp_path: Path) -> None:
     assert limit_seconds("step", [0.1] * 500 + [6.0] * 6) == 18.0, "what happens more than once in a hundred is usual"
 
 
-@pytest.mark.parametrize("base_seconds", [0.1, 1.0, 6.0, 40.0])
+@pytest.mark.parametrize("base_seconds", [0.1, 1.0, 6.0, pytest.param(40.0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_no_false_alarm_when_steps_vary_tenfold_both_ways(tmp_path: Path, base_seconds: float, seed: int) -> None:
     """Three hours of steps at least, each between a tenth of the usual and ten times it, with one beat a step."""

@@ -67,6 +67,7 @@ def run_setup(source: Path, settings: dict[str, str]) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("toolkit", ["none", "runtime only"])
 def test_deepspeed_installs_without_a_cuda_toolkit(deepspeed_source: Path, tmp_path: Path, toolkit: str) -> None:
     """A folder /usr/local/cuda without nvcc, as in containers with CUDA's runtime, is no toolkit either."""

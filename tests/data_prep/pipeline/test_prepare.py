@@ -64,7 +64,16 @@ def test_bytes_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
         assert {"manifest.json", "input_ids.npy", "targets.npy", "document_ends.npy", "document_lines.npy"} <= columns
 
 
-@pytest.mark.parametrize("more", [{}, {"deduplicate": True}, {"validation_fraction": 0.3}, {"min_targets": 1}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"deduplicate": True},
+        *(
+            pytest.param(more, marks=pytest.mark.long)
+            for more in ({}, {"validation_fraction": 0.3}, {"min_targets": 1})
+        ),
+    ],
+)
 def test_many_small_files_are_worked_on_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:

@@ -321,7 +321,9 @@ def beginning(sample: str, folder: Path, num_characters: int) -> Path:
 
 
 @samples
-@pytest.mark.parametrize(("name", "factor"), [("bytelevel_bpe_2k", 2.0), ("gpt2", 1.8)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("bytelevel_bpe_2k", 2.0), pytest.param("gpt2", 1.8, marks=pytest.mark.long)]
+)
 def test_chinese_pieces_make_chinese_text_much_shorter(tmp_path: Path, name: str, factor: float) -> None:
     inputs = [
         beginning("pretraining/cluecorpussmall/CLUECorpusSmall_sampled.txt", tmp_path, 60_000),
@@ -339,7 +341,10 @@ def test_chinese_pieces_make_chinese_text_much_shorter(tmp_path: Path, name: str
 
 
 @samples
-@pytest.mark.parametrize("name", ["sentencepiece_2k", "t5_sentencepiece_32k", "bert_uncased_en", "bert_zh"])
+@pytest.mark.parametrize(
+    "name",
+    ["sentencepiece_2k", pytest.param("t5_sentencepiece_32k", marks=pytest.mark.long), "bert_uncased_en", "bert_zh"],
+)
 def test_sample_tokenizers_learn_a_domain_and_keep_the_rest(tmp_path: Path, name: str) -> None:
     base = SAMPLES / "tokenizers" / name
     questions = beginning("generation/gsm8k/train.jsonl", tmp_path, 300_000)

@@ -262,7 +262,9 @@ def doubled(times: int) -> bytes:
     ("data", "message"),
     [
         (b"}" + text("module") + b"}r\xff\xff\xff\xffs.", "memory"),  # four billion places for things to remember
-        (b"}" + text("module") + doubled(30) + b"s.", "time or memory|memory"),  # a description without end
+        pytest.param(  # a description without end
+            b"}" + text("module") + doubled(30) + b"s.", "time or memory|memory", marks=pytest.mark.long
+        ),
         (b"}" + doubled(60) + b"Ns.", "time or memory.*signal 24"),  # a key whose hash takes for ever
         (b"}" + b"(" * 8_000_000, "memory|damaged"),
         (b"}" + b")\x85" + b"\x85" * 9_000_000 + b"Ns.", "time or memory|memory"),  # nested deeper than C can follow
