@@ -32,6 +32,8 @@ REQUEST_BYTES = 1 << 20
 #: What the others get to end by themselves once a rank has failed; DeepSpeed's and torch's launchers do the same.
 GRACE_SECONDS = 20.0
 _MODELS = "llama gpt2 qwen2 qwen2_moe mixtral bert t5 bart"
+#: What DeepSpeed's engines import when they are made.
+_LATE = "torch._inductor.compile_fx", "functorch.compile", "torch.utils.checkpoint"
 
 
 def warm_up() -> None:
@@ -46,14 +48,15 @@ def warm_up() -> None:
     from engine.zero.prebuild import load_ops_once
 
     assert deepspeed.ops.adam and np and safetensors.torch and torch.utils.tensorboard
-    for family in _MODELS.split():
-        import_module(f"transformers.models.{family}.modeling_{family}")
+    for name in (*(f"transformers.models.{family}.modeling_{family}" for family in _MODELS.split()), *_LATE):
+        import_module(name)
     for module in walk_packages(engine.__path__, "engine."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
     load_ops_once(uses_gpus=False)
     for builder in ("CPUAdamBuilder", "ShareMemCommBuilder"):
         get_accelerator().create_op_builder(builder).load(verbose=False)
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not fork"
 
 
 def serve(requests: socket.socket) -> None:
