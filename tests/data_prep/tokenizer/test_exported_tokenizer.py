@@ -17,7 +17,7 @@ TEXT = "It's 2024: two  blanks, 12345 and\n\n    an indented line\n"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    sources = sorted((ROOT / "data_prep").glob("*.py"))
+    sources = sorted((ROOT / "data_prep").rglob("*.py"))
     train_sentencepiece([path.read_text() for path in sources], folder / "sentencepiece", 600)
     return folder / "sentencepiece"
 
