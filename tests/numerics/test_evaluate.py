@@ -26,10 +26,7 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str,
     folder = tmp_path_factory.mktemp("evaluations")
     results = {}
     for world_size in (1, 2):
-        run_ranks(
-            world_size, WORKERS / "evaluation_worker.py", str(folder), ",".join(FAMILIES),
-            environment={"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        run_ranks(world_size, WORKERS / "evaluation_worker.py", folder, ",".join(FAMILIES))
         results[world_size] = json.loads((folder / f"evaluations-{world_size}.json").read_text())
     return results
 
