@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.tasks.task import DocumentResult, Output, Task, document_results, mean_loss
+from engine.tasks.task import DocumentResult, Output, Task, document_results, mean_loss, target_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +41,7 @@ def causal_logits(model: Any, batch: "Batch") -> "Tensor":
 
 
 def _loss(model: Any, batch: "Batch") -> Output:
-    import torch.nn.functional as F
-
-    losses = F.cross_entropy(causal_logits(model, batch).float(), batch.target_ids, reduction="none")
-    return Output(losses.sum(), {"losses": losses.detach()})
+    return target_loss(causal_logits(model, batch), batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:

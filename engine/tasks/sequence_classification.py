@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import DataError
-from engine.tasks.task import DocumentResult, Output, Task, document_results
+from engine.tasks.task import DocumentResult, Output, Task, document_results, target_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,11 +75,7 @@ def _token_types(batch: "Batch") -> "Tensor":
 
 
 def _loss(model: Any, batch: "Batch") -> Output:
-    import torch.nn.functional as F
-
-    logits = classification_logits(model, batch)[batch.target_positions]
-    losses = F.cross_entropy(logits.float(), batch.target_ids, reduction="none")
-    return Output(losses.sum(), {"losses": losses.detach(), "predicted": logits.detach().argmax(-1)})
+    return target_loss(classification_logits(model, batch)[batch.target_positions], batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:

@@ -22,7 +22,7 @@ class Output(NamedTuple):
     """The result of a forward pass. A tuple, because DeepSpeed's hooks find tensors only in tuples, lists and dicts."""
 
     loss_sum: "Tensor"  # fp32 scalar: the sum of the losses of all targets, with a gradient
-    values: dict[str, "Tensor"]  # what `Task.results` reads, detached: "losses" (U,) of the targets in fp32, and others
+    values: dict[str, "Tensor"]  # for `Task.results`, empty in training: see `target_loss`
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,22 @@ class Task:
     figures: Callable[[Sequence[DocumentResult], Sequence[str]], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
+
+
+def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
+    """The cross-entropy of logits (U, V) for target_ids (U,), computed in fp32.
+
+    Without gradients, as in an evaluation, the values are "losses" (U,), fp32, and "predicted" (U,), the likeliest ids.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    scores = logits.float()
+    loss_sum = F.cross_entropy(scores, target_ids, reduction="sum")
+    if torch.is_grad_enabled():
+        return Output(loss_sum, {})
+    losses = F.cross_entropy(scores, target_ids, reduction="none")
+    return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)})
 
 
 def document_results(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.tasks.task import DocumentResult, Output, Task, document_results
+from engine.tasks.task import DocumentResult, Output, Task, document_results, target_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +45,7 @@ def tag_logits(model: Any, batch: "Batch") -> "Tensor":
 
 
 def _loss(model: Any, batch: "Batch") -> Output:
-    import torch.nn.functional as F
-
-    logits = tag_logits(model, batch)
-    losses = F.cross_entropy(logits.float(), batch.target_ids, reduction="none")
-    return Output(losses.sum(), {"losses": losses.detach(), "predicted": logits.detach().argmax(-1)})
+    return target_loss(tag_logits(model, batch), batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:

@@ -75,12 +75,14 @@ def test_the_output_layer_sees_targets_only() -> None:
     batch = TASKS["causal_lm"].batch(store, index, np.array([1, 2]), 0)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel() // 32))
-    loss_sum, values = TaskModel(model, TASKS["causal_lm"])(batch)
+    training, values = TaskModel(model, TASKS["causal_lm"])(batch)
     assert seen == [len(batch.target_ids)]
     assert len(batch.target_ids) < batch.num_tokens
-    assert values.keys() == {"losses"}
+    assert values == {} and training.requires_grad, "a training step keeps nothing but the loss"
+    with torch.no_grad():
+        loss_sum, values = TaskModel(model, TASKS["causal_lm"])(batch)
     assert loss_sum.dtype == values["losses"].dtype == torch.float32
-    assert not values["losses"].requires_grad
+    assert loss_sum == training and values["losses"].shape == batch.target_ids.shape
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "bert_tags", "llama_tags"])
@@ -100,7 +102,8 @@ def test_classification_loss_and_predictions() -> None:
     store, index = memory_store("sequence_classification")
     rows = np.array([2, 3, 4])
     batch = TASKS["sequence_classification"].batch(store, index, rows, 0)
-    loss_sum, values = TaskModel(model, TASKS["sequence_classification"])(batch)
+    with torch.no_grad():
+        loss_sum, values = TaskModel(model, TASKS["sequence_classification"])(batch)
     logits = torch.stack([model(torch.from_numpy(store.documents[row])[None]).logits[0] for row in rows])
     labels = torch.from_numpy(store.labels[rows]).long()
     assert loss_sum.item() == pytest.approx(F.cross_entropy(logits, labels).item() * 3, rel=1e-5)
