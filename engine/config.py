@@ -126,7 +126,7 @@ class EvaluationSection(Section):
     eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
     micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: as in batch")
     metric: MetricName | None = Field(
-        None, description="what best and patience go by; null: loss, or accuracy for classification"
+        None, description="what best and patience go by; null: the task's own (see launcher/recipes)"
     )
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
 
@@ -209,8 +209,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         metric = self.evaluation.metric
-        if metric is not None and self.task in TASKS and metric not in TASKS[self.task].metrics:
-            there = ", ".join(TASKS[self.task].metrics)
+        known = TASKS[self.task].metrics if self.task in TASKS else ("loss",)
+        if metric is not None and metric not in known:
+            there = ", ".join(known)
             raise ValueError(f"evaluation.metric {metric} is not one of task {self.task}, which has {there}")
         tokens = self.batch.global_tokens
         if tokens is not None and tokens % self.data.row_tokens:

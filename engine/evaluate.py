@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from data_prep.token_store import Rows, TokenStore
-from engine.batches import MicroBatches, row_groups, segments_of
+from engine.batches import MicroBatches, Rows64, row_groups, segments_of
 from engine.errors import NumericalStopError
 from engine.ranks import heartbeat
-from engine.ranks.agreement import all_gather_json, from_rank_0
+from engine.ranks.agreement import from_rank_0, gather_json
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.tasks.task import DocumentResult, Task, mean_loss
@@ -45,15 +45,22 @@ def evaluate(
     Raises NumericalStopError when the loss is not finite.
     """
     started = time.perf_counter()
+    groups = [
+        (number, rows)
+        for number, source in enumerate(index.sources)
+        for rows in row_groups(index, np.arange(source.first_row, source.first_row + source.num_rows), size)
+    ]
     was_training = engine.module.training
     engine.eval()
     with torch.no_grad():
-        entries = _own_entries(engine, task, store, index, ranks, size, stop)
+        entries = _own_entries(engine, task, store, index, groups, ranks, stop)
     engine.train(was_training)
     if entries is None:
         return None
-    parts = all_gather_json(entries)
-    figures = from_rank_0(lambda: _figures(sorted(itertools.chain(*parts)), task, store, index))
+    heartbeat.beat("results")
+    parts = gather_json(entries, ranks.cpu_group)
+    del entries  # a few hundred bytes a document, which rank 0 holds a second time now
+    figures = from_rank_0(lambda: _figures(sorted(itertools.chain(*(parts or []))), task, store, index))
     return figures | {"seconds": time.perf_counter() - started}
 
 
@@ -62,20 +69,15 @@ def _own_entries(
     task: Task,
     store: TokenStore,
     index: Rows,
+    groups: Sequence[tuple[int, Rows64]],
     ranks: Ranks,
-    size: MicroBatches,
     stop: StopSignal | None,
 ) -> list[_Entry] | None:
-    """The results of this rank's documents, or None after a request to stop.
+    """The results of this rank's documents, or None after a request to stop. A group has its source's number and rows.
 
     All ranks run the model equally often, because ZeRO-3 needs every rank in every collective: where
     micro-batches do not divide by ranks, some ranks run a filler row at last, which counts for nothing.
     """
-    groups = [
-        (number, rows)
-        for number, source in enumerate(index.sources)
-        for rows in row_groups(index, np.arange(source.first_row, source.first_row + source.num_rows), size)
-    ]
     nothing = (0, np.zeros(0, dtype=np.int64))
     entries: list[_Entry] = []
     for first in range(0, len(groups), ranks.world_size):

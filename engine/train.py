@@ -25,14 +25,17 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
     _evaluate_at_start(training, progress, log, stop)
     first_step = progress.step
     while not is_finished(training, progress):
+        result = None
         try:
             result = train_step(training, progress, stop)
         except StepDroppedError:
-            _stop(training, progress, is_saved=progress.step == first_step)
+            pass  # the save below comes after this block, which would keep the step's tensors
         except NumericalStopError:
             heartbeat.enter("save")
             training.saves.close(verify=False)  # no update came: what is being written is sound
             raise
+        if result is None:
+            _stop(training, progress, is_saved=progress.step == first_step)
         log.train(progress.step, result.figures)
         heartbeat.end_step(progress.step, result.figures["step_seconds"])
         stop.plan_save(training.saves.save_seconds, result.figures["step_seconds"])

@@ -40,9 +40,10 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Every failure is one line on stderr and an exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    arguments = parse(words or ["--help"])
-    umask_before = set_umask(getattr(arguments, "share_with_group", False))
+    umask_before = set_umask(False)
     try:
+        arguments = parse(words or ["--help"])
+        set_umask(getattr(arguments, "share_with_group", False))
         code: int = arguments.run(arguments)
         return code
     except KeyboardInterrupt:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of our output has left, as in `fulltune schema | head`
         return 0
     except Exception as error:
-        return _report(error, arguments.debug)
+        return _report(error, "--debug" in words)
     finally:
         os.umask(umask_before)
 

@@ -196,7 +196,8 @@ def _final_names(accounts: Sequence[PartAccount], given: Sequence[str] | None, t
         return list(given)
     columns = {name for one in accounts for block in one.blocks for name, _, _ in block}
     labelled = any(column.name in columns for column in task.columns if column.holds == "label numbers")
-    if labelled and len(found) < 2:
+    # A task that marks no tokens may have empty lists of labels only.
+    if labelled and len(found) < 2 and (found or task.marks_tokens):
         where = next(iter(found.values()), "data.train")
         raise BadDataError(f"{where}: only {len(found)} different labels in train; classification needs two")
     numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from data_prep.encode.blocks import Column, marks_of, values_per_document
+from data_prep.errors import BadDataError
 from data_prep.pipeline.parts import Part, PartAccount
 from data_prep.pipeline.store_folder import sync_file
 from data_prep.rows.row_files import unsigned_type
@@ -205,6 +206,9 @@ def _join(
     ends = {column.name: _Ends(writers[column.ends_name]) for column in columns if column.per == "ragged"}
     num_records = 0
     for block, final in blocks:
+        lacking = next((column.name for column in columns if column.name not in block), None)
+        if lacking is not None:
+            raise BadDataError(f"data: some records have {lacking} and others do not; a store holds one kind of label")
         writers["input_ids"].write(block["input_ids"])
         document_ends.write(block["lengths"])
         writers["document_lines"].write(block["lines"])

@@ -184,8 +184,8 @@ def find_leak(model: Any, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
     try:
         with torch.enable_grad():
             begin, half = lengths[0], lengths[0] + lengths[1] // 2
-            chosen = loss(input_ids, positions, document_borders(lengths), torch.arange(begin, half))
-            (gradient,) = torch.autograd.grad(chosen, leaves[0])
+            value = loss(input_ids, positions, document_borders(lengths), torch.arange(begin, half))
+            (gradient,) = torch.autograd.grad(value, leaves[0])
     finally:
         handle.remove()
         model.train(was_training)

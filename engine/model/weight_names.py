@@ -178,8 +178,9 @@ def _check_unexpected(model: Any, unexpected: Mapping[str, FileTensor], other_he
     for name, tensor in sorted(unexpected.items()):
         if any(re.search(pattern, name) for pattern in ignored):
             continue
-        # Some heads read a pooler in the body, and models with other heads have none.
-        if not other_heads or (name.split(".")[0] in own and "pooler" not in name):
+        # A pooler in the body belongs to heads that read it; the bodies of models with other heads have none.
+        is_other_pooler = "pooler" in name and getattr(body, "pooler", None) is None
+        if not other_heads or (name.split(".")[0] in own and not is_other_pooler):
             raise DataError(
                 f"{tensor} has no place in {type(model).__name__}: config.json and weights do not belong together, or "
                 "the model is another one than its configuration says"

@@ -1,7 +1,7 @@
 """Ranks that come to one answer: all go on, or all raise the same error. All ranks call every function here."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -25,18 +25,31 @@ def num_ranks() -> int:
 
 def all_gather_json(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, as JSON carries it: no pickle between ranks."""
-    text = json.dumps(value).encode()
+    return [json.loads(text) for text in _all_gather_text(json.dumps(value).encode(), None)]
+
+
+def gather_json(value: Any, cpu_group: Any = None) -> list[Any] | None:
+    """Every rank's `value`, in rank order, on rank 0; None on the others, which parse nothing.
+
+    Goes through the memory of hosts where `cpu_group`, a process group for that, is given.
+    """
+    texts = _all_gather_text(json.dumps(value).encode(), cpu_group)
+    return [json.loads(text) for text in texts] if this_rank() == 0 else None
+
+
+def _all_gather_text(text: bytes, cpu_group: Any) -> Iterator[bytes]:
+    """The text of each rank, padded with spaces to the longest."""
     if num_ranks() == 1:
-        return [json.loads(text)]
-    on_cpu = "cpu:" in str(dist.get_backend_config())
+        return iter([text])
+    on_cpu = cpu_group is not None or "cpu:" in str(dist.get_backend_config())
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(num_ranks())]
-    dist.all_gather(sizes, torch.tensor([len(text)], device=device))
+    dist.all_gather(sizes, torch.tensor([len(text)], device=device), group=cpu_group)
     longest = max(int(size) for size in sizes)
     padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)
     texts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(texts, padded)
-    return [json.loads(bytes(gathered.cpu().numpy())) for gathered in texts]
+    dist.all_gather(texts, padded, group=cpu_group)
+    return (bytes(gathered.cpu().numpy()) for gathered in texts)
 
 
 def agree(action: Callable[[], Result]) -> Result:

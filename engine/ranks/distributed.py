@@ -1,4 +1,4 @@
-"""Processes: who am I, agreeing with the others, owning the run folder, and leaving cleanly."""
+"""This process among the ranks of the job: its number and device, sums over all ranks, and a clean end."""
 
 import contextlib
 import datetime

@@ -7,10 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.arithmetic import list_checkpoints
-from engine.checkpoint.format import best_checkpoint, known_run_id
-from engine.checkpoint.reader import CheckpointReader
 from engine.errors import DataError, MissingInputError
-from engine.tensor_files.reader import verify_blocks
 
 _GB = 1000.0**3
 
@@ -25,11 +22,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     The exit code is 0 when all are sound, else DataError's. MissingInputError when there is none.
     """
+    from engine.checkpoint.format import best_checkpoint, known_run_id  # these bring torch along
+    from engine.run_folder import RunFolder
+
     run_dir: Path = arguments.run_dir
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise MissingInputError(f"{run_dir}: there is no checkpoint in it")
-    best, run_id = best_checkpoint(run_dir), _run_id(run_dir)
+    best, run_id = best_checkpoint(run_dir), RunFolder(run_dir, 0).recorded_run_id() or known_run_id(run_dir)
     damaged = 0
     for path in checkpoints:
         try:
@@ -47,6 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _verify(path: Path, run_id: str) -> int:
+    from engine.checkpoint.reader import CheckpointReader
+    from engine.tensor_files.reader import verify_blocks
+
     reader = CheckpointReader(path)
     reader.check_no_extra_files()
     if reader.manifest.run_id != run_id:
@@ -57,9 +60,3 @@ def _verify(path: Path, run_id: str) -> int:
             verify_blocks(file, record)
             bar.update(record.size_bytes)
     return total
-
-
-def _run_id(run_dir: Path) -> str:
-    from engine.run_folder import RunFolder  # brings torch along
-
-    return RunFolder(run_dir, 0).recorded_run_id() or known_run_id(run_dir)

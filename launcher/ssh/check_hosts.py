@@ -162,7 +162,7 @@ def main() -> None:
 def _boot_id() -> str:
     """The kernel's identifier of this start of the machine; "" where it gives none."""
     try:
-        return Path("/proc/sys/kernel/random/_boot_id").read_text(encoding="utf-8").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

@@ -31,9 +31,9 @@ ROOMS = {
     ),
 }
 TORCH_FREE = (
-    "launcher.cli", "launcher.job.job", "launcher.start.dry_run", "launcher.start.start", "launcher.commands.export", "launcher.commands.generate",
-    "launcher.commands.demo", "launcher.job.records", "launcher.commands.doctor", "launcher.doctor.node_facts", "engine.config", "engine.zero.ds_config", "engine.run_file", "engine.zero.prebuild",
-    "engine.errors", "engine.arithmetic", "engine.arithmetic", "data_prep.config", "data_prep.token_store",
+    "launcher.cli", "launcher.job.job", "launcher.start.dry_run", "launcher.start.start", "launcher.job.records", "launcher.doctor.node_facts", "engine.config", "engine.zero.ds_config", "engine.run_file", "engine.zero.prebuild",
+    "engine.errors", "engine.arithmetic", "data_prep.config", "data_prep.token_store",
+    *(f"launcher.commands.{path.stem}" for path in sorted((ROOT / "launcher" / "commands").glob("*.py"))),
 )  # fmt: skip
 
 

@@ -35,6 +35,21 @@ def fulltune(*arguments: str, cwd: Path, text: str = "") -> subprocess.Completed
     )
 
 
+def test_a_verb_that_cannot_be_imported_is_an_error_in_one_line(tmp_path: Path) -> None:
+    """As where a package that it needs is broken; `--help` of all verbs needs none of them."""
+    code = (
+        "import sys; sys.modules['tqdm'] = None\n"  # an import of it raises
+        "from launcher.cli import main; sys.exit(main())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run([*command, "verify", "run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 70
+    assert result.stderr.startswith("fulltune: error: ModuleNotFoundError: ") and result.stderr.count("\n") == 1
+    shown = subprocess.run([*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "run.yaml").write_text(RUN_FILE)

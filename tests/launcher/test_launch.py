@@ -1,9 +1,11 @@
 """Launching through the real `deepspeed`: argv, signals, honest exit codes, no survivors."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +21,8 @@ from launcher.job.environment import job_environment, remote_environment
 from launcher.job.hosts import Node
 from launcher.job.job import Job, deepspeed_program, free_port, hostfile_command, local_command, owned_run_dir
 from launcher.job.records import clear_records, exit_code_of, read_starts
+from launcher.ssh import check_hosts
+from launcher.ssh.check_hosts import HostFacts
 from launcher.supervision.run import run_job
 
 TWO = Node("localhost", (0, 1))
@@ -107,6 +111,26 @@ def test_unsafe_environment_is_refused_for_several_hosts(monkeypatch: pytest.Mon
         hostfile_command(
             Path("/h"), [Node("n1", (0,)), Node("n2", (0,))], [], 29500, ["/r/run.yaml"], run_dir=Path("/r")
         )
+
+
+def test_hosts_are_told_apart_by_name_and_start() -> None:
+    """Ranks know by a host's name whether the supervisor runs on it, so two machines may not share one."""
+    here = check_hosts._boot_id()
+    assert here == Path("/proc/sys/kernel/random/boot_id").read_text().strip() != ""
+    versions = dict.fromkeys(check_hosts._PACKAGES, "1")
+    a, b, ours = (
+        HostFacts(name=name, boot=boot, gpus=0, read="", port=1, versions=versions, client_address="", own_address="")
+        for name, boot in (("a", "first"), ("a", "second"), (socket.gethostname(), "second"))
+    )
+    one, two = Node("one", (0,)), Node("two", (0,))
+    for nodes, facts, words in (
+        ([one, two], [a, b], "hosts one and two both call themselves a: they need two names"),
+        ([one, two], [a, a], "hosts one and two are one machine: name it once"),
+        ([one], [ours], "as this one does: they need two names"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_hosts._check_alike(nodes, facts)
+    check_hosts._check_alike([one, two], [a, dataclasses.replace(ours, boot=here)])
 
 
 def test_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,10 +71,10 @@ def test_held_out_loss_is_that_of_a_plain_process(
     figures = evaluations[2][family][size]
     _, rows = memory_store(Case("", family).task)
     _, expected = reference_gradients(family, np.arange(rows.num_rows))
-    assert figures["loss"] == pytest.approx(expected, rel=1e-5)
+    assert figures["loss"] == pytest.approx(expected, rel=1e-6 if family == "llama" else 1e-5)
     assert figures["targets"] == rows.row_targets.sum()
     if family == "llama":
-        assert figures["perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
+        assert figures["perplexity"] == pytest.approx(np.exp(expected), rel=1e-6)
 
 
 @pytest.mark.ranks

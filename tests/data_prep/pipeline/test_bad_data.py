@@ -254,3 +254,22 @@ def test_damaged_stores(tmp_path: Path, damage: Callable[[Path], Any], words: st
     # preparing again repairs it
     repaired = prepare(DataConfig.model_validate(values), values, "causal_lm", progress=False)["train"]
     TokenStore.open(repaired).verify()
+
+
+@pytest.mark.parametrize(
+    ("others", "word"),
+    [({"text": "both ways", "label": ["a", "b"]}, "label_sets"), ({"text": "x", "score": 1.5}, "scores")],
+)
+def test_kinds_of_labels_are_not_mixed_in_one_store(tmp_path: Path, others: dict[str, Any], word: str) -> None:
+    files = [write_jsonl(tmp_path / "a.jsonl", LABELLED), write_jsonl(tmp_path / "b.jsonl", [others] * 4)]
+    values = section(tmp_path, bert_vocabulary(tmp_path / "vocab.txt"), [str(path) for path in files])
+    error = attempt(values, "sequence_classification")
+    assert error.exit_code == 65
+    assert "a store holds one kind of label" in str(error)
+
+
+def test_texts_may_all_be_without_labels_where_each_may_have_many(tmp_path: Path) -> None:
+    records = [{"text": "the river runs", "label": []}] * 4
+    values = section(tmp_path, bert_vocabulary(tmp_path / "vocab.txt"), str(write_jsonl(tmp_path / "a.jsonl", records)))
+    made = prepare(DataConfig.model_validate(values), values, "sequence_classification", progress=False)
+    assert TokenStore.open(made["train"]).num_documents == 4

@@ -234,3 +234,14 @@ def test_without_need_of_weights_their_files_are_not_touched(folder: Path) -> No
     assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
     with pytest.raises(RefusedForSecurityError, match=r"no \*.safetensors"):
         build_model(*arguments)
+
+
+def test_a_pooler_of_other_names_is_no_pooler_of_another_task(folder: Path) -> None:
+    """BERT's head reads its pooler: values that do not fit it must not be left out for fresh ones."""
+
+    def rename(values: dict[str, torch.Tensor]) -> None:
+        values["bert.pooler.linear.weight"] = values.pop("bert.pooler.dense.weight")
+
+    tensors(rename)(folder / "bert-labels")
+    with pytest.raises(DataError, match=r"bert.pooler.linear.weight has no place in BertForSequenceClassification"):
+        load(folder, "bert-labels", "sequence_classification")
