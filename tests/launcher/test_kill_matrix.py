@@ -14,9 +14,8 @@ from fault_runs import FaultRun, make_run, started
 PHASES = ("start", "step", "save")
 TARGETS = ("launcher", "deepspeed", "rank-0", "rank-1")
 SIGNALS = ("KILL", "TERM", "INT", "USR1")
-SHORT = {
-    ("KILL", "launcher", "step"), ("KILL", "deepspeed", "save"), ("KILL", "rank-1", "step"), ("TERM", "rank-0", "save"),
-}  # fmt: skip
+SHORT = {("KILL", "launcher", "step"), ("KILL", "rank-1", "step"), ("TERM", "rank-0", "save")}
+LONG = {("KILL", "deepspeed", "save"), ("INT", "rank-1", "step"), ("USR1", "launcher", "start")}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,9 @@ def expected_code(number: str, target: str) -> int:
 
 def matrix() -> list[object]:
     cases = itertools.product(SIGNALS, TARGETS, PHASES)
-    return [pytest.param(*case, marks=pytest.mark.ranks if case in SHORT else pytest.mark.faults) for case in cases]
+    ranks, long = pytest.mark.ranks, pytest.mark.long
+    marks = dict.fromkeys(SHORT, ranks) | dict.fromkeys(LONG, (ranks, long))
+    return [pytest.param(*case, marks=marks.get(case, pytest.mark.faults)) for case in cases]
 
 
 @pytest.mark.parametrize(("number", "target", "phase"), matrix())

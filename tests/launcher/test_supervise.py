@@ -59,6 +59,7 @@ def test_stopped_within_a_step_it_goes_on_bit_by_bit(folder: Path) -> None:
     assert state_bytes(folder / "stopped", 5) == state_bytes(folder / "straight", 5)
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_before_the_time_limit_there_is_time_for_a_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end that a batch system has announced: the ranks stop as long before it as a save takes, which they measure."""
@@ -81,6 +82,7 @@ def test_before_the_time_limit_there_is_time_for_a_save(folder: Path, monkeypatc
         assert "FULLTUNE_END_TIME=tomorrow: write seconds since 1970" in output
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_restarted_by_itself_as_long_as_it_gets_further(folder: Path) -> None:
     run_file = make_run(folder, "again", steps=5)
