@@ -182,7 +182,7 @@ STUCK_LATER = CHATML + (
         ("{% include '/etc/passwd' %}", 77, "it reads another file"),
         ("{% for %}", 78, "chat template: line 1"),
         (SLEEPS_LATER, 77, "a.jsonl:121: the chat template takes too much time"),
-        (STUCK_LATER, 77, "too much time in a single step"),
+        pytest.param(STUCK_LATER, 77, "too much time in a single step", marks=pytest.mark.long),
     ],
     ids=["huge", "attributes", "include", "syntax", "endless_later", "stuck_later"],
 )
