@@ -49,7 +49,7 @@ class StepBatch:
 
     @property
     def uneven_text(self) -> str:
-        """What the last micro-batch lacks, for people; "" when it is full."""
+        """The places that the last micro-batch lacks, for people; "" when it is full."""
         places = self.num_ranks * self.micro_rows
         last = self.rows - (self.num_micro_batches - 1) * places
         if self.micro_tokens is not None or last == places:
@@ -77,7 +77,7 @@ def byte_count(text: str) -> int:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether `path`, which is no folder here, can be a model's name on the Hub: owner/name."""
+    """True if `path`, which is no folder here, can be a model's name on the Hub: owner/name."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 

@@ -29,7 +29,7 @@ _LINEAR_TOKENS = 1 << 15
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank; tensors of one device. B rows, T tokens, D documents, U targets.
+    """A micro-batch of one rank; tensors of one device. B rows, T tokens, D documents, U targets.
 
     Packed: input_ids and position_ids are (1, T), the documents of all rows one after the other
     without padding; document_ends is (D + 1,) int32 from 0 to T.
@@ -281,7 +281,7 @@ def packed_batch(store: TokenStore, index: Rows, rows: Rows64, filler_row: int) 
 
 
 def padded_batch(store: TokenStore, index: Rows, rows: Rows64, filler_row: int, columns: Sequence[str] = ()) -> Batch:
-    """One document a row, padded on the right to the longest. Without rows: as `packed_batch`.
+    """A batch with one document a row, padded on the right to the longest. Without rows: as `packed_batch`.
 
     Targets are the marked tokens, at their positions in the flattened (B, T). `columns` of the store,
     which have one value a document, come along as (B,) int64.

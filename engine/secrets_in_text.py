@@ -21,12 +21,12 @@ _VALUE = re.compile(
 
 
 def names_a_secret(name: str) -> bool:
-    """Whether a variable of this name holds a token, key or password by custom (HF_TOKEN, AWS_SECRET_ACCESS_KEY)."""
+    """True if a variable of this name holds a token, key or password by custom (HF_TOKEN, AWS_SECRET_ACCESS_KEY)."""
     return _NAME.search(name) is not None
 
 
 def is_secret_value(text: str) -> bool:
-    """Whether a text has the form of a well-known token or key, or is a URL with a user in it."""
+    """True if a text has the form of a well-known token or key, or is a URL with a user in it."""
     return _VALUE.search(text) is not None
 
 

@@ -169,7 +169,7 @@ def _values_that_may_change(config: RunConfig, ds_config: Mapping[str, Any], ran
 
 
 def _has_checkpoints(run_dir: Path) -> bool:
-    """Whether one will be installed: then the weights the run started from are not looked at."""
+    """True if one will be installed: then the weights the run started from are not looked at."""
     finish_replacing(run_dir / "checkpoints")
     return bool(list_checkpoints(run_dir))
 

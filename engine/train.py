@@ -51,7 +51,7 @@ def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal)
 
 
 def is_finished(training: Training, progress: Progress) -> bool:
-    """Whether the last step is done or patience has run out: then there is nothing to train."""
+    """True if the last step is done or patience has run out: then there is nothing to train."""
     patience = training.config.evaluation.patience
     impatient = patience is not None and progress.evaluations_without_improvement >= patience
     return impatient or progress.step >= training.total_steps

@@ -207,7 +207,7 @@ class ChatFormat:
         return text, spans, num_stops
 
     def _check_words(self, message: Message, span: str, index: int, where: str) -> bool:
-        """Whether a span shows the message only in part; BadDataError if it lacks the last words or a tool call."""
+        """True if a span shows the message only in part; BadDataError if it lacks the last words or a tool call."""
         for call in message.get("tool_calls") or ():
             named = call.get("function", call) if isinstance(call, dict) else {}
             if str(named.get("name", "")) not in span:

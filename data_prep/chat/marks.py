@@ -54,7 +54,7 @@ def _constant(text: str, line: int) -> nodes.Output:
 
 
 def has_blocks(tree: nodes.Template) -> bool:
-    """Whether the template, parsed with `Generation`, has generation blocks."""
+    """True if the template, parsed with `Generation`, has generation blocks."""
     return any(node.data == START for node in tree.find_all(nodes.TemplateData))
 
 

@@ -45,7 +45,7 @@ class ControlText:
         self._in_answer = _Strings(known - set(understood), forbidden)
 
     def found_in(self, text: str, role: str) -> bool:
-        """Whether a text of a turn of this role holds a control string."""
+        """True if a text of a turn of this role holds a control string."""
         strings = self._in_answer if role == "assistant" else self._anywhere
         for first in strings.first_characters:  # most texts hold none, and this is far faster than the pattern
             if first in text:

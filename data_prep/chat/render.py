@@ -22,7 +22,7 @@ from data_prep.errors import BadDataError, RefusedError
 
 
 class ChatTemplate:
-    """One template, compiled with marks (see marks.py) or as it stands.
+    """A template, compiled with marks (see marks.py) or as it stands.
 
     `blocks` says whether it has generation blocks. `noted` are the items behind the marks of the last render.
     """

@@ -250,7 +250,7 @@ _data_known = (-2.0, 0)
 
 
 def limits_active() -> bool:
-    """Whether `limits` holds right now."""
+    """True if `limits` holds right now."""
     return _limited
 
 

@@ -41,7 +41,7 @@ class Headers:
     lengths: tuple[int, ...]
 
     def stop_of(self, text: str) -> bool:
-        """Whether `text` ends with a control string."""
+        """True if `text` ends with a control string."""
         return text.endswith(self.stops) or any(text[-length:] in self.control for length in self.lengths)
 
 
@@ -137,7 +137,7 @@ def last_words(message: Message, separators: Sequence[str]) -> str:
 
 
 def _fault_at_end(upto: str, ours: str, start: int, words: str, headers: Headers) -> str | None:
-    """Whether a span ends where the conversation up to its turn ends.
+    """True if a span ends where the conversation up to its turn ends.
 
     `upto` is that conversation alone, `ours` the whole one as far as the end of the span.
     """

@@ -1,4 +1,4 @@
-"""What all encode functions share: their context, the ids of texts, and the checks of records and ids."""
+"""The parts that all encode functions share: their context, the ids of texts, and the checks of records and ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # with its template engine, which most data does without
 
 @dataclass(frozen=True)
 class Context:
-    """What encoding needs besides the records. `limit_tokens` bounds a document of a task that cannot be cut later."""
+    """The context of encoding. `limit_tokens` bounds a document of a task that cannot be cut later."""
 
     tokenizer: Tokenizer
     backend: Backend

@@ -70,7 +70,7 @@ class ShownRow:
 
 
 def fills_rows(store: TokenStore) -> bool:
-    """Whether rows are filled up to their length, so that the rest of one is padding."""
+    """True if rows are filled up to their length, so that the rest of one is padding."""
     return store.ledger["total"]["padding_tokens"] is not None
 
 

@@ -242,7 +242,7 @@ def _account_sources(
 
 
 def _account_files(one: Input, accounts: Sequence[PartAccount], first_document: int) -> list[dict[str, Any]]:
-    """What every file of a source came to. Raises BadDataError for one that changed or holds nothing."""
+    """The account of every file of a source. Raises BadDataError for one that changed or holds nothing."""
     pieces = iter([counts for account in accounts for counts in account.pieces])
     files = []
     for file in one.files:

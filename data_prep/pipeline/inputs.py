@@ -32,7 +32,7 @@ _NOT_READING = {"path", "hub", "aligned", "name", "weight", "epochs"}  # keys of
 
 @dataclass(frozen=True)
 class Preparation:
-    """One run of ``prepare``: what all of its steps need."""
+    """A run of ``prepare``: the values that all of its steps need."""
 
     config: DataConfig
     task: DataTask
@@ -48,7 +48,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Input:
-    """One source of the run file: its files, cut into spans, and what its records are."""
+    """A source of the run file: its files, cut into spans, and what its records are."""
 
     config: SourceConfig
     name: str
@@ -56,7 +56,7 @@ class Input:
     shape: Shape
 
     def reading_key(self) -> Any:
-        """What of it changes the examples that a file gives, as JSON values."""
+        """The settings that change the examples that a file gives, as JSON values."""
         return [self.config.model_dump(mode="json", exclude=_NOT_READING), self.shape.key()]
 
     @cached_property
@@ -84,7 +84,7 @@ def _part_name(reading_key: Any, pieces: Sequence[tuple[SourceFile, Span]]) -> s
 
 @dataclass(frozen=True)
 class Split:
-    """One split to make: its name, which records of the input it takes, and the identity of content and rows."""
+    """A split to make: its name, which records of the input it takes, and the identity of content and rows."""
 
     name: str
     chosen: HashRange | None
@@ -107,7 +107,7 @@ class Group:
 
 
 def work_dir(run: Preparation, group: Group) -> Path:
-    """Where the parts of a group are made and kept until its stores are published.
+    """The folder in which the parts of a group are made and kept until its stores are published.
 
     It belongs to an encoding, not to an input: after a faulty file is mended, the parts of the others count.
     """
@@ -115,7 +115,7 @@ def work_dir(run: Preparation, group: Group) -> Path:
 
 
 def parts_dir(run: Preparation, group: Group, split: Split) -> Path:
-    """Where the parts of one split are: another share of the records is another folder."""
+    """The folder of the parts of one split: another share of the records is another folder."""
     chosen = "" if split.chosen is None else f"-{split.chosen.low:x}-{split.chosen.high:x}"
     return work_dir(run, group) / f"records{chosen}"
 
@@ -191,7 +191,7 @@ def _first_records(file: SourceFile) -> list[Record]:
 
 
 def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[SourceFile]]) -> list[str]:
-    """What each source is called; a number is added where two would be called the same."""
+    """The name of each source; a number is added where two would be called the same."""
     names: list[str] = []
     for source, files in zip(sources, found, strict=True):
         path = source.path or source.hub

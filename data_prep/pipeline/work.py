@@ -1,4 +1,4 @@
-"""What there is to encode: spans of files, the splits that are made of them, and what every process must know."""
+"""The work of encoding: spans of files, the splits that are made of them, and what every process must know."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class HashRange:
 
 @dataclass(frozen=True)
 class SplitJob:
-    """One split that is made of the spans: which records it takes and where its parts go."""
+    """A split that is made of the spans: which records it takes and where its parts go."""
 
     name: str
     chosen: HashRange | None  # None: every record
@@ -39,7 +39,7 @@ class SplitJob:
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know."""
+    """The values that every worker needs."""
 
     task: DataTask
     config: DataConfig

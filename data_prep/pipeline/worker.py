@@ -270,7 +270,7 @@ def _open_pool(job: Job, number: int, tokenizer: Tokenizer) -> ProcessPoolExecut
 
 
 def _why_it_broke(exit_codes: Sequence[int | None]) -> PreparationError:
-    """What to say of a pool whose processes ended like this; the pool itself ends those that are left."""
+    """The message for a pool whose processes ended like this; the pool itself ends those that are left."""
     if -signal.SIGPROF in exit_codes:  # only template_sandbox.limits sets this clock
         return RefusedError("chat template: it takes too much time in a single step, with one of the records")
     kept = "finished parts are kept"

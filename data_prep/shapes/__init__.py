@@ -1,4 +1,4 @@
-"""What records mean: their shape is recognised and read as an example.
+"""Shapes of records: each is recognised, and its records are read as examples.
 
 May import sources (a record and its place).
 Read first: recognise.py.

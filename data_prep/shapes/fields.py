@@ -42,7 +42,7 @@ def field_names(value: Mapping[str, Any]) -> str:
 
 
 def lookup(value: Mapping[str, Any], name: str) -> Any:
-    """What stands in field `name`; None where it is absent or null.
+    """The value of field `name`; None where it is absent or null.
 
     A name that is no field itself is looked up part by part at its dots: into objects by key, into lists
     by position (``instances.0.output``).
@@ -61,7 +61,7 @@ def lookup(value: Mapping[str, Any], name: str) -> Any:
 
 
 def is_sound(text: str) -> bool:
-    """Whether a text can be written as UTF-8: no half of a surrogate pair stands in it."""
+    """True if a text can be written as UTF-8: no half of a surrogate pair stands in it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -70,7 +70,7 @@ def is_sound(text: str) -> bool:
 
 
 def required_field(value: Mapping[str, Any], name: str, where: str) -> Any:
-    """What stands in field `name`, which a record must have and must not leave null."""
+    """The value of field `name`, which a record must have and must not leave null."""
     found = lookup(value, name)
     if found is None:
         state = "null" if name in value else "missing"

@@ -150,7 +150,7 @@ def _have(records: Sequence[Record], name: str) -> bool:
 
 
 def _are_scores(values: Sequence[Any], name: str, where: str) -> bool:
-    """Whether what stands in a label field are scores: all numbers, and one of them not whole."""
+    """True if what stands in a label field are scores: all numbers, and one of them not whole."""
     numbers = [number_of(value) for value in values]
     if any(number is None for number in numbers):
         return False

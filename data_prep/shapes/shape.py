@@ -27,7 +27,7 @@ from data_prep.sources.records import Record, checked_text, kind
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What every record of a source is. `fields`: our name -> the name in the records, dotted where nested."""
+    """The shape of every record of a source. `fields`: our name -> the name in the records, dotted where nested."""
 
     name: ShapeName
     fields: Mapping[str, str] = field(hash=False)
@@ -37,20 +37,20 @@ class Shape:
 
     @property
     def gives_chats(self) -> bool:
-        """Whether its records may be conversations, which need a chat template."""
+        """True if its records may be conversations, which need a chat template."""
         return self.name in ("messages", "sharegpt") or bool({"system", "history"} & set(self.fields))
 
     def describe(self) -> str:
-        """One line for people: what the records were taken for."""
+        """A line for people: what the records were taken for."""
         return f"{self.name}: {self.summary}"
 
     def key(self) -> dict[str, Any]:
-        """What of this changes the examples, as JSON values; part of a store's content key."""
+        """The parts that change the examples, as JSON values; part of a store's content key."""
         return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many}
 
 
 def to_example(shape: Shape, record: Record) -> Example:
-    """What a record means. Raises BadDataError naming file:line and the place in the record."""
+    """The example that a record means. Raises BadDataError naming file:line and the place in the record."""
     fields = shape.fields
     match shape.name:
         case "messages":

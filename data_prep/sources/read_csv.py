@@ -56,7 +56,7 @@ class _Quotes:
         return newlines
 
     def _all_count(self, quotes: npt.NDArray[np.int64], before: npt.NDArray[np.uint8]) -> bool:
-        """Whether every quote opens or closes a field or is half of a doubled one, so that counting them is enough."""
+        """True if every quote opens or closes a field or is half of a doubled one, so that counting them is enough."""
         opening = slice(int(self.inside), None, 2)
         doubled = np.diff(quotes, prepend=-1 if self.just_closed else -2)[opening] == 1
         return bool((doubled | np.isin(before[opening], self.before_field)).all())

@@ -218,7 +218,7 @@ def _num_bytes(batch: Any) -> int:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether Python values of an Arrow type are always JSON values; a float may be NaN."""
+    """True if Python values of an Arrow type are always JSON values; a float may be NaN."""
     from pyarrow import types
 
     if types.is_struct(kind):

@@ -63,7 +63,7 @@ def find_sources(
 
 
 def _scans(config: SourceConfig, key: str, cache_dir: Path, progress: bool) -> list[tuple[_Scan, int]]:
-    """What is left to do for each file of a source, and its bytes."""
+    """The work that is left for each file of a source, and its bytes."""
     if config.aligned is not None:
         check_keys(config, "aligned", key)
         paths = aligned_paths(config.aligned, key)

@@ -126,7 +126,7 @@ def check_keys(config: SourceConfig, name: str, dotted_key: str) -> None:
 
 
 def _sniff_json(blocks: Iterator[bytes]) -> Format:
-    """Whether a .json file is an array, an object of arrays, SQuAD, or one object a line in disguise."""
+    """True if a .json file is an array, an object of arrays, SQuAD, or one object a line in disguise."""
     head = b""
     for block in blocks:
         head += block

@@ -52,7 +52,7 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def has_surrogate_escape(text: str) -> bool:
-    r"""Whether JSON text may hold a surrogate: they can only be written as \ud8.. to \udf.. in valid UTF-8."""
+    r"""True if JSON text may hold a surrogate: they can only be written as \ud8.. to \udf.. in valid UTF-8."""
     return "\\u" in text and ("\\ud" in text or "\\uD" in text)
 
 

@@ -62,7 +62,7 @@ class DataTask:
 
     @property
     def takes_chats(self) -> bool:
-        """Whether its records may be conversations, which a chat template writes."""
+        """True if its records may be conversations, which a chat template writes."""
         return "messages" in self.shapes
 
     @property
@@ -72,7 +72,7 @@ class DataTask:
 
     @property
     def makes_windows(self) -> bool:
-        """Whether a record may become several documents; then a column holds the number of each document's record."""
+        """True if a record may become several documents; then a column holds the number of each document's record."""
         return any(column.holds == "record numbers" for column in self.columns)
 
     def records_of(self, block: Block) -> np.ndarray:
@@ -109,6 +109,6 @@ PAIR_STARTS = Column("pair_starts", per="document")
 
 
 def pair_fact(store: TokenStore, document: int) -> tuple[str, ...]:
-    """Where the second text of a document begins, in words; nothing where there is none."""
+    """The place where the second text of a document begins, in words; nothing where there is none."""
     first = int(store.column(PAIR_STARTS.name)[document]) if PAIR_STARTS.name in store.columns else 0
     return (f"second text from token {first}",) if first else ()

@@ -58,7 +58,7 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
 
 
 def _head(record: Record, question: list[int], ids: Sequence[int], context: Context) -> tuple[list[int], int]:
-    """What stands before the context in every window of a record, and the tokens that are left for the context."""
+    """The ids before the context in every window of a record, and the tokens that are left for the context."""
     tokenizer = context.tokenizer
     fixed = len(tokenizer.prefix_ids) + len(tokenizer.pair_middle_ids) + len(tokenizer.suffix_ids)
     # Half of a row stays for the context, whatever the question.

@@ -71,7 +71,7 @@ def _document(texts: list[list[int]], tokenizer: Tokenizer, limit: int | None) -
 
 
 def _cut(texts: list[list[int]], room: int) -> list[list[int]]:
-    """One or two texts cut to `room` tokens together, the longer one first."""
+    """Cuts one or two texts to `room` tokens together, the longer one first."""
     if len(texts) == 1:
         return [texts[0][:room]]
     first, second = texts

@@ -33,7 +33,7 @@ class StoreError(Exception):
 
 
 def is_content_file(name: str) -> bool:
-    """Whether a file of a store belongs to its content (documents) and not to one arrangement into rows."""
+    """True if a file of a store belongs to its content (documents) and not to one arrangement into rows."""
     return not name.startswith("rows_")
 
 
@@ -190,6 +190,6 @@ def _require_same_section(store_dir: Path, prepared: Any, wanted: Mapping[str, A
 
 
 def _change(old: Any, new: Any) -> str:
-    """What to say of a value that is another now; sources and the like are too long to say."""
+    """The message for a value that is another now; sources and the like are too long to say."""
     said = f": {old} -> {new}"
     return said if len(said) <= _SAID_CHARACTERS else ""

@@ -252,7 +252,7 @@ class TokenStore:
 
     @property
     def marks_targets(self) -> bool:
-        """Whether targets are marked tokens."""
+        """True if targets are marked tokens."""
         return self._marks is not None
 
     def document_targets(self, first: int = 0, stop: int | None = None) -> np.ndarray:
@@ -287,7 +287,7 @@ class TokenStore:
         return self.load_array(name, self.num_tokens, VALUE_TYPES)[first:last]
 
     def ragged(self, name: str, document: int) -> np.ndarray:
-        """One document's values of a column that has any number of them: for example the places of its answers."""
+        """A document's values of a column that has any number of them: for example the places of its answers."""
         self._require_column(name, "ragged")
         assert 0 <= document < self.num_documents, f"document {document} of {self.num_documents}"
         values = self.load_array(name, None, VALUE_TYPES)

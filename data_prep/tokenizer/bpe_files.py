@@ -52,7 +52,7 @@ def find_bpe_files(path: Path) -> tuple[Path, Path] | None:
 
 
 def is_rank_file(content: bytes) -> bool:
-    """Whether a .model file is tiktoken's list of ranks and not a sentencepiece model."""
+    """True if a .model file is tiktoken's list of ranks and not a sentencepiece model."""
     return _RANK_LINE.fullmatch(content[:1000].partition(b"\n")[0].rstrip(b"\r")) is not None
 
 

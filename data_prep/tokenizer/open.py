@@ -92,7 +92,7 @@ def _main_file(folder: Path) -> Path:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name that is no file here may be one on the Hub."""
+    """True if a name that is no file here may be one on the Hub."""
     return _HUB_NAME.fullmatch(name) is not None and Path(name).suffix not in (".json", ".model", ".txt")
 
 

@@ -171,7 +171,7 @@ class Tokenizer:
         return any(part["type"] == "ByteLevel" and not part.get("add_prefix_space") for part in levels)
 
     def holds_control_ids(self, ids: Sequence[int]) -> bool:
-        """Whether encoded content came out with a control token in it after all."""
+        """True if encoded content came out with a control token in it after all."""
         return not self._forbidden_ids.isdisjoint(ids)
 
     @cached_property
@@ -188,7 +188,7 @@ class Tokenizer:
 
     @cached_property
     def is_byte_level(self) -> bool:
-        """Whether it is a BPE whose pieces spell one byte a character."""
+        """True if it is a BPE whose pieces spell one byte a character."""
         steps = pre_tokenizer_steps(self.pipeline_part("pre_tokenizer"))
         return type(self._backend.model).__name__ == "BPE" and any(step["type"] == "ByteLevel" for step in steps)
 
@@ -214,12 +214,12 @@ class Tokenizer:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether its BPE leaves out merges at random."""
+        """True if its BPE leaves out merges at random."""
         return bool(getattr(self._backend.model, "dropout", None))
 
     @cached_property
     def keeps_text(self) -> bool:
-        """Whether no normaliser changes the text before it is encoded."""
+        """True if no normaliser changes the text before it is encoded."""
         return self._backend.normalizer is None
 
     @cached_property

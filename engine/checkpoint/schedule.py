@@ -115,12 +115,12 @@ class Saves:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint has begun that is not published yet; the same on all ranks."""
+        """True if a checkpoint has begun that is not published yet; the same on all ranks."""
         return self._pending is not None
 
     @property
     def is_verifying(self) -> bool:
-        """Whether this rank still reads back what it wrote last."""
+        """True if this rank still reads back what it wrote last."""
         return self._verifying is not None and not self._verifying[1].done()
 
     @property
@@ -220,7 +220,7 @@ def _read_back(path: Path, records: list[FileRecord]) -> None:
 
 
 def checkpoint_bytes(parameters: Mapping[str, Parameter], buffers: Mapping[str, Tensor]) -> int:
-    """What one checkpoint takes on the disk: 12 bytes a trained parameter, frozen ones and buffers as they are.
+    """The bytes of one checkpoint on the disk: 12 bytes a trained parameter, frozen ones and buffers as they are.
 
     No communication.
     """

@@ -60,7 +60,7 @@ class DeepSpeedCheckpoint:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether damage would be seen: torch records checksums unless it is told not to."""
+        """True if damage would be seen: torch records checksums unless it is told not to."""
         return all(tensor.storage.crc32 is not None for tensor in self.stored if tensor.count)
 
     def verify(self) -> None:

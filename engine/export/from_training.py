@@ -212,7 +212,7 @@ def _publish(temporary: Path, out_dir: Path) -> None:
 
 
 def _places(model: Any, shards: list[Shard]) -> dict[str, tuple[str, int, torch.dtype]]:
-    """Where each weight goes: its file, the offset of its first byte, and the type it is written in."""
+    """The place of each weight: its file, the offset of its first byte, and the type it is written in."""
     names = stored_names(model)
     assert names is not None
     places = {}

@@ -98,7 +98,7 @@ def packed_attention(
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
-    """Whether torch's variable-length FlashAttention takes tensors like `query` (1, H, N, D)."""
+    """True if torch's variable-length FlashAttention takes tensors like `query` (1, H, N, D)."""
     width = query.shape[-1]
     return (
         _HAS_VARLEN

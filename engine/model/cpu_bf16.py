@@ -16,7 +16,7 @@ _KEPT: list[torch.library.Library] = []
 
 
 def is_bf16_slow() -> bool:
-    """Whether this CPU has no fast bf16 products of its own."""
+    """True if this CPU has no fast bf16 products of its own."""
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

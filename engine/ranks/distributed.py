@@ -36,7 +36,7 @@ class Ranks:
     cpu_group: Any = None
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank; does not wait for a device. All ranks call it."""
+        """True if `flag` is set on any rank; does not wait for a device. All ranks call it."""
         on_cpu = self.cpu_group is not None or self.device.type == "cpu"
         tensor = torch.tensor([int(flag)], device="cpu" if on_cpu else self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.cpu_group)

@@ -84,11 +84,11 @@ class RankRecord:
 
     @property
     def is_read(self) -> bool:
-        """Whether somebody waits for this record and will tell its message."""
+        """True if somebody waits for this record and will tell its message."""
         return self._folder is not None and bool(supervisor()[1])
 
     def told_by_rank_zero(self, message: str) -> bool:
-        """Whether rank 0 ended with the same message, so that nobody needs to read it twice."""
+        """True if rank 0 ended with the same message, so that nobody needs to read it twice."""
         for _ in range(20):
             try:
                 assert self._folder is not None

@@ -156,7 +156,7 @@ def _bound(family: int, where: Any, named: str) -> socket.socket:
 
 
 def _means_only_here(named: str, address: str) -> bool:
-    """Whether a name of a machine was given, and this machine takes it for the loopback interface."""
+    """True if a name of a machine was given, and this machine takes it for the loopback interface."""
     try:
         ipaddress.ip_address(named)
     except ValueError:

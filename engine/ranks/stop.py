@@ -34,7 +34,7 @@ class StopSignal:
 
     @property
     def asked(self) -> bool:
-        """Whether this rank was asked to stop."""
+        """True if this rank was asked to stop."""
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
@@ -70,7 +70,7 @@ class StopSignal:
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a file HOLD lies in the run folder."""
+    """True if a file HOLD lies in the run folder."""
     return (run_dir / "HOLD").exists()
 
 

@@ -47,7 +47,7 @@ class ReadRequest:
 
     @property
     def is_direct(self) -> bool:
-        """Whether the file's bytes are those of `values`, so that the system can put them there itself."""
+        """True if the file's bytes are those of `values`, so that the system can put them there itself."""
         return self.dtype == self.values.dtype and self.values.device.type == "cpu" and self.values.is_contiguous()
 
 

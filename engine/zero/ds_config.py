@@ -272,7 +272,7 @@ def _check_optimizer(section: Any, config: RunConfig, name: str) -> None:
 
 
 def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
-    """Whether the CPU updates the optimizer states, which live in host memory or on NVMe."""
+    """True if the CPU updates the optimizer states, which live in host memory or on NVMe."""
     offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") in ("cpu", "nvme")
 
@@ -292,7 +292,7 @@ def with_nvme_path(ds_config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def needs_async_io(config: RunConfig) -> bool:
-    """Whether DeepSpeed needs its op for NVMe. MissingInputError, ConfigError as `read_ds_config`."""
+    """True if DeepSpeed needs its op for NVMe. MissingInputError, ConfigError as `read_ds_config`."""
     zero = read_ds_config(config.deepspeed).get("zero_optimization")
     offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
     return isinstance(offload, dict) and offload.get("device") == "nvme"

@@ -34,12 +34,12 @@ _PREFIX = "fulltune-"
 
 
 def swaps(optimizer: Any) -> bool:
-    """Whether DeepSpeed's ZeRO optimizer keeps states on NVMe."""
+    """True if DeepSpeed's ZeRO optimizer keeps states on NVMe."""
     return bool(getattr(optimizer, "swap_optimizer", False))
 
 
 def is_swapped(optimizer: Any, sub_group: int) -> bool:
-    """Whether a sub-group of DeepSpeed's ZeRO-3 optimizer lies in files between two updates."""
+    """True if a sub-group of DeepSpeed's ZeRO-3 optimizer lies in files between two updates."""
     return swaps(optimizer) and bool(optimizer._swappable_optimizer_subgroup(sub_group))
 
 

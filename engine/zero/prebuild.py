@@ -143,7 +143,7 @@ def broken_locks(folder: Path) -> list[Path]:
 
 
 def _is_broken(lock: Path) -> bool:
-    """Whether the process that made a lock file is gone, as far as can be known.
+    """True if the process that made a lock file is gone, as far as can be known.
 
     A builder keeps the file open. One on another node (a shared home) cannot be seen from here, but
     ranks that merely load an op hold the lock for moments, so an old file has no living owner.
@@ -166,7 +166,7 @@ def _remove_stale_lock(lock: Path) -> None:
 
 
 def _is_open_somewhere(path: Path) -> bool:
-    """Whether a process on this machine, as far as we may look, has `path` open."""
+    """True if a process on this machine, as far as we may look, has `path` open."""
     wanted = str(path.resolve())
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
