@@ -35,7 +35,7 @@ PARALLEL = -n $(TEST_PROCESSES) --dist loadgroup
 test: $(STAMP) ## the tests, real DeepSpeed on 2 CPU ranks where ranks matter (10 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL)
 
-test-unit: $(STAMP) ## those of them that start no ranks (90 s)
+test-unit: $(STAMP) ## those of them that start no ranks (2 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL) -m unit
 
 test-long: $(STAMP) ## long forms of them, and whole benchmarks on small inputs
