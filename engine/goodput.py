@@ -1,4 +1,4 @@
-"""Where time goes: within a step by its phases, and over all starts of a run by cause.
+"""Accounts for time: within a step by its phases, and over all starts of a run by cause.
 
 The sums of a run are kept in ``run_dir/time.json``, rewritten after every step, so that a crash loses nothing that a
 resumed run cannot tell: the gap until the next start, and the steps that were done for nothing.

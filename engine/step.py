@@ -1,4 +1,4 @@
-"""One optimizer update: rows, learning rate, gradient, the checks before weights change, and the figures."""
+"""An optimizer update: rows, learning rate, gradient, the checks before weights change, and the figures."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

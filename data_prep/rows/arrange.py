@@ -96,7 +96,7 @@ def write_rows(
 
 
 def _row_sources(accounts: Sequence[SourceAccount], rows_per_epoch: Sequence[int]) -> list[dict[str, Any]]:
-    """Where the rows of each source begin, how many there are, and how many of them an epoch uses."""
+    """Lists for each source its first row, the number of its rows, and how many of them an epoch uses."""
     result: list[dict[str, Any]] = []
     first_row = 0
     for account, used in zip(accounts, rows_per_epoch, strict=True):

@@ -73,7 +73,7 @@ def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
 def document_results(
     losses: "Tensor", owners: "Tensor", num_documents: int, details: Sequence[Mapping[str, Detail]] | None = None
 ) -> list[DocumentResult]:
-    """One result for each of `num_documents`: the fp64 sums of `losses` (U,) by the document that each belongs to.
+    """Returns a result for each of `num_documents`: the fp64 sums of `losses` (U,) by the document each belongs to.
 
     `owners` (U,) are numbers of documents.
     """

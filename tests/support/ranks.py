@@ -117,7 +117,7 @@ class RankParent:
 
 @functools.cache
 def rank_parent() -> RankParent:
-    """That of this session; the first test that needs it starts it."""
+    """The parent that all tests of a process share; the first test that needs it starts it."""
     return RankParent()
 
 
