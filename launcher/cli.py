@@ -35,6 +35,7 @@ COMMANDS = {
     "schema": "print the JSON schema of a run file, for editors",
 }
 _INTERRUPTED = 130
+_ON_ONE_LINE = 2  # a finding and what to do
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception, debug: bool) -> int:
-    """Print an error in one line; its exit code."""
+    """Print an error in one line, or a list of findings with a line for each; its exit code."""
     if debug:
         traceback.print_exc()
-    text = " ".join(str(error).split())
+    lines = [" ".join(line.split()) for line in getattr(error, "lines", (str(error),))]
+    text = "\n  ".join(lines) if len(lines) > _ON_ONE_LINE else "; ".join(lines)
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         print(f"fulltune: error: {text}", file=sys.stderr)
