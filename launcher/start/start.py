@@ -16,7 +16,8 @@ from engine.zero.prebuild import extensions_dir, missing_ops
 from launcher.batch import slurm_job
 from launcher.job import runs
 from launcher.job.environment import job_environment, remote_environment
-from launcher.job.hosts import filter_nodes, is_local, local_node, read_hostfile
+from launcher.job.hostfile import read_hostfile
+from launcher.job.hosts import filter_nodes, is_local, local_node
 from launcher.job.job import DEFAULT_PORT, LEAST_SECONDS, Job, free_port, hostfile_command, local_command, owned_run_dir
 from launcher.job.run_config import DataRun, Run, write_resolved
 from launcher.ssh.check_hosts import check_hosts
