@@ -67,12 +67,12 @@ class UnusableError(BadDataError):
     """All that is known of records that cannot be used: `lines` for people, the last of which says what to do."""
 
     def __init__(self, lines: Sequence[str]):
-        super().__init__("; ".join(lines))
+        super().__init__("")
         self.args = (lines,)
-        self.lines = tuple(lines)
+        self.lines = tuple(lines) if len(lines) > 2 else ("; ".join(lines),)  # a finding and what to do are one line
 
     def __str__(self) -> str:
-        return "; ".join(self.lines)
+        return "\n".join(self.lines)
 
 
 class MissingInputError(PreparationError):
