@@ -169,6 +169,9 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(
             f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task.name} needs"
         )
+    room = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
+    if config.overlong == "truncate" and not task.packs and config.row_tokens <= room:
+        raise DataConfigError(f"data.row_tokens: {config.row_tokens} leaves no room beside {room} special tokens")
     around = [*tokenizer.prefix_ids, *tokenizer.suffix_ids]
     if around and max(around) >= tokenizer.vocab_size:
         raise BadDataError(
@@ -188,9 +191,11 @@ def _check_task(run: Preparation) -> None:
 def _summary(name: str, store: TokenStore) -> str:
     manifest = store.manifest
     lines = [f"{name}: {store.path}", ledger_table(manifest)]
-    if manifest["num_answers"]:
-        share = manifest["num_trained_stops"] / manifest["num_answers"]
-        lines.append(f"answers whose stop token is trained: {share:.2%} of {manifest['num_answers']}")
+    total = manifest["ledger"]["total"]
+    cut, dropped = total.get("answers_cut", 0), total.get("answers_dropped", 0)
+    if answers := manifest["num_answers"] - dropped:
+        trained = max(0, manifest["num_trained_stops"] - dropped - cut)
+        lines.append(f"answers whose stop token is trained: {trained / answers:.2%} of {answers}")
     unknown = manifest["num_unknown"] / max(1, store.num_tokens)
     if manifest["num_unknown"]:
         advice = ": the tokenizer does not know this text; is it the right one?" if unknown > _MUCH_UNKNOWN else ""

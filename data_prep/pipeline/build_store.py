@@ -25,6 +25,7 @@ from data_prep.pipeline.worker import encode_spans
 from data_prep.progress import Progress
 from data_prep.rows.arrange import RowPlan, write_rows
 from data_prep.sources.read import check_unchanged
+from data_prep.sources.records import UNITS
 from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 
@@ -178,7 +179,9 @@ def _join_content(
     names = _final_names(accounts, label_names, run.task)
     kept = keep_first(parts) if run.config.deduplicate else None
     number_of = {name: number for number, name in enumerate(names)}
-    files, columns, remaining = write_content(folder, parts, run.task, tokenizer.id_type, number_of, kept)
+    files, columns, remaining = write_content(
+        folder, parts, run.task, tokenizer.id_type, number_of, kept, run.config.min_targets or 1
+    )
     sources = _account_sources(group, accounts, remaining)
     check_sources(run.config, split.name, sources)
     tokenizer.save(folder / "tokenizer", run.chat_template)
@@ -260,6 +263,9 @@ def _account_sources(
                 "files": files,
             }
         )
+        cut = [sum(getattr(left, name) for _, left in own) for name in ("cut_documents", "cut_tokens", "cut_targets")]
+        if any(cut):
+            result[-1] |= dict(zip(("documents_cut", "tokens_cut", "targets_cut"), cut, strict=True))
         if left_out := first_of_source(one.work, [account.unusable for account, _ in own]):
             result[-1]["unusable"] = left_out
         first_document += num_documents
@@ -276,10 +282,11 @@ def _account_files(one: Input, accounts: Sequence[PartAccount], first_document: 
         if not any(read for read, _ in counts):
             raise BadDataError(f"{file.label}: the file holds no records")
         documents = sum(made for _, made in counts)
+        unit = {"unit": UNITS[file.format]} if file.format in UNITS else {}
         files.append(
             {
                 "path": file.label, "xxh3_128": file.xxh3_128, "size_bytes": file.size_bytes,
-                "first_document": first_document, "num_documents": documents,
+                "first_document": first_document, "num_documents": documents, **unit,
             }
         )  # fmt: skip
         first_document += documents
