@@ -80,7 +80,7 @@ def _unknown(unk_id: int | None, record: Record) -> int:
 def _view(store: TokenStore, document: int, start: int, stop: int) -> DocumentView:
     learned = store.targets(document, start, stop)
     numbers = store.token_column(_TAGS.name, document, start, stop).tolist()
-    tags = tuple(name_of(store, number) if number >= 0 else None for number in numbers)
+    tags = tuple(name_of(store, number) if is_tag else None for number, is_tag in zip(numbers, learned, strict=True))
     return DocumentView(learned, int(learned.sum()), tags=tags)
 
 
