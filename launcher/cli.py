@@ -59,13 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception, debug: bool) -> int:
-    """Print an error in one line; its exit code."""
+    """Print an error in one line, or each finding of several in a line of its own; the exit code."""
     if debug:
         traceback.print_exc()
     text = " ".join(str(error).split())
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
-        print(f"fulltune: error: {text}", file=sys.stderr)
+        for line in getattr(error, "lines", [text]):
+            print(f"fulltune: error: {line}", file=sys.stderr)
         return code
     hint = "" if debug else " (--debug shows where)"
     print(f"fulltune: error: {type(error).__name__}: {text}{hint}", file=sys.stderr)

@@ -57,7 +57,7 @@ def check_tokenizer(name: str, rows: int, num_ids: int, folder: Path) -> Finding
 
 
 def _advice(name: str, texts: dict[int, str], tokens: Sequence[int]) -> str:
-    model = name.removeprefix("model.path: ")
+    model = name.removeprefix("model.path ")
     if model == name:
         return "leave model.config.vocab_size out, or prepare the data with another tokenizer (data.tokenizer)"
     if len(tokens) > _ADDED_BY_HAND or any(token not in texts for token in tokens):

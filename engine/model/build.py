@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from engine.arithmetic import is_hub_name
 from engine.batches import Batch
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
+from engine.finding import warning_lines
 from engine.fit.labels import Labels, match_labels, names_of
 from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
@@ -133,13 +134,14 @@ def build_model(
         weights = StartingWeights()
     elif pretrained:
         weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed, labels)
-        _say(lines)
+        say(lines)
     else:
         weights = StartingWeights.of(model)
     return model, weights
 
 
-def _say(lines: Sequence[str]) -> None:
+def say(lines: Iterable[str]) -> None:
+    """Print lines once, on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         for line in lines:
             print(line, flush=True)
@@ -216,7 +218,7 @@ def model_config(
         setattr(config, MADE_ROWS, facts.vocab_size)
     needed = facts.vocab_size if extension is None else extension.base_vocab_size
     if folder is not None or extension is not None:
-        name = "model.config" if folder is None else f"model.path: {folder}"
+        name = "model.config" if folder is None else f"model.path {folder}"
         _check_vocabulary(vocab_size, needed, name, facts)
     if not facts.label_names:
         return config, None
@@ -268,7 +270,7 @@ def _check_vocabulary(vocab_size: int, needed: int, source: str, facts: StoreFac
     if finding is not None:
         if finding.verdict == "error":
             raise DataError(finding.text)
-        _say([f"{finding.verdict}: {finding.text}"])
+        say(warning_lines(finding))
 
 
 def _check_config_keys(given: dict[str, Any], config: Any) -> None:
