@@ -36,7 +36,7 @@ class RefusedError(FulltuneError):
 
     def __init__(self, errors: Sequence[Finding]):
         #: A line for each error.
-        self.lines = [error.text if len(errors) == 1 else f"{error.name}: {error.text}" for error in errors]
+        self.lines = [f"{error.name}: {error.text}" for error in errors]
         super().__init__("; ".join(self.lines))
         self.exit_code = exit_code(errors)
 

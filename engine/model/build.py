@@ -27,6 +27,12 @@ from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks.task import Output, Task
 
+#: An attention that cannot be replaced, a model type without this task, a configuration it does not take, sizes that
+#: make no tensor: families and torch have an error of their own for each.
+_CANNOT_BUILD = (
+    ValueError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class StoreFacts:
@@ -178,9 +184,8 @@ def made_model(
     torch.manual_seed(seed)
     try:
         model = make()
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        # An attention that cannot be replaced, a model type without this task, a configuration it does not take.
-        raise DataError(f"model: {section.path or config.model_type}: {' '.join(str(error).split())}") from error
+    except _CANNOT_BUILD as error:
+        raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}") from error
     if task.packs:
         check_isolation(config, task)
     if section.activation_checkpointing:
@@ -191,6 +196,12 @@ def made_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line; a bare name that a table of the family lacks is said to be a value."""
+    text = " ".join(str(error).split())
+    return f"its configuration has the unknown value {text}" if isinstance(error, KeyError) else text
 
 
 def _extension(facts: StoreFacts) -> Extension | None:

@@ -45,14 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan; then print the plan, or prepare and train."""
     run = checked_run(arguments)
     try:
-        job, found = _plan(run, arguments), []
+        job = _plan(run, arguments)
     except FulltuneError as error:
-        job, found = None, [failure("job", error)]
+        others = [*check_here(run, None), *check_run(run)]
+        if arguments.dry_run:
+            _print(others)
+            raise
+        refuse([failure("job", error), *others])
+        raise
     if arguments.dry_run:
-        return _dry_run(run, job, [*found, *check_here(run, job), *check_run(run)])
-    if job is None:
-        refuse([*found, *check_here(run, job), *check_run(run)])
-        raise AssertionError("a job that cannot be planned is an error")
+        print(describe_plan(run, job) + "\n")
+        return _print([*check_here(run, job), *check_run(run)])
     code, message = start(run, job, arguments.restarts, arguments.master_port, check_here(run, job))
     if message:
         print(f"fulltune: {message}", file=sys.stderr)
@@ -73,13 +76,11 @@ def _plan(run: Run, arguments: argparse.Namespace) -> Job:
     )
 
 
-def _dry_run(run: Run, job: Job | None, findings: list[Finding]) -> int:
-    """Print the plan and what was found; the exit code is the one that the run would end with.
+def _print(findings: list[Finding]) -> int:
+    """Print what was found for a dry run; the exit code is the one that the run would end with.
 
     Inputs may come to be between a dry run and the run, so those that are missing are warnings.
     """
-    if job is not None:
-        print(describe_plan(run, job) + "\n")
     findings = [not_there_yet(finding) for finding in findings]
     for finding in findings:
         if finding.verdict != "ok":
