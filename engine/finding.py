@@ -35,9 +35,7 @@ class RefusedError(FulltuneError):
     """Checks found something that would break the run; each error stands in a line of its own."""
 
     def __init__(self, errors: Sequence[Finding]):
-        #: A line for each error.
-        self.lines = [f"{error.name}: {error.text}" for error in errors]
-        super().__init__("; ".join(self.lines))
+        super().__init__("\n".join(f"{error.name}: {error.text}" for error in errors))
         self.exit_code = exit_code(errors)
 
 
@@ -64,6 +62,11 @@ def failure(name: str, error: Exception, to_do: str = "") -> Finding:
     if not isinstance(code, int):
         raise error
     return Finding(name, "error", " ".join(str(error).split()), to_do, code=code)
+
+
+def failures(name: str, error: FulltuneError) -> list[Finding]:
+    """A finding for each line of an error."""
+    return [Finding(name, "error", " ".join(line.split()), code=error.exit_code) for line in str(error).splitlines()]
 
 
 def warning_lines(finding: Finding) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import slurm
 from engine.errors import CannotWriteError, ConfigError, FulltuneError
 from engine.file_modes import FOLDER_MODE, refuse_foreign, umask_for
-from engine.finding import Finding, exit_code, failure, not_there_yet, refuse
+from engine.finding import Finding, exit_code, failures, not_there_yet, refuse
 from engine.run_file import dump_yaml
 from engine.zero.ds_config import resolve_ds_config
 from launcher.commands.arguments import add_run_file, checked_run
@@ -289,7 +289,7 @@ def _findings(run: Run, num_ranks: int) -> list[Finding]:
         run.config.check_trainable()
         resolve_ds_config(run.config, num_ranks)
     except FulltuneError as error:
-        found.append(failure("job", error))
+        found += failures("job", error)
     return [*found, *check_here(run, None), *check_run(run), check_in_use(run.config.run_dir)]
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import FulltuneError
-from engine.finding import Finding, exit_code, failure, not_there_yet, refuse
+from engine.finding import Finding, exit_code, failures, not_there_yet, refuse
 from launcher.commands.arguments import add_run_file, checked_run, positive_number
 from launcher.doctor.check_here import check_here
 from launcher.job.job import Job
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             _print(others)
             raise
-        refuse([failure("job", error), *others])
+        refuse([*failures("job", error), *others])
         raise
     if arguments.dry_run:
         print(describe_plan(run, job) + "\n")
