@@ -144,7 +144,9 @@ def _message(turn: Any, what: str, where: str, role_field: str, content_field: s
     if (calls or reasoning) and role != "assistant":
         raise BadDataError(f"{where}: {what}: {'tool calls' if calls else 'reasoning'} in a turn of {given!r}")
     if not calls and role in _WITH_WORDS and (not text or text.isspace()):
-        raise BadDataError(f"{where}: {what}.{content_field} is empty: a turn of {given!r} must say something")
+        raise BadDataError(
+            f"{where}: {what}.{content_field} is empty: a turn of {given!r} must say something", "empty_turn"
+        )
     message: Message = {"role": role, "content": text}
     if reasoning:
         message["reasoning_content"] = reasoning

@@ -76,7 +76,8 @@ def required_field(value: Mapping[str, Any], name: str, where: str) -> Any:
         state = "null" if name in value else "missing"
         raise BadDataError(
             f"{where}: field {shown(name)!r}, which the first records of this source have, is {state}"
-            f" (fields: {field_names(value)})"
+            f" (fields: {field_names(value)})",
+            f"{state}_field",
         )
     return found
 

@@ -109,7 +109,9 @@ def alpaca(record: Record, fields: Mapping[str, str], refused: Sequence[str]) ->
     messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     for message in messages:
         if not message["content"] or message["content"].isspace():
-            raise BadDataError(f"{where}: the conversation of this record has an empty turn of the {message['role']}")
+            raise BadDataError(
+                f"{where}: the conversation of this record has an empty turn of the {message['role']}", "empty_turn"
+            )
     return ChatExample(messages)
 
 
@@ -180,7 +182,9 @@ def labelled(record: Record, fields: Mapping[str, str], many: bool) -> LabelledE
     value, what = required_field(record.value, name, where), f"field {shown(name)!r}"
     if many != isinstance(value, list):
         wanted = "a list of labels, as" if many else "one label, as"
-        raise BadDataError(f"{where}: {what} must be {wanted} in the first records of this source, not {kind(value)}")
+        raise BadDataError(
+            f"{where}: {what} must be {wanted} in the first records of this source, not {kind(value)}", "wrong_type"
+        )
     if many:
         labels = tuple(_label(item, f"{what}[{index}]", where) for index, item in enumerate(value))
     else:
@@ -197,7 +201,7 @@ def _label(value: Any, what: str, where: str) -> str:
             raise BadDataError(f"{where}: {what} is {value}, not a whole number; for regression write `shape: score`")
         return _written(int(value), what, where)  # tables with gaps hold whole numbers as floats
     if not checked_text(value, what, where):
-        raise BadDataError(f"{where}: {what} is empty")
+        raise BadDataError(f"{where}: {what} is empty", "empty_label")
     return str(value)
 
 
@@ -232,17 +236,31 @@ def tagged(record: Record, fields: Mapping[str, str]) -> TaggedExample:
     words_value = _items(required_field(record.value, words_name, where), words_name, where)
     tags_value = _items(required_field(record.value, tags_name, where), tags_name, where)
     words = tuple(
-        checked_text(word, f"field {shown(words_name)!r}[{index}]", where) for index, word in enumerate(words_value)
+        word if type(word) is str and word.isascii() and word else _word(record, words_name, index, word)
+        for index, word in enumerate(words_value)
     )
-    if not all(words):
-        raise BadDataError(f"{where}: field {shown(words_name)!r}[{words.index('')}] is an empty word")
-    tags = tuple(_label(tag, f"field {shown(tags_name)!r}[{index}]", where) for index, tag in enumerate(tags_value))
+    tags = tuple(
+        tag if type(tag) is str and tag.isascii() and tag else _tag(record, tags_name, index, tag)
+        for index, tag in enumerate(tags_value)
+    )
     if len(words) != len(tags):
         raise BadDataError(
             f"{where}: {len(words)} words in field {shown(words_name)!r},"
-            f" but {len(tags)} tags in field {shown(tags_name)!r}"
+            f" but {len(tags)} tags in field {shown(tags_name)!r}",
+            "unequal_lengths",
         )
     return TaggedExample(words, tags)
+
+
+def _word(record: Record, name: str, index: int, word: Any) -> str:
+    where, what = record.place(index), f"field {shown(name)!r}[{index}]"
+    if not checked_text(word, what, where):
+        raise BadDataError(f"{where}: {what} is an empty word", "empty_word")
+    return str(word)
+
+
+def _tag(record: Record, name: str, index: int, tag: Any) -> str:
+    return _label(tag, f"field {shown(name)!r}[{index}]", record.place(index))
 
 
 def _items(value: Any, name: str, where: str) -> list[Any]:
@@ -250,7 +268,8 @@ def _items(value: Any, name: str, where: str) -> list[Any]:
     items = value.split(" ") if isinstance(value, str) and value else value
     if not isinstance(items, list) or not items:
         state = "empty" if value in ("", []) else kind(value)
-        raise BadDataError(f"{where}: field {shown(name)!r} must be a list, or text with blanks between, not {state}")
+        fault = f"{where}: field {shown(name)!r} must be a list, or text with blanks between, not {state}"
+        raise BadDataError(fault, "empty_field" if state == "empty" else "wrong_type")
     return items
 
 
@@ -275,7 +294,9 @@ def questioned(record: Record, fields: Mapping[str, str]) -> QuestionExample:
             raise BadDataError(f"{where}: {what}[{index}].answer_start must be a whole number, not {kind(start)}")
         place = _nearest(context, answer, start)
         if place < 0:
-            raise BadDataError(f"{where}: {what}[{index}].text {shown(answer)!r} does not stand in the context")
+            raise BadDataError(
+                f"{where}: {what}[{index}].text {shown(answer)!r} does not stand in the context", "answer_not_found"
+            )
         found.append((place, answer))
         moved += place != start
     return QuestionExample(question, context, tuple(found), moved)
