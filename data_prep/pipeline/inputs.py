@@ -159,7 +159,8 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of)
+        chat = run.config.chat
+        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of, chat.roles, chat.apply_to)
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
@@ -209,6 +210,7 @@ def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[Sour
 def _encoding_key(run: Preparation) -> str:
     """Identity of how records become documents, whatever the records are."""
     settings = run.config.model_dump(mode="json", include=set(_CONTENT_KEYS))
+    settings["chat"] = run.config.chat.key()
     if run.task.packs:
         del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
     else:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.chat.child import Proof
 from data_prep.encode.blocks import Block, Names
-from data_prep.encode.content import Context
+from data_prep.encode.content import Context, refuse_untrainable_at
 from data_prep.errors import (
     BadDataError,
     PreparationError,
@@ -29,7 +29,7 @@ from data_prep.errors import (
 from data_prep.pipeline.deduplicate import document_hashes
 from data_prep.pipeline.parts import PartAccount, PartWriter
 from data_prep.pipeline.work import Job, Work, batches_of
-from data_prep.shapes.shape import Shape, to_example
+from data_prep.shapes.shape import Shape, says_untrained, to_example
 from data_prep.sources.read import check_unchanged
 from data_prep.sources.records import Record
 from data_prep.tokenizer.backends import open_backend
@@ -115,13 +115,16 @@ class Encoder:
                     raise
 
     def _encode(self, records: Sequence[Record], shape: Shape, context: Context) -> Block:
+        untrained = [index for index, record in enumerate(records) if says_untrained(shape, record)]
+        refuse_untrainable_at(untrained, records, "a field of the record says so")
         examples = [to_example(shape, record) for record in records]
         block = self.job.task.encode(records, examples, context)
         if self.job.config.overlong == "error":
             lengths, limit = block.columns["lengths"], self.job.config.row_tokens
             if len(lengths) and int(lengths.max()) > limit:
                 place = int(np.argmax(lengths > limit))
-                raise BadDataError(overlong_message(records[place].where, int(lengths[place]), limit))
+                where = records[int(self.job.task.records_of(block)[place])].where
+                raise BadDataError(overlong_message(where, int(lengths[place]), limit))
         return block
 
 

@@ -16,6 +16,7 @@ from data_prep.sources.decompress import (
     open_binary,
     stat_file,
 )
+from data_prep.sources.filled_nulls import has_filled_nulls, without_nulls
 from data_prep.sources.lines import LINE_LIMIT_BYTES
 from data_prep.sources.records import WHOLE_FILE, Record, Span
 
@@ -172,10 +173,17 @@ def _names(schema: Any, columns: Sequence[str] | None, path: str) -> list[str]:
 def _records(batches: Iterator[Any], names: list[str], path: str, row: int) -> Iterator[Record]:
     for batch in _bounded(batches, path, row):
         plain = all(_is_plain(field.type) for field in batch.schema)
-        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        filled = [has_filled_nulls(column) for column in batch.columns]
+        for values in zip(*(column.to_pylist(maps_as_pydicts="strict") for column in batch.columns), strict=True):
             where = f"{path}: row {row}"
             value = dict(zip(names, values, strict=True))
-            yield Record(value if plain else {name: json_value(value[name], name, where) for name in names}, where, row)
+            if not plain:
+                value = {name: json_value(value[name], name, where) for name in names}
+            num_nulls = 0
+            for name in [name for name, has_nulls in zip(names, filled, strict=True) if has_nulls]:
+                value[name], num_left_out = without_nulls(value[name])
+                num_nulls += num_left_out
+            yield Record(value, where, row, num_nulls=num_nulls)
             row += 1
 
 

@@ -12,7 +12,8 @@ class Record(NamedTuple):
     """One input object, where it stands for people (``file:line``), and the line, row or item as a number from 1.
 
     `num_characters`: roughly what its texts take in memory, where the reader knows. `sound`: the reader has seen to
-    it that UTF-8 can hold all its texts.
+    it that UTF-8 can hold all its texts. `num_nulls`: nulls inside of its fields that a table has and the record may
+    not have had, which are left out.
     """
 
     value: dict[str, Any]
@@ -20,6 +21,7 @@ class Record(NamedTuple):
     line: int
     num_characters: int = 0
     sound: bool = False
+    num_nulls: int = 0
 
 
 @dataclass(frozen=True)
