@@ -19,7 +19,7 @@ from data_prep.pipeline.deduplicate import keep_first
 from data_prep.pipeline.inputs import Group, Input, Preparation, Split, num_bytes, parts_dir, store_path, work_dir
 from data_prep.pipeline.parts import Part, PartAccount, read_account
 from data_prep.pipeline.store_folder import link_content, publish
-from data_prep.pipeline.store_writer import count_id, describe_files, write_content
+from data_prep.pipeline.store_writer import count_id, describe_files, find_largest_id, write_content
 from data_prep.pipeline.work import Job, SplitJob
 from data_prep.pipeline.worker import encode_spans
 from data_prep.progress import Progress
@@ -176,6 +176,7 @@ def _join_content(
         "num_tokens": sum(account.num_tokens for account in remaining),
         "num_targets": sum(account.num_targets for account in remaining),
         "num_unknown": 0 if tokenizer.unk_id is None else count_id(folder / "input_ids.npy", tokenizer.unk_id),
+        "largest_id": find_largest_id(folder / "input_ids.npy"),
         "num_answers": sum(account.num_answers for account in accounts),
         "num_trained_stops": sum(account.num_stops for account in accounts),
         "sources": sources,

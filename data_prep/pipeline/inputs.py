@@ -30,6 +30,10 @@ _ASSUMED_COMPRESSION = 4  # compressed data is taken to be so many times as larg
 _NOT_READING = {"path", "hub", "aligned", "name", "weight", "epochs"}  # keys of a source that change no example
 
 
+#: Keys of a source that are no part of its identity where they are not given, as in stores made before they came.
+_ONLY_IF_GIVEN = frozenset({"delimiter", "label_from"})
+
+
 @dataclass(frozen=True)
 class Preparation:
     """A run of ``prepare``: the values that all of its steps need."""
@@ -57,7 +61,9 @@ class Input:
 
     def reading_key(self) -> Any:
         """The settings that change the examples that a file gives, as JSON values."""
-        return [self.config.model_dump(mode="json", exclude=_NOT_READING), self.shape.key()]
+        settings = self.config.model_dump(mode="json", exclude=_NOT_READING)
+        given = {key: value for key, value in settings.items() if value is not None or key not in _ONLY_IF_GIVEN}
+        return [given, self.shape.key()]
 
     @cached_property
     def work(self) -> tuple[Work, ...]:
@@ -78,7 +84,11 @@ class Input:
 
 def _part_name(reading_key: Any, pieces: Sequence[tuple[SourceFile, Span]]) -> str:
     """The same for the same content read in the same way, wherever the files lie and whatever is beside them."""
-    spans = [(file.format, file.compression, file.xxh3_128, span.start, span.stop) for file, span in pieces]
+    spans = [
+        (file.format, file.compression, file.xxh3_128, span.start, span.stop)
+        + (() if file.folder_label is None else (file.folder_label,))
+        for file, span in pieces
+    ]
     return hashlib.sha256(json.dumps([reading_key, spans], sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from data_prep.errors import BadDataError
 from data_prep.sources.decompress import all_blocks, file_blocks, stat_file
 from data_prep.sources.read_aligned import read_aligned
-from data_prep.sources.read_csv import read_csv, read_header
+from data_prep.sources.read_csv import dialect_of, read_csv, read_header
 from data_prep.sources.read_json import questions, read_json, read_jsonl, stream_json
 from data_prep.sources.read_tables import read_arrow, read_parquet
 from data_prep.sources.read_text import read_conll, read_conllu, read_text
-from data_prep.sources.records import WHOLE_FILE, Record, SourceFile, Span
-from data_prep.sources.scan import dialect_of
+from data_prep.sources.records import LABEL_FIELD, WHOLE_FILE, Record, SourceFile, Span
 
 _HEADER_BLOCK_BYTES = 64 << 10
 
@@ -18,7 +17,18 @@ _HEADER_BLOCK_BYTES = 64 << 10
 def read_records(source: SourceFile, span: Span | None = None) -> Iterator[Record]:
     """The records of a file, or of one of its spans, in order. Raises BadDataError naming the place."""
     for piece in source.spans if span is None else (span,):
-        yield from _read(source, piece)
+        records = _read(source, piece)
+        yield from records if source.folder_label is None else _labelled(records, source.folder_label)
+
+
+def _labelled(records: Iterator[Record], label: str) -> Iterator[Record]:
+    """The same records with the label that their file's place gives them."""
+    for record in records:
+        if LABEL_FIELD in record.value:
+            raise BadDataError(
+                f"{record.where}: the record has a field {LABEL_FIELD!r} already; leave `label_from` out"
+            )
+        yield record._replace(value={**record.value, LABEL_FIELD: label})
 
 
 def check_unchanged(source: SourceFile) -> None:
@@ -26,7 +36,7 @@ def check_unchanged(source: SourceFile) -> None:
     parts = source.aligned or (source,)
     for part in parts:
         status = stat_file(part.path)
-        if (status.st_size, status.st_mtime_ns) != (part.size_bytes, part.modified_ns):
+        if (status.size_bytes, status.modified_ns) != (part.size_bytes, part.modified_ns):
             raise BadDataError(f"{part.path}: changed while it was being read; prepare again when it is at rest")
 
 
@@ -68,7 +78,7 @@ def _read_squad(source: SourceFile, span: Span) -> Iterator[Record]:
 
 def _read_csv(source: SourceFile, span: Span) -> Iterator[Record]:
     config = source.config
-    dialect = dialect_of(source.format, config.quoting)
+    dialect = dialect_of(source.format, config)
     has_header = config.header if config.header is not None else config.columns is None
     if config.columns is not None:
         columns = config.columns

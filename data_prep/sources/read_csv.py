@@ -2,12 +2,14 @@ r"""CSV and TSV. Records end at ``\n`` outside quoted fields; every row has as m
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError
 from data_prep.sources.lines import BOM, LINE_LIMIT_BYTES, decode, with_whole_mark
 from data_prep.sources.records import Record, Span
@@ -22,6 +24,20 @@ class Dialect:
 
     delimiter: str
     quoting: bool  # a double quote at the start of a field quotes it
+
+
+def dialect_of(name: str, config: SourceConfig) -> Dialect:
+    """How the fields of a csv or tsv file are told apart."""
+    return Dialect(config.delimiter or ("," if name == "csv" else "\t"), config.quoting)
+
+
+def other_delimiter(row: Sequence[str], dialect: Dialect) -> str:
+    """Advice for a row that is a single field although another usual delimiter stands in it; else nothing."""
+    if len(row) != 1:
+        return ""
+    counts = {mark: row[0].count(mark) for mark in ";|\t," if mark != dialect.delimiter}
+    mark = max(counts, key=lambda one: counts[one])
+    return f"; it looks like `delimiter: {json.dumps(mark)}`" if counts[mark] else ""
 
 
 class _Quotes:
@@ -187,7 +203,8 @@ def read_csv(
     for row, line in rows:
         where = f"{path}:{line}"
         if len(row) != count:
-            raise BadDataError(f"{where}: {_counted(len(row))}, but {_counted(count)} in the header or `columns`")
+            hint = other_delimiter(row if len(row) < count else columns, dialect)
+            raise BadDataError(f"{where}: {_counted(len(row))}, but {_counted(count)} in the header or `columns`{hint}")
         yield Record(dict(zip(columns, row, strict=True)), where, line)
 
 

@@ -8,15 +8,10 @@ from math import isfinite
 from typing import IO, Any
 
 from data_prep.errors import BadDataError, StorageError
-from data_prep.sources.decompress import (
-    RATIO_FREE_BYTES,
-    RATIO_LIMIT,
-    Compression,
-    decompressed_blocks,
-    open_binary,
-    stat_file,
-)
+from data_prep.sources.archives import split_member
+from data_prep.sources.decompress import Compression, all_blocks, open_binary, stat_file
 from data_prep.sources.filled_nulls import has_filled_nulls, without_nulls
+from data_prep.sources.inflate import RATIO_FREE_BYTES, RATIO_LIMIT
 from data_prep.sources.lines import LINE_LIMIT_BYTES
 from data_prep.sources.records import WHOLE_FILE, Record, Span
 
@@ -28,16 +23,19 @@ _ARROW_FILE_MAGIC = b"ARROW1"
 
 @contextmanager
 def _opened(path: str, compression: Compression) -> Iterator[IO[bytes]]:
-    """A file that can be sought in: of a compressed one, its content in a temporary file. Arrow's errors are ours."""
+    """A file that can be sought in: of a compressed one, or of a member of an archive, the content in a temporary file.
+
+    Arrow's errors are ours.
+    """
     import pyarrow
 
     try:
-        if compression == "none":
+        if compression == "none" and split_member(path) is None:
             with open_binary(path) as file:
                 yield file
         else:
             with tempfile.TemporaryFile() as file:
-                for block in decompressed_blocks(path, compression):
+                for block in all_blocks(path, compression):
                     file.write(block)
                 file.seek(0)
                 yield file
@@ -196,7 +194,7 @@ def _bounded(batches: Iterator[Any], path: str, row: int) -> Iterator[Any]:
     for batch in batches:
         num_bytes = _num_bytes(batch)
         total += num_bytes
-        if total > RATIO_FREE_BYTES and total > RATIO_LIMIT * (size := size or stat_file(path).st_size):
+        if total > RATIO_FREE_BYTES and total > RATIO_LIMIT * (size := size or stat_file(path).size_bytes):
             raise BadDataError(
                 f"{path}: its rows grow to more than {RATIO_LIMIT} times the file; if that is meant, write"
                 " them as JSON lines"

@@ -36,6 +36,9 @@ class Span:
     first_line: int
 
 
+#: The field that `label_from` adds to records.
+LABEL_FIELD = "label"
+
 #: The span of what cannot be cut: compressed, not in UTF-8, or a stream whose batches need those before them.
 WHOLE_FILE = Span(0, 0, 1)
 
@@ -70,6 +73,7 @@ class SourceFile:
     xxh3_128: str
     spans: tuple[Span, ...]
     aligned: tuple[AlignedFile, ...] = ()
+    folder_label: str | None = None  # the label of all its records, where `label_from` takes it from the file's place
 
 
 def kind(value: Any) -> str:
