@@ -5,7 +5,7 @@ proof.py; what a template may do, sandbox.py.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +20,7 @@ from data_prep.chat.spans import block_spans, find_fault, last_words, turn_span
 from data_prep.chat.turns import arrange, trained_turns
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.shapes.examples import ChatExample, Message
+from data_prep.tokenizer.chat_templates import missing_tokens
 
 if TYPE_CHECKING:  # it brings pydantic, which the process that proves templates does without
     from data_prep.config import ChatConfig
@@ -69,6 +70,8 @@ class ChatFormat:
         self.plan = plan or prove(template, special_tokens, control_strings, added_strings, now)
         if self.plan.unproven and not chat.train_on_prompt:
             raise DataConfigError(f"chat template: what it trains cannot be known: {self.plan.unproven}")
+        if not self.plan.unproven and not self.plan.stops and not chat.allow_untrained_stop:
+            _refuse_missing_tokens(template, {*control_strings, *added_strings, *self.plan.control})
         self._marked = ChatTemplate(template, special_tokens, now, marked=True)
         self._unmarked: ChatTemplate | None = None
         self._arguments = (template, special_tokens, now)
@@ -253,6 +256,18 @@ class ChatFormat:
             if stop is not None:
                 literal.append((start, stop))
         return rendered._replace(text=clean, spans=moved, literal_spans=literal)
+
+
+def _refuse_missing_tokens(template: str, known: Collection[str]) -> None:
+    """DataConfigError if what a template ends its answers with may be a token that the tokenizer lacks."""
+    if missing := missing_tokens(template, known):
+        named = " and ".join(filter(None, (", ".join(map(repr, missing[:-1])), repr(missing[-1]))))
+        special = " ".join(f"--special '{text}'" for text in missing)
+        raise DataConfigError(
+            "chat template: it ends answers with text and not with a token, so the model would not learn to stop:"
+            f" {named} {'is no token' if len(missing) == 1 else 'are no tokens'} of the tokenizer; add them to a model"
+            f" with `fulltune tokenizer add MODEL OUT {special}` and use OUT, or set data.chat.allow_untrained_stop"
+        )
 
 
 def _notes(text: str, messages: Sequence[Message], trained: Mapping[int, tuple[int, int]]) -> Mapping[str, int]:

@@ -36,6 +36,7 @@ class Shape:
     turns: TurnForm = field(default_factory=TurnForm)  # where records hold turns
     two_lists: bool = False  # prompt: prompt and response are lists of turns
     as_chat: bool = False  # a prompt and its response are a conversation of two turns
+    has_tools: bool = field(default=False, compare=False)  # some of the first records declare tools
     summary: str = field(default="", compare=False)
 
     @property

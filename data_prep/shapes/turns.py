@@ -36,7 +36,14 @@ def with_turns(
     form = TurnForm(
         *field_pair(turns, given, *usual), roles, Flags(given, frozenset(name.split(".")[0] for name in _taken(shape)))
     )
-    return replace(shape, turns=form, two_lists=two_lists, as_chat=shape.name in apply_to and not two_lists)
+    tools = "tools" if two_lists else shape.fields.get("tools", "")
+    return replace(
+        shape,
+        turns=form,
+        two_lists=two_lists,
+        as_chat=shape.name in apply_to and not two_lists,
+        has_tools=any(lookup(record.value, tools) not in (None, "", []) for record in records if tools),
+    )
 
 
 def _taken(shape: Shape) -> set[str]:
