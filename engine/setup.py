@@ -36,7 +36,7 @@ from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
 from engine.step import Progress, Training
-from engine.zero.ds_config import nvme_path, resolve_ds_config, with_nvme_path
+from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
 from engine.zero.zero_model import ZeroModel
@@ -96,6 +96,8 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     with ranks.together():
         stores = open_stores(config, run_file.values["data"])
         ds_config = resolve_ds_config(config, ranks.world_size)
+        for line in ds_config_notes(config, ranks.world_size) if ranks.rank == 0 else ():
+            print(line, flush=True)
     model, weights = _build_model(config, stores, ranks)
     store, rows = stores.training
     ds_config_here = _with_swap_folder(config, ds_config, folder, ranks, model)

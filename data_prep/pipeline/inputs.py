@@ -14,6 +14,7 @@ from data_prep.errors import BadDataError
 from data_prep.pipeline.work import HashRange, Work
 from data_prep.shapes.recognise import recognise
 from data_prep.shapes.shape import Shape
+from data_prep.shapes.turns import refuse_unknown_roles
 from data_prep.sources.read import read_records
 from data_prep.sources.records import Record, SourceFile, Span
 from data_prep.sources.scan import find_sources
@@ -178,8 +179,10 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        chat = run.config.chat
-        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of, chat.roles, chat.apply_to)
+        chat, first = run.config.chat, _first_records(files[0])
+        shape = recognise(first, source, run.task.name, shapes_of, _told_later, chat.roles, chat.apply_to)
+        if run.config.unusable == "error":
+            refuse_unknown_roles(shape, first)
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
@@ -193,24 +196,32 @@ def _joining(run: Preparation, shape: Shape) -> str:
     if not shape.gives_chats:
         how = f"`data.chat.apply_to: [{shape.name}]` renders them with it"
         return f"; prompt and response are joined as they stand, without a chat template ({how})"
-    how = (
-        "; prompt and response are turns of user and assistant, rendered by the chat template" if shape.as_chat else ""
-    )
+    how = "; prompt and response are turns that the chat template renders" if shape.as_chat else ""
     if run.config.chat.template is None and not run.templates:
         how += "; the tokenizer has no chat template: the built-in User/Assistant one is used (data.chat.template)"
     return how
 
 
+def _told_later(_fault: BadDataError, _line: int) -> None:
+    """The `OnFault` of recognition: the record is met again when its span is encoded."""
+
+
 def _first_records(file: SourceFile) -> list[Record]:
-    """The first records of a file, up to the first that cannot be read: it is told when its turn comes."""
+    """The first records of a file without those that cannot be read, which are told when their turn comes."""
     records: list[Record] = []
+    faults: list[BadDataError] = []
+
+    def on_fault(fault: BadDataError, _line: int) -> None:
+        faults.append(fault)
+        if len(faults) >= _RECOGNISED_FROM_RECORDS:
+            raise fault
+
     try:
-        records.extend(islice(read_records(file), _RECOGNISED_FROM_RECORDS))
-    except BadDataError:
-        if not records:
-            raise
+        records.extend(islice(read_records(file, on_fault=on_fault), _RECOGNISED_FROM_RECORDS))
+    except BadDataError as fault:
+        faults.append(fault)
     if not records:
-        raise BadDataError(f"{file.label}: the file holds no records")
+        raise faults[0] if faults else BadDataError(f"{file.label}: the file holds no records")
     return records
 
 
