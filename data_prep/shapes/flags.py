@@ -64,6 +64,9 @@ class Flags:
         return [self._bit(bit, name, f"{name}[{index}]", where) for index, bit in enumerate(bits)]
 
     def _agreed(self, found: Mapping[str, Any], before: str, where: str) -> bool | None:
+        for name in sorted(self._unclear & found.keys()):
+            how = f"or leave it out with `fields: {{{name}: ''}}`"
+            raise BadDataError(f"{where}: {before}{name} {_unclear(name)}; {how}")
         marks = {name: self._bit(value, name, before + name, where) for name, value in sorted(found.items())}
         said = {name: mark for name, mark in marks.items() if mark is not None}
         if len(set(said.values())) > 1:
@@ -74,10 +77,6 @@ class Flags:
         """The value of a flag as "trained"; None where a table has an empty cell."""
         if value is None or value == "":
             return None
-        if name in self._unclear:
-            raise BadDataError(
-                f"{where}: {what} {_unclear(name)}; or leave it out with `fields: {{{shown(name)}: ''}}`"
-            )
         bit = _WORDS.get(value.strip().lower()) if isinstance(value, str) else value
         if not isinstance(bit, bool | int | float) or bit not in (0, 1):
             said = shown(repr(value)) if isinstance(value, str | float) else kind(value)

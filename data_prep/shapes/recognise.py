@@ -40,6 +40,7 @@ from data_prep.shapes.flags import FLAG_NAMES
 from data_prep.shapes.shape import Shape, number_of, to_example
 from data_prep.shapes.turns import (
     FIELDS_OF_TURNS,
+    TurnsAsked,
     flags_seen,
     of_records,
     refuse_unknown_roles,
@@ -74,9 +75,9 @@ def recognise(
     if not records:
         raise BadDataError(f"{config.path or config.hub or config.name or 'a source'}: holds no records")
     candidates = candidates_of(shapes, of_records(config.fields), config.shape is not None)
-    asked = (config.fields, roles or {}, apply_to if "messages" in shapes_of[task] else ())
+    asked = TurnsAsked(config.fields, roles or {}, apply_to, "messages" in shapes_of[task])
     fits = [readings(record.value, candidates) for record in records]
-    usable = [any(_reads(one, record, *asked) for one in own) for record, own in zip(records, fits, strict=True)]
+    usable = [any(_reads(one, record, asked) for one in own) for record, own in zip(records, fits, strict=True)]
     first = usable.index(True) if any(usable) else next((index for index, own in enumerate(fits) if own), 0)
     found = fits[first]
     if len(found) != 1:
@@ -88,12 +89,13 @@ def recognise(
                 f" {records[first].where} is {_said(found)}; split the source, or say which with `shape:` and `fields:`"
             )
     seen = [record for record, is_usable in zip(records, usable, strict=True) if is_usable] or [records[first]]
-    shape = with_turns(_shape_of(found[0], seen, config, task, shapes_of[task]), seen, *asked)
+    shape = with_turns(_shape_of(found[0], seen, config, task, shapes_of[task]), seen, asked)
     read, examples, faults = _examples(shape, records)
+    if not examples:
+        refuse_unknown_roles(shape, records)
     for fault, line in faults:
         on_fault(fault, line)
     if not examples:
-        refuse_unknown_roles(shape, records)
         raise faults[0][0]
     return replace(shape, summary=_summary(shape, read, examples, len(faults)))
 
@@ -114,15 +116,11 @@ def _examples(
     return read, examples, faults
 
 
-def _reads(
-    reading: Reading, record: Record, given: Mapping[str, str], roles: Mapping[str, TurnRole], apply_to: Sequence[str]
-) -> bool:
+def _reads(reading: Reading, record: Record, asked: TurnsAsked) -> bool:
     """True if a record can be read so, not only has the fields for it."""
     many = reading.shape == "label" and isinstance(lookup(record.value, dict(reading.names)["label"]), list)
     try:
-        to_example(
-            with_turns(Shape(reading.shape, dict(reading.names), many), [record], given, roles, apply_to), record
-        )
+        to_example(with_turns(Shape(reading.shape, dict(reading.names), many), [record], asked), record)
     except BadDataError:
         return False
     return True

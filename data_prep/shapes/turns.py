@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.config import ShapeName, TurnRole
 from data_prep.errors import BadDataError
@@ -25,12 +25,20 @@ def of_records(given: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for ours, theirs in given.items() if ours not in FLAG_NAMES.union(("role", "content"))}
 
 
-def with_turns(
-    shape: Shape, records: Sequence[Record], given: Mapping[str, str], roles: Mapping[str, TurnRole],
-    apply_to: Sequence[str],
-) -> Shape:  # fmt: skip
+class TurnsAsked(NamedTuple):
+    """The parts of a run file that decide how turns are read."""
+
+    given: Mapping[str, str]  # `fields:` of the source
+    roles: Mapping[str, TurnRole]
+    apply_to: Sequence[str]
+    takes_chats: bool  # the task takes conversations
+
+
+def with_turns(shape: Shape, records: Sequence[Record], asked: TurnsAsked) -> Shape:
     """The shape with how its turns are written, what its prompts become, and which flags it has."""
-    two_lists = shape.name == "prompt" and isinstance(lookup(records[0].value, shape.fields["prompt"]), list)
+    given, roles, apply_to, takes_chats = asked
+    prompt = shape.fields["prompt"] if shape.name == "prompt" and takes_chats else None
+    two_lists = prompt is not None and isinstance(lookup(records[0].value, prompt), list)
     usual = ("from", "value") if shape.name == "sharegpt" else ("role", "content")
     turns = next(iter(_lists_of(shape, records[:1])), None)
     form = TurnForm(
@@ -41,7 +49,7 @@ def with_turns(
         shape,
         turns=form,
         two_lists=two_lists,
-        as_chat=shape.name in apply_to and not two_lists,
+        as_chat=takes_chats and shape.name in apply_to and not two_lists,
         has_tools=any(lookup(record.value, tools) not in (None, "", []) for record in records if tools),
     )
 
