@@ -97,7 +97,7 @@ class ChatFormat:
         try:
             pieces = self._marked.pieces(messages, tools, False, where)
         except BadDataError as error:
-            raise BadDataError(f"{error}{_way_out(example.messages, self._chat)}") from error
+            raise BadDataError(f"{error}{_way_out(example.messages, self._chat)}", "template_refuses") from error
         trained = trained_turns(example, self._chat)
         self._num_rendered += 1
         check = self._num_rendered % _CHECKED_EVERY == 0 or (not plain and bool(self.plan.failed))

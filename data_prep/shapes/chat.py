@@ -123,7 +123,7 @@ def read_turns(record: Record, name: str, form: TurnForm) -> list[Marked]:
         raise BadDataError(f"{record.where}: field {name!r} must be a list of turns, not {state}")
     if unknown := unknown_roles(turns, form):
         index = next(i for i, turn in enumerate(turns) if isinstance(turn, dict) and turn.get(form.role) in unknown)
-        raise BadDataError(f"{record.where}: {name}[{index}].{form.role}: {roles_to_map(unknown)}")
+        raise BadDataError(f"{record.where}: {name}[{index}].{form.role}: {roles_to_map(unknown)}", "unknown_role")
     return [_message(turn, f"{name}[{index}]", record.where, form) for index, turn in enumerate(turns)]
 
 
@@ -163,7 +163,9 @@ def _message(turn: Any, what: str, where: str, form: TurnForm) -> Marked:
     if (calls or reasoning) and role != "assistant":
         raise BadDataError(f"{where}: {what}: {'tool calls' if calls else 'reasoning'} in a turn of {given!r}")
     if not calls and role in _WITH_WORDS and (not text or text.isspace()):
-        raise BadDataError(f"{where}: {what}.{form.content} is empty: a turn of {given!r} must say something")
+        raise BadDataError(
+            f"{where}: {what}.{form.content} is empty: a turn of {given!r} must say something", "empty_turn"
+        )
     message: Message = {"role": role, "content": text}
     if reasoning:
         message["reasoning_content"] = reasoning

@@ -25,6 +25,7 @@ _AMBIGUOUS = "mask"
 _PARTS = ("train_detail", "training_detail")
 #: Fields of a record with one flag for each turn.
 _OF_TURNS = "message_loss_mask"
+_REASON = "training_flag"
 _WORDS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 #: Every name that steers training, for a run file that gives it another meaning.
 FLAG_NAMES = frozenset({*FLAGS, _AMBIGUOUS, *_PARTS, _OF_TURNS})
@@ -58,19 +59,21 @@ class Flags:
             return self._agreed(found, "", where)
         (name, bits), *others = lists.items()
         if others or len(found) > 1:
-            raise BadDataError(f"{where}: {' and '.join(sorted(found))} say both what is trained; leave one of them")
+            raise BadDataError(
+                f"{where}: {' and '.join(sorted(found))} say both what is trained; leave one of them", _REASON
+            )
         if len(bits) != num_turns:
-            raise BadDataError(f"{where}: field {name!r} has {len(bits)} flags for {num_turns} turns")
+            raise BadDataError(f"{where}: field {name!r} has {len(bits)} flags for {num_turns} turns", _REASON)
         return [self._bit(bit, name, f"{name}[{index}]", where) for index, bit in enumerate(bits)]
 
     def _agreed(self, found: Mapping[str, Any], before: str, where: str) -> bool | None:
         for name in sorted(self._unclear & found.keys()):
             how = f"or leave it out with `fields: {{{name}: ''}}`"
-            raise BadDataError(f"{where}: {before}{name} {_unclear(name)}; {how}")
+            raise BadDataError(f"{where}: {before}{name} {_unclear(name)}; {how}", _REASON)
         marks = {name: self._bit(value, name, before + name, where) for name, value in sorted(found.items())}
         said = {name: mark for name, mark in marks.items() if mark is not None}
         if len(set(said.values())) > 1:
-            raise BadDataError(f"{where}: {before}{f' and {before}'.join(said)} contradict each other")
+            raise BadDataError(f"{where}: {before}{f' and {before}'.join(said)} contradict each other", _REASON)
         return next(iter(said.values()), None)
 
     def _bit(self, value: Any, name: str, what: str, where: str) -> bool | None:
@@ -82,7 +85,8 @@ class Flags:
             said = shown(repr(value)) if isinstance(value, str | float) else kind(value)
             raise BadDataError(
                 f"{where}: {what} must be 0 or 1 (or true, false), not {said}: a token is trained or not;"
-                f" if it is no training flag, leave it out with `fields: {{{shown(name)}: ''}}`"
+                f" if it is no training flag, leave it out with `fields: {{{shown(name)}: ''}}`",
+                _REASON,
             )
         return bool(bit) == self.of_turn[name]
 

@@ -12,7 +12,8 @@ def as_chat(pair: PromptExample, where: str) -> ChatExample:
     """A prompt and its response as turns of the user and the assistant, which both say something."""
     for name, text in (("prompt", pair.prompt), ("response", pair.response)):
         if not text or text.isspace():
-            raise BadDataError(f"{where}: the {name} is empty: as a turn of a conversation it must say something")
+            fault = f"{where}: the {name} is empty: as a turn of a conversation it must say something"
+            raise BadDataError(fault, "empty_turn")
     return ChatExample([{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.response}])
 
 
@@ -49,7 +50,8 @@ def alpaca(record: Record, fields: Mapping[str, str], refused: Sequence[str]) ->
     messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     for message in messages:
         if not message["content"] or message["content"].isspace():
-            raise BadDataError(f"{where}: the conversation of this record has an empty turn of the {message['role']}")
+            fault = f"{where}: the conversation of this record has an empty turn of the {message['role']}"
+            raise BadDataError(fault, "empty_turn")
     return ChatExample(messages)
 
 
