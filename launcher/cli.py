@@ -30,7 +30,7 @@ COMMANDS = {
     "verify": "read a run's checkpoints and say whether they are what was written",
     "tensorboard": "show runs side by side in TensorBoard, on localhost",
     "generate": "continue prompts with a Hugging Face folder",
-    "tokenizer": "train a tokenizer, or add pieces to one",
+    "tokenizer": "train a tokenizer, add pieces to one, or special tokens to a model",
     "demo": "train a small model from nothing on this machine, start to finish",
     "schema": "print the JSON schema of a run file, for editors",
 }
