@@ -23,7 +23,7 @@ from data_prep.pipeline.build_store import (
 )
 from data_prep.pipeline.findings import Listing, check_sources
 from data_prep.pipeline.inputs import Group, Preparation, find_groups, work_dir
-from data_prep.pipeline.labels import KnownLabels
+from data_prep.pipeline.labels import KnownLabels, check_labels
 from data_prep.pipeline.store_folder import (
     exclusive,
     remove_leftovers,

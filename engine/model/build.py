@@ -93,8 +93,9 @@ class TaskModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         if self._to_model is None or self._to_store is None:
             return self.task.loss(self.model, batch)
-        device = batch.target_ids.device
-        own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
+        ids, device = batch.target_ids, batch.target_ids.device
+        numbers = self._to_model.to(device)[ids.clamp(min=0)]
+        own = dataclasses.replace(batch, target_ids=torch.where(ids == UNKNOWN_LABEL, ids, numbers))
         output = self.task.loss(self.model, own)
         if (predicted := output.values.get("predicted")) is None:
             return output
