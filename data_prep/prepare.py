@@ -85,6 +85,8 @@ def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
     tokenizer = open_tokenizer(config.tokenizer)
     run = Preparation(config, TASKS[task], tokenizer, _chat_template(config, tokenizer, TASKS[task]), progress)
     _check_task(run)
+    for line in tokenizer.notes:
+        run.say(line)
     return run
 
 

@@ -160,7 +160,7 @@ def _join_content(
     files, columns, remaining = write_content(folder, parts, run.task, tokenizer.id_type, number_of, kept)
     sources = _account_sources(group, accounts, remaining)
     tokenizer.save(folder / "tokenizer", run.chat_template)
-    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(run.chat_template))])
+    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.all_files(run.chat_template))])
     content = {
         "format": FORMAT_VERSION,
         "task": run.task.name,
