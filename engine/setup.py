@@ -25,6 +25,7 @@ from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import DataError, MissingInputError, StorageError
 from engine.model.build import StoreFacts, build_model, model_folder
+from engine.model.model_folder import write_model_folder
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
@@ -49,10 +50,7 @@ class Stores:
     @property
     def facts(self) -> StoreFacts:
         """What the model must fit."""
-        store = self.training[0]
-        return StoreFacts(
-            store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir
-        )
+        return StoreFacts.of(self.training[0])
 
 
 def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
@@ -271,9 +269,7 @@ def _write_records(run_file: RunFile, config: RunConfig, ds_config: dict[str, An
             command, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     write_json(config.run_dir / "versions.json", versions | {"store_digest": store.digest, "rows_digest": rows.digest})
-    model.config.save_pretrained(config.run_dir / "model")
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(config.run_dir / "model")
+    write_model_folder(model, model_folder(config.model), config.run_dir / "model")
 
 
 def _put_aside(run_dir: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_prep.token_store import TokenStore
 from engine.arithmetic import is_hub_name
 from engine.batches import Batch
 from engine.config import ModelSection
@@ -18,6 +19,7 @@ from engine.errors import ConfigError, DataError, MissingInputError, RefusedForS
 from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.model.model_files import read_model_files
+from engine.model.model_folder import CARRIED_PATTERNS
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks.task import Output, Task
@@ -33,6 +35,11 @@ class StoreFacts:
     eos_id: int | None
     label_names: tuple[str, ...]
     tokenizer_dir: Path | None = None
+
+    @classmethod
+    def of(cls, store: TokenStore) -> "StoreFacts":
+        """The facts of a training store."""
+        return cls(store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir)
 
 
 def model_folder(section: ModelSection) -> Path | None:
@@ -52,7 +59,7 @@ def model_folder(section: ModelSection) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json"] if section.init == "random" else ["*.json", "*.safetensors"]
+    patterns = ["*.json", *CARRIED_PATTERNS, *(["*.safetensors"] if section.init != "random" else [])]
     try:
         return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -167,6 +174,8 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts,
         # Both maps at once: num_labels follows from id2label.
         config.id2label = dict(enumerate(facts.label_names))
         config.label2id = {name: index for index, name in enumerate(facts.label_names)}
+        if config.problem_type is not None:  # else a head of several labels or of scores would be served
+            config.problem_type = "single_label_classification"
         if config.get_text_config().pad_token_id is None:
             config.pad_token_id = facts.pad_id
     return config
