@@ -28,30 +28,30 @@ def surround(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) ->
 
 def follow_settings(
     backend: tokenizers.Tokenizer, specials: Mapping[str, str], config: Mapping[str, Any], whole_pipeline: bool
-) -> tuple[dict[str, Any], str | None, bool]:
+) -> tuple[dict[str, Any], str | None]:
     """Let `backend` put the tokens around a text that the folder's files ask for.
 
     whole_pipeline: it comes from tokenizer.json. Returns the settings that a config must have for every reader to do
-    the same; a line about what was decided, None where the files agree; whether `backend` was changed.
+    the same, and a line about what was decided, None where the files agree.
     """
     bos, eos = specials.get("bos_token"), specials.get("eos_token")
     does = _ends(backend, bos, eos)
     asked = _asked(config, bool(bos), bool(eos))
     if asked is None or asked == does:
-        return {}, None, False
+        return {}, None
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if not whole_pipeline or (backend.post_processor is None and name in _REBUILDING):
         backend.post_processor = surround(backend, bos if asked[0] else None, eos if asked[1] else None)
         source = "the vocabulary file has" if not whole_pipeline else "tokenizer.json has"
         line = f"tokens around a text: {_shown(asked)}, as tokenizer_config.json says; {source} no post-processor"
-        return {}, line, True
+        return {}, line
     older = "as transformers 5 does; transformers 4 would follow" if name in _REBUILDING else "which makes no use of"
     settings = {"add_bos_token": does[0], "add_eos_token": does[1]}
     line = (
         f"tokens around a text: {_shown(does)}, by the post-processor of tokenizer.json, {older} "
         f"tokenizer_config.json: {_shown(asked)}"
     )
-    return settings, line, False
+    return settings, line
 
 
 def _asked(config: Mapping[str, Any], has_bos: bool, has_eos: bool) -> Ends | None:

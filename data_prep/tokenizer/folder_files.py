@@ -22,6 +22,8 @@ _CARRIED = (
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "tekken.json", "chat_template.json",
 )  # fmt: skip
+#: What holds where a config does not say otherwise: no limit, and no blanks removed by decoding.
+_DEFAULTS = {"clean_up_tokenization_spaces": False, "model_max_length": int(1e30)}
 _TEMPLATE_NAME = re.compile(r"[\w-]+")
 #: Classes of transformers 5 that 4 does not know; each of them takes tokenizer.json as it is.
 _NEW_CLASSES = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
@@ -31,26 +33,25 @@ _NEW_CLASSES = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 class FolderFiles:
     """What a folder holds beside the pipeline.
 
-    config: tokenizer_config.json, as changed by what opening found. others: further files, by name. pipeline:
-    tokenizer.json as it stands; None where it was made or changed here. truncation, padding: those parts of it, which
-    act on no encoding here.
+    config: tokenizer_config.json, as changed by what opening found. others: further files, by name. pipeline: the text
+    of tokenizer.json where it is another than that of the pipeline in use: it may cut or pad, which nothing here does.
     """
 
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=lambda: {"tokenizer_class": PLAIN_CLASS})
     others: Mapping[str, bytes] = field(default_factory=dict)
     pipeline: str | None = None
-    truncation: Any = None
-    padding: Any = None
 
     def settings(self, special_tokens: Mapping[str, str], chat_template: str | None) -> dict[str, Any]:
         """The values of tokenizer_config.json beside a pipeline with these special tokens, and this template."""
-        values = {key: value for key, value in self.config.items() if key != "auto_map"}
-        _use_older_forms(values)
-        for name, text in special_tokens.items():
-            if values.get(name) is None:
-                values[name] = text
-        if chat_template is not None:
-            values["chat_template"] = self._all_templates(chat_template)
+        own = {key: value for key, value in self.config.items() if key != "auto_map"}
+        _use_older_forms(own)
+        unnamed = {name: text for name, text in special_tokens.items() if own.get(name) is None}
+        if chat_template is not None and "chat_template" in own:
+            own["chat_template"] = self._all_templates(chat_template)
+        # The keys that every folder has come first, and always in this order: they are part of a store's identity.
+        values = {"tokenizer_class": PLAIN_CLASS, **_DEFAULTS, **special_tokens} | own | unnamed
+        if own.get("tokenizer_class") is None:
+            del values["tokenizer_class"]
         return values
 
     def _all_templates(self, chat_template: str) -> str | list[Any]:

@@ -50,12 +50,12 @@ def open_tokenizer(name: str) -> Tokenizer:
     whole = file.suffix == ".json" and find_bpe_files(file) is None
     try:
         backend, specials = _open_backend(file, config)
-        added, specials = _add_named_tokens(backend, specials, folder, config)
-        settings, note, changed = follow_settings(backend, specials, config, whole)
-        pipeline = None
-        if whole:
-            pipeline = backend.to_str() if added or changed else file.read_text(encoding="utf-8")
-        if type(backend.model).__name__ == "Unigram":
+        specials = _add_named_tokens(backend, specials, folder, config)
+        settings, note = follow_settings(backend, specials, config, whole)
+        unigram = type(backend.model).__name__ == "Unigram"
+        limited = backend.truncation is not None or backend.padding is not None
+        pipeline = backend.to_str() if limited or (unigram and whole) else None
+        if unigram:
             protect_pieces(backend)
         backend.no_truncation()
         backend.no_padding()
@@ -90,7 +90,7 @@ def _open_backend(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokeni
 
 def _config_of_converted(config: dict[str, Any], file: Path) -> dict[str, Any]:
     """The config beside a pipeline that was made here of an older file."""
-    made: dict[str, Any] = {"tokenizer_class": PLAIN_CLASS, "clean_up_tokenization_spaces": False}
+    made: dict[str, Any] = {"tokenizer_class": PLAIN_CLASS}
     if file.suffix == ".txt":  # BERT kinds tell the texts of a pair apart
         made["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     return made | config
@@ -161,11 +161,8 @@ def _added_token(value: Any) -> AddedToken:
 
 def _add_named_tokens(
     backend: tokenizers.Tokenizer, specials: dict[str, str], folder: Path, config: dict[str, Any]
-) -> tuple[bool, dict[str, str]]:
-    """Add the tokens that only the files beside the vocabulary name.
-
-    Returns whether there were any, and the special tokens; these files' names go before `specials`.
-    """
+) -> dict[str, str]:
+    """Add the tokens that only the files beside the vocabulary name; these files' names go before `specials`."""
     named = {**read_json(folder / "special_tokens_map.json"), **config}
     declared = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda pair: int(pair[0]))
     values = [*(value for _, value in declared), *named_values(named)]
@@ -174,15 +171,13 @@ def _add_named_tokens(
         older = sorted(read_json(folder / "added_tokens.json").items(), key=lambda pair: int(pair[1]))
         flags = [{"content": text, "special": text in special, "normalized": text not in special} for text, _ in older]
         values = [*flags, *values]
-    before = {token.content for token in backend.get_added_tokens_decoder().values()}
-    known = set(before)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for value in values:
         text = content_of(value)
         if text is not None and text not in known:
             backend.add_tokens([_added_token(value)])
             known.add(text)
-    found = {name: text for name in SPECIAL_NAMES if (text := content_of(named.get(name))) is not None}
-    return bool(known - before), specials | found
+    return specials | {name: text for name in SPECIAL_NAMES if (text := content_of(named.get(name))) is not None}
 
 
 def _open_wordpiece(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:

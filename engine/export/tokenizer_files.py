@@ -43,6 +43,9 @@ def copy_tokenizer(tokenizer_dir: Path, folder: Path, tells_texts_apart: bool) -
         (folder / _TEMPLATES).mkdir()
         for path in templates:
             write_file(folder / _TEMPLATES / path.name, path.read_bytes())
+    template, values = folder / "chat_template.jinja", _read_config(folder)
+    if template.is_file() and "chat_template" not in values:  # transformers 4.45 looks for it there
+        _write_config(folder, values | {"chat_template": template.read_text(encoding="utf-8")})
     if (folder / _PIPELINE).is_file():
         _settle_class(folder)
         if tells_texts_apart:
