@@ -18,6 +18,7 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 #: The class that takes tokenizer.json as it is, under the name that every version knows.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 TEMPLATE_FOLDER = "additional_chat_templates"
+_EXTRA_KEYS = ("extra_special_tokens", "model_specific_special_tokens", "additional_special_tokens")
 _CARRIED = (
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "tekken.json", "chat_template.json",
@@ -90,6 +91,9 @@ def read_others(folder: Path, main: Path) -> dict[str, bytes]:
 def _use_older_forms(values: dict[str, Any]) -> bool:
     """Give `values` the forms that transformers 4 and 5 both read; returns whether anything changed."""
     before = dict(values)
+    for key, value in before.items():
+        if key in _EXTRA_KEYS or (key.endswith("_token") and key not in SPECIAL_NAMES):
+            values[key] = _without_bare_flags(value)
     if values.get("tokenizer_class") in _NEW_CLASSES:
         values["tokenizer_class"] = PLAIN_CLASS
     extra = values.get("extra_special_tokens")
@@ -103,13 +107,25 @@ def _use_older_forms(values: dict[str, Any]) -> bool:
     return values != before
 
 
+def _without_bare_flags(value: Any) -> Any:
+    """A token, or several, each as its text where flags stand without the mark that readers want (`__type`).
+
+    The flags are those of the token in tokenizer.json.
+    """
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        return value if "__type" in value else value["content"]
+    if isinstance(value, dict):
+        return {name: _without_bare_flags(token) for name, token in value.items()}
+    return [_without_bare_flags(token) for token in value] if isinstance(value, list) else value
+
+
 def named_values(values: Mapping[str, Any]) -> list[Any]:
     """Every token that the values of tokenizer_config.json or special_tokens_map.json name, as text or a mapping."""
     found = [values.get(name) for name in SPECIAL_NAMES]
     for key, value in values.items():
         if key.endswith("_token") and key not in SPECIAL_NAMES:
             found.append(value)
-    for key in ("extra_special_tokens", "model_specific_special_tokens", "additional_special_tokens"):
+    for key in _EXTRA_KEYS:
         value = values.get(key)
         if isinstance(value, dict):  # names of attributes and their tokens: the names are no tokens
             found += value.values()

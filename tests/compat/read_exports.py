@@ -15,7 +15,9 @@ def read(folder, class_name, texts):
     kind = getattr(transformers, class_name, None)
     if kind is None:
         return None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # Version 5 opens some model types with a class of its own, which splits text otherwise than training did.
+    opener = "PreTrainedTokenizerFast" if transformers.__version__ >= "5" else "AutoTokenizer"
+    tokenizer = getattr(transformers, opener).from_pretrained(folder)
     model = kind.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config.to_dict()
     tokens = (torch.arange(40) * 7 % 300)[None]

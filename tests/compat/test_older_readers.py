@@ -23,6 +23,8 @@ READERS = {
     "4.45.2": ("tokenizers==0.20.3", "huggingface_hub==0.36.0"),
     "4.57.6": ("tokenizers==0.22.1", "huggingface_hub==0.36.0"),
 }
+#: 4.45 does not count the tokens of a mapping (`extra_special_tokens`) among its special ones; it encodes them.
+NOT_COMPARED = {"4.45.2": {"special"}, "4.57.6": set()}
 SCRIPT = Path(__file__).parent / "read_exports.py"
 #: Families that 4.45 does not know.
 NEWER = {"4.45.2": {"qwen3", "olmo2", "gemma3", "modernbert"}, "4.57.6": set()}
@@ -105,5 +107,7 @@ def test_an_older_reader_finds_what_ours_finds(
         theirs, here = torch.tensor(found.pop("logits")), torch.tensor(ours[name]["logits"])
         if not torch.allclose(theirs, here, rtol=1e-3, atol=1e-4):
             differences.append(f"{name}: logits by {(theirs - here).abs().max():.3g}")
-        differences += [f"{name}: {key}" for key, value in found.items() if value != ours[name][key]]
+        differences += [
+            f"{name}: {key}" for key in found.keys() - NOT_COMPARED[version] if found[key] != ours[name][key]
+        ]
     assert differences == []
