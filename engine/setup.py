@@ -11,21 +11,25 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
+from data_prep.token_store import Rows
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, StepBatch, list_checkpoints, total_steps
 from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.restore import restore_newest
 from engine.checkpoint.save import Owner, finish_replacing
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
-from engine.errors import DataError, MissingInputError, StorageError
-from engine.model.build import StoreFacts, build_model, model_folder
+from engine.errors import ConfigError, DataError, StorageError
+from engine.finding import warning_lines
+from engine.fit.model_facts import ModelFacts
+from engine.fit.positions import check_positions
+from engine.fit.stores import Stores, open_stores
+from engine.model.build import StoreFacts, build_model, label_numbers, model_folder, say
 from engine.model.model_folder import write_model_folder
+from engine.model.positions import positions_of
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
@@ -34,43 +38,10 @@ from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
 from engine.step import Progress, Training
-from engine.zero.ds_config import nvme_path, resolve_ds_config, with_nvme_path
+from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
 from engine.zero.zero_model import ZeroModel
-
-
-@dataclass(frozen=True)
-class Stores:
-    """The token stores of a run and their rows at the run's row length."""
-
-    training: tuple[TokenStore, Rows]
-    validation: tuple[TokenStore, Rows] | None
-
-    @property
-    def facts(self) -> StoreFacts:
-        """What the model must fit."""
-        return StoreFacts.of(self.training[0])
-
-
-def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
-    """Open and check the stores that `fulltune prepare` made from this run file's data section."""
-    opened: dict[str, tuple[TokenStore, Rows]] = {}
-    for split in ("train", "validation"):
-        path = resolve_store(config.data.store_dir, split, data_section, config.task)
-        if path is not None:
-            store = TokenStore.open(path)
-            if store.task != config.task:
-                raise DataError(f"data.store_dir: {path} was prepared for task {store.task}, not {config.task}")
-            for column, fault in config.trained_task.columns.items():
-                if column not in store.columns:
-                    raise DataError(f"{path}: {fault}")
-            opened[split] = (store, open_rows(store, config.data.row_tokens))
-    if "train" not in opened:
-        raise MissingInputError(
-            f"data.store_dir: {config.data.store_dir} has no training store: run `fulltune prepare`"
-        )
-    return Stores(opened["train"], opened.get("validation"))
 
 
 def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> tuple[Training, Progress, RunLog]:
@@ -86,9 +57,12 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     with ranks.together():
         stores = open_stores(config, run_file.values["data"])
         ds_config = resolve_ds_config(config, ranks.world_size)
+        for line in ds_config_notes(config, ranks.world_size) if ranks.rank == 0 else ():
+            print(line, flush=True)
     model, weights = _build_model(config, stores, ranks)
-    zero = wrap(model, config, _with_swap_folder(config, ds_config, folder, ranks, model))
     store, rows = stores.training
+    ds_config_here = _with_swap_folder(config, ds_config, folder, ranks, model)
+    zero = wrap(model, config, ds_config_here, label_numbers(model, store.label_names))
     must_match = _values_that_must_match(config, rows, model)
     may_change = _values_that_may_change(config, ds_config, ranks)
     began_loading = time.perf_counter()
@@ -131,7 +105,28 @@ def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, 
             model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        return build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
+        model, weights = build_model(
+            config.model,
+            config.trained_task,
+            StoreFacts.of(*(store for store, _ in stores.opened)),
+            config.seed,
+            not resumes,
+        )
+        _check_lengths(model, config, stores)
+        return model, weights
+
+
+def _check_lengths(model: Any, config: RunConfig, stores: Stores) -> None:
+    """ConfigError for a document that the model has no positions for; a line for one longer than it was made for."""
+    name = f"model.path {config.model.path}" if config.model.path else "model.config"
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    finding = check_positions(ModelFacts(name, rows, positions_of(model)), stores.opened)
+    if finding.verdict == "error":
+        raise ConfigError(finding.text)
+    say(warning_lines(finding))
+    for store, _ in stores.opened:
+        if store.pad_id >= rows:
+            store.pad_id = 0  # padding is never looked at, but must have a row
 
 
 def _restore_or_fill(

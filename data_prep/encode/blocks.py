@@ -6,7 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.sources.records import Record
+
 _LENGTHS = "_lengths"  # ends the name of the column with the lengths of a ragged one
+#: Columns of parts, not of stores: the tokens and targets that encoding cut off each document.
+CUT_TOKENS, CUT_TARGETS = "cut_tokens", "cut_targets"
+#: The number of a name that is not among those of the store.
+NO_NAME = -1
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,18 @@ class Names:
     index: dict[str, int] = field(default_factory=dict)
     first_seen: list[str] = field(default_factory=list)
 
-    def number(self, name: str, where: str) -> int:
-        """The index of `name`, which becomes a new one if it has not been met."""
+    def number(self, name: str, record: Record, item: int = 0) -> int:
+        """The index of `name`, which becomes a new one if it has not been met before item `item` of `record`."""
         number = self.index.get(name)
         if number is None:
             number = self.index[name] = len(self.index)
-            self.first_seen.append(where)
+            self.first_seen.append(record.place(item))
         return number
+
+    def forget(self, count: int) -> None:
+        """Keep the first `count` names only."""
+        self.index = dict(list(self.index.items())[:count])
+        del self.first_seen[count:]
 
 
 def block_of_documents(
@@ -129,6 +140,13 @@ def ragged(column: Column, values: Sequence[Sequence[int]], dtype: Any) -> dict[
     lengths = np.array([len(part) for part in values], dtype=np.uint32)
     flat = np.fromiter((value for part in values for value in part), dtype, int(lengths.sum()))
     return {column.name: flat, column.lengths_name: lengths}
+
+
+def cut_columns(tokens: Sequence[int], targets: Sequence[int]) -> dict[str, np.ndarray]:
+    """What encoding cut off each document, as columns of a block; none where it cut nothing."""
+    if not any(tokens) and not any(targets):
+        return {}
+    return {CUT_TOKENS: np.array(tokens, dtype=np.uint32), CUT_TARGETS: np.array(targets, dtype=np.uint32)}
 
 
 def block_of_tokens(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import Overlong, Packing, SourceConfig
-from data_prep.errors import BadDataError, DataConfigError, overlong_message
+from data_prep.errors import OVERLONG_ADVICE, BadDataError, DataConfigError, overlong_message
 from data_prep.rows.ledger import SourceAccount, ledger, rows_per_epoch
 from data_prep.rows.pack import Truncation, pack_rows, wrap_rows
 from data_prep.rows.row_files import RowFiles, unsigned_type
@@ -236,9 +236,25 @@ class _Window:
             int(self.lengths.sum(where=in_rows)) - int(segments.lengths.sum(dtype=np.int64)),
             int(self.targets.sum(where=in_rows)) - int(segments.targets.sum(dtype=np.int64)),
         )
+        self._count_lost_answers(segments, np.flatnonzero(~in_rows))
         numbers = segments.documents.astype(unsigned_type(self.store.num_documents))
         numbers += self.first
         return Segments(numbers, segments.starts, segments.lengths, segments.targets, _NO_ROWS)
+
+    def _count_lost_answers(self, segments: Segments, dropped: np.ndarray) -> None:
+        """Tell the account how many answers end behind their row, and how many are in `dropped` documents.
+
+        An answer is a run of targets: its prompt or the next turn's header stands between it and the next one.
+        """
+        if not self.plan.packs or self.source["shape"] == "text":
+            return
+        cut = 0
+        shortened = np.flatnonzero(segments.lengths < self.lengths[segments.documents])
+        for index in shortened.tolist():
+            marks = self.store.targets(self.first + int(segments.documents[index]))
+            cut += len(answer_ends(marks)) - int((answer_ends(marks) <= int(segments.lengths[index])).sum())
+        gone = sum(len(answer_ends(self.store.targets(self.first + number))) for number in dropped.tolist())
+        self.account.lose_answers(cut, gone)
 
     def _poor(self, targets: np.ndarray, placed: np.ndarray) -> np.ndarray:
         if not self.counts_targets:
@@ -258,13 +274,20 @@ class _Window:
     def _refuse(self, index: int) -> None:
         length, row_tokens = int(self.lengths[index]), self.plan.row_tokens
         if self.plan.overlong == "error":
-            raise BadDataError(overlong_message(self.store.locate(self.first + index), length, row_tokens))
+            said = overlong_message(self.store.locate(self.first + index), length, row_tokens)
+            raise BadDataError(f"{said}; {OVERLONG_ADVICE}")
         if self.plan.overlong == "split" and self.source["shape"] != "text":
             raise BadDataError(
                 f"{self.store.locate(self.first + index)}: {length} tokens do not fit a row of {row_tokens}, and"
                 " data.overlong split is for plain text: the pieces of an answer would be trained without its"
                 " prompt; use truncate or drop"
             )
+
+
+def answer_ends(marks: np.ndarray) -> np.ndarray:
+    """Where runs of targets end in a document of which `marks` (bool [tokens]) says what is a target."""
+    ends: np.ndarray = np.flatnonzero(marks & ~np.append(marks[1:], False)) + 1
+    return ends
 
 
 def _require_text(sources: Sequence[Mapping[str, Any]]) -> None:
