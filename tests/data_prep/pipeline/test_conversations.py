@@ -139,6 +139,8 @@ def test_flags_of_turns_and_records_decide_the_targets(tmp_path: Path) -> None:
     user = {**turns("u hi")[0], "train": True}
     store = store_of(tmp_path, [{"messages": [*turns("u hi"), bad, *good]}, {"messages": [user, *turns("a GOOD")]}])
     assert trained(store) == ["GOOD<|im_end|>", "hi<|im_end|>\nGOOD<|im_end|>".replace("\n", "")]
+    with pytest.raises((BadDataError, UnusableError), match=r"messages\[1\] must not be trained"):
+        store_of(tmp_path, [{"messages": [*turns("u hi"), bad, *good]}], chat={"train_on_prompt": True})
     records = [{"text": "the river", "weight": 0}, {"text": "the bridge", "weight": 1}, {"text": "old stone"}]
     with pytest.raises((BadDataError, UnusableError), match=r"a\.jsonl:1: nothing in this record would be trained"):
         store_of(tmp_path, records)
