@@ -102,6 +102,8 @@ def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
     given = None if config.chat.template is None else _given_template(config.chat.template, templates)
     run = Preparation(config, TASKS[task], tokenizer, templates, given, progress)
     _check_task(run)
+    for line in tokenizer.notes:
+        run.say(line)
     return run
 
 

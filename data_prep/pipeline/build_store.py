@@ -195,7 +195,7 @@ def _join_content(
     sources = _account_sources(group, accounts, remaining)
     check_sources(run.config, split.name, sources)
     tokenizer.save(folder / "tokenizer", run.chat_template)
-    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(run.chat_template))])
+    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.all_files(run.chat_template))])
     content = {
         "format": FORMAT_VERSION,
         "task": run.task.name,

@@ -249,8 +249,8 @@ def _encoding_key(run: Preparation) -> str:
         del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
     else:
         settings["row_tokens"] = run.config.row_tokens
-    files = run.tokenizer.files(run.chat_template)
-    tokenizer = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    files = run.tokenizer.all_files(run.chat_template)
+    tokenizer = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     return _key({"format": FORMAT_VERSION, "task": run.task.name, "tokenizer": tokenizer, "settings": settings})
 
 
