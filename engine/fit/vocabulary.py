@@ -72,9 +72,10 @@ def _advice(name: str, texts: dict[int, str], tokens: Sequence[int], beyond: ran
         return "leave model.config.vocab_size out, or prepare the data with another tokenizer (data.tokenizer)"
     if len(beyond) > _ADDED_BY_HAND or any(token not in texts for token in beyond):
         return _OWN_TOKENIZER
-    words = " ".join(shlex.quote(texts[token]) for token in tokens)
+    words = " ".join(f"--special {shlex.quote(texts[token])}" for token in tokens)
     return (
-        f"give them rows: `fulltune tokenizer add {shlex.quote(model)} OUT --special {words}`, then data.tokenizer: OUT"
+        f"give them rows: `fulltune tokenizer add {shlex.quote(model)} OUT {words}`, then model.path: OUT and "
+        "data.tokenizer: OUT"
     )
 
 
