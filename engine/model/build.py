@@ -100,8 +100,9 @@ class TaskModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         if self._to_model is None or self._to_store is None:
             return self.task.loss(self.model, batch)
-        device = batch.target_ids.device
-        own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
+        ids, device = batch.target_ids, batch.target_ids.device
+        numbers = self._to_model.to(device)[ids.clamp(min=0)]
+        own = dataclasses.replace(batch, target_ids=torch.where(ids == UNKNOWN_LABEL, ids, numbers))
         output = self.task.loss(self.model, own)
         if (predicted := output.values.get("predicted")) is None:
             return output
@@ -265,8 +266,8 @@ def _inline_config(section: ModelSection, facts: StoreFacts, extension: Extensio
         _check_vocabulary(values["vocab_size"], facts.vocab_size, "model.config", facts)
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config: {' '.join(str(error).split())}") from error
+    except (*_CANNOT_BUILD, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {_reason(error)}") from error
     _check_config_keys(section.config, config)
     return config
 
@@ -277,10 +278,11 @@ def _stored_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (*_CANNOT_BUILD, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise RefusedForSecurityError(f"model.path: {folder} brings its own code, which is never run") from None
-        raise DataError(f"model.path: {folder}: {str(error).splitlines()[0]}") from error
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"model.path: {folder}: {first}") from error
 
 
 def _check_vocabulary(vocab_size: int, needed: int, source: str, facts: StoreFacts) -> None:
