@@ -64,6 +64,9 @@ class ModelSection(Section):
     activation_checkpointing: bool = Field(
         True, description="recompute activations in the backward pass instead of keeping them"
     )
+    freeze: list[str] = Field(
+        [], description="parameters that are not trained: shell patterns over their names, as vision_tower.*"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

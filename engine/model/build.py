@@ -17,6 +17,7 @@ from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
+from engine.model.frozen import freeze
 from engine.model.model_files import read_model_files
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
@@ -102,6 +103,7 @@ def build_model(
     model = _made(make, section, config, task, seed)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
+    freeze(model, section.freeze)
     if not needs_weights:
         initialise(model, [], seed)
         weights = StartingWeights()
