@@ -51,6 +51,11 @@ class StoreSection(BaseModel):
     store_dir: FilePath = Field(description="folder that holds the prepared token stores")
     row_tokens: PositiveInt = Field(description="length of a row, in tokens")
 
+    @property
+    def one_document_a_row(self) -> bool:
+        """True with ``packing: none``: what packs may then be trained on padded rows instead."""
+        return (self.model_extra or {}).get("packing") == "none"
+
 
 class ModelSection(Section):
     path: str | None = Field(None, description="folder with a Hugging Face model, or its name on the Hub")

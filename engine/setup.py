@@ -24,7 +24,7 @@ from engine.checkpoint.save import Owner, finish_replacing
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import DataError, MissingInputError, StorageError
-from engine.model.build import StoreFacts, build_model, model_folder
+from engine.model.build import StoreFacts, build_model, fitting_task, model_folder
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
@@ -33,6 +33,7 @@ from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
 from engine.step import Progress, Training
+from engine.tasks.task import Task
 from engine.zero.ds_config import nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
@@ -88,8 +89,8 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     with ranks.together():
         stores = open_stores(config, run_file.values["data"])
         ds_config = resolve_ds_config(config, ranks.world_size)
-    model, weights = _build_model(config, stores, ranks)
-    zero = wrap(model, config, _with_swap_folder(config, ds_config, folder, ranks, model))
+    model, weights, task = _build_model(config, stores, ranks)
+    zero = wrap(model, task, config, _with_swap_folder(config, ds_config, folder, ranks, model))
     store, rows = stores.training
     must_match = _values_that_must_match(config, rows, model)
     may_change = _values_that_may_change(config, ds_config, ranks)
@@ -126,14 +127,19 @@ def _own_folder(config: RunConfig, ranks: Ranks, fresh: bool) -> RunFolder:
     return folder
 
 
-def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, StartingWeights]:
-    """The model that fits the stores, and its starting weights; none where a checkpoint will replace them."""
+def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, StartingWeights, Task]:
+    """The model that fits the stores, its starting weights (none where a checkpoint will replace them), and the task.
+
+    The task is as the model's family can train it: on packed or on padded rows.
+    """
     with ranks.together():
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        return build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
+        one_document = config.data.one_document_a_row
+        task = fitting_task(config.model, config.trained_task, stores.facts, one_document)
+        return *build_model(config.model, task, stores.facts, config.seed, not resumes), task
 
 
 def _restore_or_fill(

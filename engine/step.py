@@ -155,7 +155,7 @@ def forward_backward(training: Training, step: StepPlan, clock: Stopwatch, stop:
             if ranks.any(stop.asked):
                 raise StepDroppedError
         with clock.phase("data"):
-            batch = config.trained_task.batch(training.store, training.rows, parts[ranks.rank], int(step.rows[0]))
+            batch = training.zero.task.batch(training.store, training.rows, parts[ranks.rank], int(step.rows[0]))
             tokens, padding = tokens + batch.num_tokens, padding + batch.num_padding
             used += rows_hash(batch.rows)
             batch = batch.to(ranks.device)

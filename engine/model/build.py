@@ -1,8 +1,9 @@
 """The Hugging Face model that a run trains: its configuration, and the model without or with its weights."""
 
 import difflib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,12 @@ from engine.arithmetic import is_hub_name
 from engine.batches import Batch
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
-from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
+from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.model.frozen import freeze
+from engine.model.isolation import check_isolation, fit_to_rows, own_attention
 from engine.model.model_files import read_model_files
+from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks.task import Output, Task
@@ -93,17 +96,19 @@ def build_model(
     folder = model_folder(section)
     extension = _extension(facts)
     config = _model_config(section, folder, facts, extension)
+    attention = _attention(config, task)
     pretrained = section.init == "pretrained"
     stored = read_model_files(folder, config) if folder is not None and pretrained and needs_weights else {}
     if pretrained or not needs_weights:
         dtype = main_type(config, stored) if pretrained else torch.float32
-        make = partial(empty_model, config, task, folder if pretrained else None, _attention(task), dtype)
+        make = partial(empty_model, config, task, folder if pretrained else None, attention, dtype)
     else:
-        make = partial(task.auto_class().from_config, config, dtype=torch.float32, **_attention(task))
+        make = partial(task.auto_class(config).from_config, config, dtype=torch.float32, **attention)
     model = _made(make, section, config, task, seed)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
     freeze(model, section.freeze)
+    _check_reached(config, task, section.freeze)
     if not needs_weights:
         initialise(model, [], seed)
         weights = StartingWeights()
@@ -117,10 +122,18 @@ def build_model(
     return model, weights
 
 
-def _attention(task: Task) -> dict[str, str]:
+def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_document_a_row: bool) -> Task:
+    """`task` on packed rows, or on padded ones where the model's family cannot pack; see `fit_to_rows`."""
+    register_packed_attention()
+    return fit_to_rows(
+        _model_config(section, model_folder(section), facts, _extension(facts)), task, one_document_a_row
+    )
+
+
+def _attention(config: Any, task: Task) -> dict[str, str]:
     """Options for transformers: which attention the model is made with."""
     if not task.packs:
-        return {}
+        return own_attention(config, task) if task.causal else {}
     register_packed_attention()
     return {"attn_implementation": PACKED_ATTENTION}
 
@@ -133,7 +146,7 @@ def _made(make: Callable[[], Any], section: ModelSection, config: Any, task: Tas
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         # An attention that cannot be replaced, a model type without this task, a configuration it does not take.
         raise DataError(f"model: {section.path or config.model_type}: {' '.join(str(error).split())}") from error
-    if task.packs:
+    if task.causal:
         check_isolation(config, task)
     if section.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -143,6 +156,15 @@ def _made(make: Callable[[], Any], section: ModelSection, config: Any, task: Tas
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _check_reached(config: Any, task: Task, frozen: Sequence[str]) -> None:
+    """ConfigError that names the parameters without any path from the task's loss: ZeRO would apply old gradients."""
+    if patterns := unreached_parameters(config, task, frozen):
+        raise ConfigError(
+            f"model.freeze: {task.name} never reaches {', '.join(patterns)}, which then get no gradient: write "
+            f"`model.freeze: {json.dumps([*frozen, *patterns])}` to keep these weights as they are"
+        )
 
 
 def _extension(facts: StoreFacts) -> Extension | None:

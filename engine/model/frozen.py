@@ -5,6 +5,7 @@ prefix (mostly ``model.``) may be left out, and a module's name stands for all p
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +16,7 @@ _NEAR = 3
 
 
 def freeze(model: Any, patterns: Sequence[str]) -> None:
-    """Switch off the training of the parameters that `patterns` name. Tied parameters are one, under any of their names.
+    """Switch off training for the parameters that `patterns` name; tied ones are one, under any of their names.
 
     ConfigError for patterns that match nothing, all at once with names that are near, and where nothing is left.
     """
@@ -68,14 +69,18 @@ def _near(pattern: str, names: Iterable[str]) -> str:
 def freeze_patterns(names: Iterable[str], all_names: Iterable[str]) -> tuple[str, ...]:
     """The shortest patterns for `model.freeze` that match all of `names` and no other of `all_names`.
 
-    ``a.b.*`` where everything in the module ``a.b`` is meant, else the parameter's own name.
+    ``a.b.*`` where everything in the module ``a.b`` is meant, else the parameter's own name; ``layers.*.c`` where it
+    is the same in layers of any number.
     """
     chosen = set(names)
-    others = {prefix for name in all_names if name not in chosen for prefix in _modules(name)}
+    kept = [name for name in all_names if name not in chosen]
+    others = {prefix for name in kept for prefix in _modules(name)}
     patterns = {}
     for name in sorted(chosen):
         module = next((module for module in _modules(name) if module not in others), None)
-        patterns[name if module is None else f"{module}.*"] = None
+        pattern = name if module is None else f"{module}.*"
+        in_any_layer = re.sub(r"\.\d+(?=\.)", ".*", pattern)
+        patterns[pattern if any(fnmatchcase(name, in_any_layer) for name in kept) else in_any_layer] = None
     return tuple(patterns)
 
 

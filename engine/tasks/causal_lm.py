@@ -1,7 +1,9 @@
 """Language modelling: every marked token is predicted from the tokens of its document before it."""
 
+import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.tasks.task import DocumentResult, Output, Task, document_results, mean_loss, target_loss
@@ -12,10 +14,21 @@ if TYPE_CHECKING:
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
 
+_SAMPLE_TOKENS = 64
 
-def _auto_class() -> Any:
+
+def _auto_class(config: Any) -> Any:
+    """The class for text, or for text and images where the weights are of such a model or the family has no other."""
     import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if multimodal is not None and (own is None or multimodal in (config.architectures or ())):
+        return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 
 
@@ -23,6 +36,35 @@ def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) 
     from engine.batches import packed_batch
 
     return packed_batch(store, index, rows, filler_row)
+
+
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+    """One document a row. Targets are positions in the flattened (B, T) whose next token is marked."""
+    from engine.batches import padded_batch
+
+    batch = padded_batch(store, index, rows, filler_row)
+    follows = batch.target_positions % batch.input_ids.shape[1] > 0  # nothing precedes the first token
+    return replace(batch, target_positions=batch.target_positions[follows] - 1, target_ids=batch.target_ids[follows])
+
+
+def _sample(vocab_size: int, _end_id: int) -> "Batch":
+    import torch
+
+    from engine.batches import Batch
+
+    ids = torch.arange(_SAMPLE_TOKENS) % vocab_size
+    ends = torch.tensor([0, _SAMPLE_TOKENS // 2, _SAMPLE_TOKENS], dtype=torch.int32)
+    positions = torch.arange(_SAMPLE_TOKENS) % (_SAMPLE_TOKENS // 2)
+    targets = torch.arange(1, _SAMPLE_TOKENS // 2)
+    return Batch(ids[None], targets - 1, ids[targets], (0,), len(ids), positions[None], ends, _SAMPLE_TOKENS // 2)
+
+
+def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
+    import torch
+
+    packed = _sample(vocab_size, end_id)
+    lengths = torch.tensor([packed.num_tokens])
+    return replace(packed, position_ids=None, document_ends=None, longest_document_tokens=0, lengths=lengths)
 
 
 def causal_logits(model: Any, batch: "Batch") -> "Tensor":
@@ -40,14 +82,34 @@ def causal_logits(model: Any, batch: "Batch") -> "Tensor":
     return cast("Tensor", output.logits).squeeze(0)
 
 
+def padded_logits(model: Any, batch: "Batch") -> "Tensor":
+    """Next-token logits at the targets of a padded batch, (U, V), by the model's own attention.
+
+    The output layer sees the columns that hold a target, where the family can choose them.
+    """
+    import torch
+
+    known = inspect.signature(model.forward).parameters
+    width = batch.input_ids.shape[1]
+    columns, places = torch.unique(batch.target_positions % width, return_inverse=True)
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": columns}
+    taken = {name: value for name, value in options.items() if name in known}
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **taken)
+    places = places if "logits_to_keep" in taken else batch.target_positions % width
+    return cast("Tensor", output.logits)[batch.target_positions // width, places]
+
+
 def _loss(model: Any, batch: "Batch") -> Output:
-    return target_loss(causal_logits(model, batch), batch.target_ids)
+    logits = causal_logits if batch.lengths is None else padded_logits
+    return target_loss(logits(model, batch), batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
     import torch
 
-    assert batch.document_ends is not None
+    if batch.document_ends is None:
+        owners = batch.target_positions // batch.input_ids.shape[1]
+        return document_results(output.values["losses"], owners, len(batch.rows))
     ends = batch.document_ends[1:].long()
     owners = torch.searchsorted(ends, batch.target_positions, right=True)
     return document_results(output.values["losses"], owners, len(ends))
@@ -57,17 +119,22 @@ def _figures(results: Sequence[DocumentResult], _names: Sequence[str]) -> dict[s
     return {"perplexity": math.exp(min(mean_loss(results), 700.0))}
 
 
-TASK = Task(
+_PACKED = Task(
     name="causal_lm",
     pipeline="text-generation",
     auto_class=_auto_class,
     packs=True,
+    causal=True,
     new_head=False,
     columns={},
     batch=_batch,
+    sample=_sample,
     loss=_loss,
     results=_results,
     figures=_figures,
     metrics={"loss": "min"},
     best="loss",
 )
+#: Where packing is impossible, a row of one document is padded, and the model's own attention computes it.
+_PADDED = replace(_PACKED, packs=False, batch=_padded_batch, sample=_padded_sample)
+TASK = replace(_PACKED, padded=_PADDED)

@@ -40,18 +40,21 @@ class Task:
 
     name: str
     pipeline: str  # the Hub's name for it, for the model card
-    auto_class: Callable[[], Any]  # returns the transformers class that makes and loads its models
+    auto_class: Callable[[Any], Any]  # configuration -> the transformers class that makes and loads its models
     packs: bool  # rows hold several documents: attention keeps them apart, and models that cannot are refused
+    causal: bool  # a target is predicted from the tokens before it: models that see later ones are refused
     new_head: bool  # the head is made where the model's files have none; a head of another task is left out
     columns: Mapping[str, str]  # what it needs in the store, by column: what to say of a store without it
     #: (store, row index, rows, filler row) -> the rows' tensors. Without rows: the filler row's, without targets.
     batch: Callable[["TokenStore", "Rows", "Rows64", int], "Batch"]
+    sample: Callable[[int, int], "Batch"]  # (vocabulary, end token) -> a batch to try a model with, of any ids below
     loss: Callable[[Any, "Batch"], Output]  # (Hugging Face model, batch) -> ...
     results: Callable[[Output, "Batch"], list[DocumentResult]]  # one for each document, in the batch's order
     #: (results of all documents, label names of the store) -> figures beside the loss
     figures: Callable[[Sequence[DocumentResult], Sequence[str]], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
+    padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
 
 
 def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:

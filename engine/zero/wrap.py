@@ -24,20 +24,21 @@ from engine.errors import ConfigError
 from engine.model.build import TaskModel, decay_groups
 from engine.model.starting_weights import StartingWeights, exchange_parameters
 from engine.ranks.agreement import agree, all_gather_json, this_rank
+from engine.tasks.task import Task
 from engine.tensor_files.slices import LiveSlice
 from engine.zero.ds_config import offloads_optimizer
 from engine.zero.zero_model import ZeroModel
 
 
-def wrap(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> ZeroModel:
-    """Hand `model` to DeepSpeed. All ranks call it.
+def wrap(model: nn.Module, task: Task, config: RunConfig, ds_config: dict[str, Any]) -> ZeroModel:
+    """Hand `model`, with the loss of `task`, to DeepSpeed. All ranks call it.
 
     What comes back has no weights until `fill` has put them there or a checkpoint was installed.
     """
     _place_parameters(model, ds_config)
     parameters = dict(model.named_parameters())
     groups = decay_groups(model, config.optimizer.weight_decay)
-    task_model = TaskModel(model, config.trained_task)
+    task_model = TaskModel(model, task)
     if ds_config["zero_optimization"]["stage"] == 3:
         _partition(task_model, ds_config)
     section = config.optimizer

@@ -21,8 +21,9 @@ from torch.nn import Module, Parameter
 import engine.zero.nvme_state as nvme_state
 from engine.batches import Batch
 from engine.errors import ConfigError
+from engine.model.build import TaskModel
 from engine.ranks.agreement import agree
-from engine.tasks.task import Output
+from engine.tasks.task import Output, Task
 from engine.tensor_files.slices import Kind, LiveSlice, Slice
 
 
@@ -57,6 +58,13 @@ class ZeroModel:
     def model(self) -> Module:
         """The Hugging Face model."""
         return self.engine.module.get_submodule("model")
+
+    @property
+    def task(self) -> Task:
+        """The task whose loss is trained, as it fits the model: on packed or on padded rows."""
+        module = self.engine.module
+        assert isinstance(module, TaskModel)
+        return module.task
 
     @property
     def buffers(self) -> dict[str, Tensor]:

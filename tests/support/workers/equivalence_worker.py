@@ -35,7 +35,7 @@ def run_case(case: Case, out_dir: Path, ranks) -> None:
     if case.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     weights = StartingWeights.of(model)
-    zero = wrap(model, config, ds_config)
+    zero = wrap(model, config.trained_task, config, ds_config)
     fill(zero, weights)
     training = Training(
         config=config, ranks=ranks, zero=zero, gradients=GradientWatch(zero.parameters),
