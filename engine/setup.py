@@ -249,7 +249,9 @@ def remaining_saves(config: RunConfig, step: int, last_step: int) -> int:
 
 def _summary(training: Training, ds_config: dict[str, Any], progress: Progress) -> str:
     config, ranks = training.config, training.ranks
-    count = sum(math.prod(shape) for shape in training.zero.shapes.values())
+    counts = {name: math.prod(shape) for name, shape in training.zero.shapes.items()}
+    frozen = sum(counts[name] for name in training.zero.frozen)
+    trained = f" ({sum(counts.values()) - frozen:,} trained, {frozen:,} frozen)" if frozen else ""
     batch = StepBatch(config.global_rows, ranks.world_size, config.batch.micro_rows, config.batch.micro_tokens)
     uneven = f" ({batch.uneven_text})" if batch.uneven_text else ""
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
@@ -257,7 +259,7 @@ def _summary(training: Training, ds_config: dict[str, Any], progress: Progress) 
     rows = training.rows
     mixture = "" if rows.epoch_rows == rows.num_rows else f" ({rows.epoch_rows:,} an epoch)"
     return (
-        f"{begin}: {count:,} parameters, ZeRO-{stage} on {ranks.world_size} ranks, {training.total_steps} steps of "
+        f"{begin}: {sum(counts.values()):,} parameters{trained}, ZeRO-{stage} on {ranks.world_size} ranks, {training.total_steps} steps of "
         f"{batch.text}{uneven}, {rows.num_rows:,} rows{mixture}, "
         f"{training.store.num_tokens:,} tokens"
     )

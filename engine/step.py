@@ -1,5 +1,6 @@
 """An optimizer update: rows, learning rate, gradient, the checks before weights change, and the figures."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from engine.checkpoint.schedule import Saves
 from engine.config import OptimizerSection, RunConfig
 from engine.errors import NumericalStopError
 from engine.goodput import Stopwatch
+from engine.model.frozen import freeze_patterns
 from engine.ranks import heartbeat
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
@@ -215,12 +217,15 @@ def _check_gradients(training: Training, step: StepPlan, num_missing: float) -> 
     if not num_missing:
         return
     missing = training.gradients.missing()
-    what = (
-        f"{len(missing)} trainable parameters, for example {missing[0]}," if missing else "parameters of another rank"
-    )
+    what, hint = "parameters of another rank", ""
+    if missing:
+        what = f"{len(missing)} trainable parameters, for example {missing[0]},"
+        trained = [name for name, parameter in training.zero.parameters.items() if parameter.requires_grad]
+        patterns = freeze_patterns(missing, trained)
+        hint = f"; if no row reaches them, `model.freeze: {json.dumps([*training.config.model.freeze, *patterns])}`"
     raise NumericalStopError(
         f"step {step.number}: {what} received no gradient, and ZeRO would apply an old one; "
-        f"no weight was changed; rows {_name_rows(training, step.rows.tolist())}"
+        f"no weight was changed; rows {_name_rows(training, step.rows.tolist())}{hint}"
     )
 
 

@@ -125,9 +125,8 @@ def build_model(
 def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_document_a_row: bool) -> Task:
     """`task` on packed rows, or on padded ones where the model's family cannot pack; see `fit_to_rows`."""
     register_packed_attention()
-    return fit_to_rows(
-        _model_config(section, model_folder(section), facts, _extension(facts)), task, one_document_a_row
-    )
+    config = _model_config(section, model_folder(section), facts, _extension(facts))
+    return fit_to_rows(config, task, one_document_a_row)
 
 
 def _attention(config: Any, task: Task) -> dict[str, str]:
