@@ -259,7 +259,8 @@ def _summary(training: Training, ds_config: dict[str, Any], progress: Progress) 
     rows = training.rows
     mixture = "" if rows.epoch_rows == rows.num_rows else f" ({rows.epoch_rows:,} an epoch)"
     return (
-        f"{begin}: {sum(counts.values()):,} parameters{trained}, ZeRO-{stage} on {ranks.world_size} ranks, {training.total_steps} steps of "
+        f"{begin}: {sum(counts.values()):,} parameters{trained}, ZeRO-{stage} on {ranks.world_size} ranks, "
+        f"{training.total_steps} steps of "
         f"{batch.text}{uneven}, {rows.num_rows:,} rows{mixture}, "
         f"{training.store.num_tokens:,} tokens"
     )

@@ -75,7 +75,7 @@ def freeze_patterns(names: Iterable[str], all_names: Iterable[str]) -> tuple[str
     chosen = set(names)
     kept = [name for name in all_names if name not in chosen]
     others = {prefix for name in kept for prefix in _modules(name)}
-    patterns = {}
+    patterns: dict[str, None] = {}
     for name in sorted(chosen):
         module = next((module for module in _modules(name) if module not in others), None)
         pattern = name if module is None else f"{module}.*"

@@ -78,7 +78,7 @@ def own_attention(config: Any, task: Task) -> dict[str, str]:
                 losses.append(_loss(model, task, input_ids, input_ids, input_ids[0], targets))
     except Exception:  # no attention to choose, or no narrow form
         return {}
-    return {} if torch.isclose(*losses, rtol=1e-5) else {"attn_implementation": "eager"}
+    return {} if torch.isclose(losses[0], losses[1], rtol=1e-5) else {"attn_implementation": "eager"}
 
 
 def find_leak(

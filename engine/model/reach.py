@@ -38,7 +38,7 @@ def _trained_once(config: Any, task: Task, frozen: Sequence[str], is_whole: bool
     text = model.config.get_text_config()
     end = getattr(text, "eos_token_id", None)
     batch = task.sample(text.vocab_size, end if isinstance(end, int) else 0)
-    task.loss(model, batch).loss_sum.backward()
+    task.loss(model, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
     return model
 
 
