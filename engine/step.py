@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from data_prep.token_store import Rows, TokenStore
-from engine.batches import MicroBatches, Rows64, split_rows, stream_rows
+from engine.batches import MicroBatches, Rows64, row_lengths, split_rows, stream_rows
 from engine.checkpoint.schedule import Saves
 from engine.config import OptimizerSection, RunConfig
 from engine.errors import NumericalStopError
@@ -21,6 +21,8 @@ from engine.ranks import heartbeat
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.run_log import memory_gib
+from engine.tasks.auxiliary import AUXILIARY, weight
+from engine.tasks.task import Output
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.zero_model import ZeroModel
 
@@ -74,6 +76,7 @@ class StepPlan:
     rows: Rows64  # (G,)
     micro_batches: list[list[Rows64]]  # [micro-batch][rank] -> rows
     num_targets: int  # of the global batch
+    num_tokens: int
     learning_rate: float
 
 
@@ -82,6 +85,7 @@ class RankSums:
     """The sums of one rank over its micro-batches; `losses` keeps them apart, to name the rows of a bad one."""
 
     losses: list[float]
+    auxiliary: dict[str, float]
     tokens: int
     padding: int
     rows_hash: int
@@ -140,6 +144,7 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
         rows=rows,
         micro_batches=split_rows(index, rows, training.ranks.world_size, size),
         num_targets=int(index.row_targets[rows].sum()),
+        num_tokens=int(row_lengths(index, rows).sum()),
         learning_rate=learning_rate(progress.step, training.total_steps, config.optimizer),
     )
 
@@ -152,6 +157,7 @@ def forward_backward(training: Training, step: StepPlan, clock: Stopwatch, stop:
     config, ranks, engine = training.config, training.ranks, training.zero.engine
     scale = ranks.world_size / max(1, step.num_targets)  # rows of a step may all be context
     losses, tokens, padding, used = [], 0, 0, 0
+    others: dict[str, Any] = {}
     for number, parts in enumerate(step.micro_batches):
         with clock.phase("backward"):  # waiting for slower ranks is no waiting for data
             if ranks.any(stop.asked):
@@ -163,11 +169,16 @@ def forward_backward(training: Training, step: StepPlan, clock: Stopwatch, stop:
             batch = batch.to(ranks.device)
         with clock.phase("forward"):
             torch.manual_seed(micro_batch_seed(config.seed, step.number - 1, number, ranks.rank))
-            loss_sum = engine(batch).loss_sum
+            output: Output = engine(batch)
         with clock.phase("backward"):
-            engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            losses.append(loss_sum.detach())
-    return RankSums(torch.stack(losses).tolist(), tokens, padding, used)
+            loss = output.loss_sum * scale
+            for name, value in output.auxiliary.items():
+                loss = loss + value * (ranks.world_size * weight(name, step.num_tokens, step.num_targets))
+                others[name] = others.get(name, 0.0) + value.detach()
+            engine.backward(loss, scale_wrt_gas=False)
+            losses.append(output.loss_sum.detach())
+    auxiliary = {name: float(value) for name, value in others.items()}
+    return RankSums(torch.stack(losses).tolist(), auxiliary, tokens, padding, used)
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
@@ -185,6 +196,7 @@ def _sum_over_ranks(training: Training, own: RankSums, stop: StopSignal) -> dict
     return training.ranks.sum_named(
         {
             "loss": sum(own.losses),
+            **own.auxiliary,
             "tokens": own.tokens,
             "padding": own.padding,
             "rows hash": own.rows_hash,
@@ -256,6 +268,9 @@ def _figures(
     elapsed = sum(seconds.values())
     return {
         "loss": totals["loss"] / max(1, step.num_targets),
+        **{
+            name: totals[name] * weight(name, step.num_tokens, step.num_targets) for name in AUXILIARY if name in totals
+        },
         "learning_rate": step.learning_rate,
         "gradient_norm": float(training.zero.engine.get_global_grad_norm()),
         "tokens_per_second": totals["tokens"] / elapsed,

@@ -88,7 +88,7 @@ def packed_attention(
     lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [_one_document(q, k, v, dropout, scaling, causal, sliding_window) for q, k, v in documents]
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:

@@ -24,6 +24,7 @@ from engine.model.model_files import read_model_files
 from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
+from engine.tasks import auxiliary
 from engine.tasks.task import Output, Task
 
 
@@ -109,6 +110,9 @@ def build_model(
     rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
     freeze(model, section.freeze)
     _check_reached(config, task, section.freeze)
+    if os.environ.get("RANK", "0") == "0":
+        for line in auxiliary.lines(model, is_computed=task.causal):
+            print(line, flush=True)
     if not needs_weights:
         initialise(model, [], seed)
         weights = StartingWeights()

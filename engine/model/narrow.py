@@ -74,8 +74,9 @@ def narrow(config: Any) -> Any:
         "num_attention_heads": narrow_heads, "num_key_value_heads": narrow_groups,
     }  # fmt: skip
     for key, value in widths.items():
-        if getattr(text, key, None) is not None and value is not None:
-            with suppress(AttributeError):  # some families compute one from the others
+        # Some families compute one of these from the others, or have another in each layer.
+        with suppress(AttributeError, ValueError):
+            if getattr(text, key, None) is not None and value is not None:
                 setattr(text, key, value)
     for key in _TOKENS:
         if getattr(text, key, None) is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from engine.tasks.auxiliary import auxiliary_sums, balancing_of
 from engine.tasks.task import DocumentResult, Output, Task, document_results, mean_loss, target_loss
 
 if TYPE_CHECKING:
@@ -56,7 +57,17 @@ def _sample(vocab_size: int, _end_id: int) -> "Batch":
     ends = torch.tensor([0, _SAMPLE_TOKENS // 2, _SAMPLE_TOKENS], dtype=torch.int32)
     positions = torch.arange(_SAMPLE_TOKENS) % (_SAMPLE_TOKENS // 2)
     targets = torch.arange(1, _SAMPLE_TOKENS // 2)
-    return Batch(ids[None], targets - 1, ids[targets], (0,), len(ids), positions[None], ends, _SAMPLE_TOKENS // 2)
+    return Batch(
+        input_ids=ids[None],
+        target_positions=targets - 1,
+        target_ids=ids[targets],
+        rows=(0,),
+        num_tokens=_SAMPLE_TOKENS,
+        position_ids=positions[None],
+        document_ends=ends,
+        longest_document_tokens=_SAMPLE_TOKENS // 2,
+        row_tokens=(_SAMPLE_TOKENS,),
+    )
 
 
 def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
@@ -68,7 +79,12 @@ def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
 
 
 def causal_logits(model: Any, batch: "Batch") -> "Tensor":
-    """Next-token logits at the batch's target positions, (U, V): the output layer sees only those."""
+    """Next-token logits at the batch's target positions, (U, V)."""
+    return _packed_forward(model, batch)[0]
+
+
+def _packed_forward(model: Any, batch: "Batch") -> tuple["Tensor", Any]:
+    """The logits at the targets, (U, V), and all that the model returns: the output layer sees the targets alone."""
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -78,12 +94,17 @@ def causal_logits(model: Any, batch: "Batch") -> "Tensor":
         max_length_k=batch.longest_document_tokens,
         logits_to_keep=batch.target_positions,
         use_cache=False,
+        **_router_options(model),
     )
-    return cast("Tensor", output.logits).squeeze(0)
+    return cast("Tensor", output.logits).squeeze(0), output
 
 
-def padded_logits(model: Any, batch: "Batch") -> "Tensor":
-    """Next-token logits at the targets of a padded batch, (U, V), by the model's own attention.
+def _router_options(model: Any) -> dict[str, bool]:
+    return {} if balancing_of(model) is None else {"output_router_logits": True}
+
+
+def _padded_forward(model: Any, batch: "Batch") -> tuple["Tensor", Any]:
+    """As `_packed_forward`, of a padded batch by the model's own attention.
 
     The output layer sees the columns that hold a target, where the family can choose them.
     """
@@ -94,14 +115,15 @@ def padded_logits(model: Any, batch: "Batch") -> "Tensor":
     columns, places = torch.unique(batch.target_positions % width, return_inverse=True)
     options: dict[str, Any] = {"use_cache": False, "logits_to_keep": columns}
     taken = {name: value for name, value in options.items() if name in known}
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **taken)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    output = model(**inputs, **taken, **_router_options(model))
     places = places if "logits_to_keep" in taken else batch.target_positions % width
-    return cast("Tensor", output.logits)[batch.target_positions // width, places]
+    return cast("Tensor", output.logits)[batch.target_positions // width, places], output
 
 
 def _loss(model: Any, batch: "Batch") -> Output:
-    logits = causal_logits if batch.lengths is None else padded_logits
-    return target_loss(logits(model, batch), batch.target_ids)
+    logits, output = (_packed_forward if batch.lengths is None else _padded_forward)(model, batch)
+    return target_loss(logits, batch.target_ids)._replace(auxiliary=auxiliary_sums(model, output, logits, batch))
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:

@@ -23,6 +23,7 @@ class Output(NamedTuple):
 
     loss_sum: "Tensor"  # fp32 scalar: the sum of the losses of all targets, with a gradient
     values: dict[str, "Tensor"]  # for `Task.results`, empty in training: see `target_loss`
+    auxiliary: dict[str, "Tensor"]  # sums of other losses by name, with gradients: see `engine.tasks.auxiliary`
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
     scores = logits.float()
     loss_sum = F.cross_entropy(scores, target_ids, reduction="sum")
     if torch.is_grad_enabled():
-        return Output(loss_sum, {})
+        return Output(loss_sum, {}, {})
     losses = F.cross_entropy(scores, target_ids, reduction="none")
-    return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)})
+    return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)}, {})
 
 
 def document_results(
