@@ -32,7 +32,7 @@ from engine.ranks.rank_record import write_json
 from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
-from engine.step import Progress, Training
+from engine.step import Progress, Training, padding_line
 from engine.tasks.task import Task
 from engine.zero.ds_config import nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
@@ -111,6 +111,8 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         rows=rows, validation=stores.validation, total_steps=steps, must_match=must_match, may_change=may_change,
     )  # fmt: skip
     log.say(_summary(training, ds_config, progress))
+    if task.causal and not task.packs:
+        log.say(padding_line(training, progress))
     for change in changes(state["circumstances"], may_change) if state else []:
         log.say(f"changed since the checkpoint: {change}")
     saves.check_space_for_run(remaining_saves(config, progress.step, steps))

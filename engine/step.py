@@ -1,9 +1,10 @@
 """An optimizer update: rows, learning rate, gradient, the checks before weights change, and the figures."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from engine.tasks.auxiliary import AUXILIARY, weight
 from engine.tasks.task import Output
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.zero_model import ZeroModel
+
+_STEPS_LOOKED_AT = 8
 
 
 @dataclass
@@ -146,6 +149,23 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
         num_targets=int(index.row_targets[rows].sum()),
         num_tokens=int(row_lengths(index, rows).sum()),
         learning_rate=learning_rate(progress.step, training.total_steps, config.optimizer),
+    )
+
+
+def padding_line(training: Training, progress: Progress) -> str:
+    """A line on what padded rows of a task that packs cost, from the first steps to come."""
+    longest, tokens, positions = 0, 0, 0
+    for number in range(min(_STEPS_LOOKED_AT, training.total_steps - progress.step)):
+        ahead = progress.row_position + number * training.config.global_rows
+        for rows in itertools.chain(*plan_step(training, replace(progress, row_position=ahead)).micro_batches):
+            if len(rows):
+                lengths = row_lengths(training.rows, rows)
+                longest = max(longest, int(lengths.max()))
+                tokens, positions = tokens + int(lengths.sum()), positions + len(rows) * int(lengths.max())
+    share = 1.0 - tokens / max(1, positions)
+    return (
+        f"rows are padded, because this model cannot keep packed documents apart; {share:.0%} of the positions are "
+        f"padding, and the model's own attention may take memory for {longest} x {longest} scores a row and head"
     )
 
 

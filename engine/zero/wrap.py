@@ -117,6 +117,7 @@ def fill(zero: ZeroModel, weights: StartingWeights, say: Callable[[str], None] =
     """
     started = time.perf_counter()
     zero.clear_padding()
+    zero.keep_wide({name: weights.type_of(name) for name in zero.frozen})
     buffers = {name: buffer for name, buffer in zero.buffers.items() if name in weights.stored}
     flat = {name: buffer.detach().clone().view(-1) for name, buffer in buffers.items()}
 
