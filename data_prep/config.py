@@ -1,5 +1,6 @@
 """The run file's ``data`` section as typed values."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -32,6 +33,18 @@ def _sources_from_value(value: Any) -> Any:
     return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
 
 
+def _delimiter_from_words(value: Any) -> Any:
+    r"""The tab by its name, or as a backslash and a t, which YAML leaves as they are outside double quotes."""
+    return "\t" if value in ("\\t", "tab") else value
+
+
+def _texts_from_map(value: Any) -> Any:
+    """A map of labels, whose keys may be the whole numbers or booleans that stand in the records."""
+    if not isinstance(value, dict):
+        return value
+    return {json.dumps(key) if isinstance(key, bool | int) else key: name for key, name in value.items()}
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple_from_value), Field(min_length=1)]
 
 
@@ -42,7 +55,9 @@ class _Section(BaseModel):
 class SourceConfig(_Section):
     """Where records come from and how to read them. Exactly one of path, hub and aligned."""
 
-    path: str | None = Field(None, description="a file, a glob, or a folder")
+    path: str | None = Field(
+        None, description="a file, a glob, or a folder; of an archive: data.zip, or data.zip!inner/*.jsonl"
+    )
     hub: str | None = Field(None, description="a data set on the Hub (owner/name) or a local data set folder, streamed")
     aligned: dict[str, str] | None = Field(
         None, description="text files whose equal lines belong together: field name -> file"
@@ -54,9 +69,15 @@ class SourceConfig(_Section):
     encoding: str | None = Field(None, description="of text files that are not UTF-8: latin-1, gb18030, utf-16 ...")
     header: bool | None = Field(None, description="csv, tsv: the first line names the columns; null: unless `columns`")
     quoting: bool = Field(True, description="csv, tsv: a double quote at the start of a field quotes it")
+    delimiter: Annotated[str, BeforeValidator(_delimiter_from_words)] | None = Field(
+        None, description='csv, tsv: the character between fields, as ";" or "|"; null: comma, or tab'
+    )
     columns: Names | None = Field(None, description="csv, tsv, conll: names of the columns in their order")
     document: Literal["line", "file", "blank_line"] | None = Field(
         None, description="text: what one record is; null: line"
+    )
+    label_from: Literal["folder", "file"] | None = Field(
+        None, description="the field `label` is the name of each file's folder (pos/, neg/), or of the file (pos.txt)"
     )
     config: str | None = Field(None, description="hub: the configuration of the data set")
     split: str | None = Field(None, description="hub: train unless given; json: the key that holds the records")
@@ -75,6 +96,11 @@ class SourceConfig(_Section):
             raise ValueError("a source has exactly one of path, hub and aligned")
         if self.weight is not None and self.epochs is not None:
             raise ValueError("give a source a weight or epochs, not both")
+        mark = self.delimiter
+        if mark is not None and (len(mark) != 1 or not mark.isascii() or mark in '"\r\n'):
+            raise ValueError("delimiter is one ASCII character, not a quote and not the end of a line")
+        if self.label_from is not None and self.path is None:
+            raise ValueError("label_from goes with path, not with hub or aligned")
         return self
 
 
@@ -124,9 +150,29 @@ class DataConfig(_Section):
         gt=0,
         description="documents with fewer targets are dropped and counted; null: a record without any is an error",
     )
+    unusable: Literal["error", "drop"] = Field(
+        "error",
+        description="records that cannot be used (empty, null, not valid JSON, refused by the template ...) are an"
+        " error that lists them, or dropped and counted",
+    )
+    max_unusable_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="with `unusable: drop`: the largest share of a source's records that may be dropped; null: 0.01,"
+        " and up to 20 records whatever their share",
+    )
     deduplicate: bool = Field(False, description="keep only the first of equal records of a split")
     label_names: Annotated[tuple[str, ...], BeforeValidator(_tuple_from_value)] | None = Field(
         None, description="labels or tags in the order of their indices; null: those found in train, sorted"
+    )
+    unknown_labels: Literal["error", "count_wrong"] = Field(
+        "error",
+        description="validation records with a label that train has not are an error that lists the labels, or"
+        " stay in the evaluation, which counts them as wrong",
+    )
+    label_map: Annotated[dict[str, str], BeforeValidator(_texts_from_map)] | None = Field(
+        None, min_length=1, description="label in the records -> its name: {1: entailment, -1: contradiction}"
     )
     stride_tokens: int = Field(
         128, ge=0, description="questions about a context: tokens that neighbouring windows share"
@@ -144,6 +190,10 @@ class DataConfig(_Section):
         names = self.label_names
         if names is not None and (len(set(names)) != len(names) or len(names) < 2):
             raise ValueError("data.label_names needs at least two different names")
+        if names is not None and self.label_map is not None:
+            strange = [name for name in dict.fromkeys(self.label_map.values()) if name not in names]
+            if strange:
+                raise ValueError(f"data.label_map gives {', '.join(strange)}, which data.label_names does not have")
         weighted = [source for source in self.train if source.weight is not None]
         if weighted and len(weighted) != len(self.train):
             raise ValueError("give every source in data.train a weight, or none")

@@ -30,6 +30,10 @@ _ASSUMED_COMPRESSION = 4  # compressed data is taken to be so many times as larg
 _NOT_READING = {"path", "hub", "aligned", "name", "weight", "epochs"}  # keys of a source that change no example
 
 
+#: Keys of a source that are no part of its identity where they are not given, as in stores made before they came.
+_ONLY_IF_GIVEN = frozenset({"delimiter", "label_from"})
+
+
 @dataclass(frozen=True)
 class Preparation:
     """A run of ``prepare``: the values that all of its steps need."""
@@ -57,7 +61,9 @@ class Input:
 
     def reading_key(self) -> Any:
         """The settings that change the examples that a file gives, as JSON values."""
-        return [self.config.model_dump(mode="json", exclude=_NOT_READING), self.shape.key()]
+        settings = self.config.model_dump(mode="json", exclude=_NOT_READING)
+        given = {key: value for key, value in settings.items() if value is not None or key not in _ONLY_IF_GIVEN}
+        return [given, self.shape.key()]
 
     @cached_property
     def work(self) -> tuple[Work, ...]:
@@ -78,7 +84,11 @@ class Input:
 
 def _part_name(reading_key: Any, pieces: Sequence[tuple[SourceFile, Span]]) -> str:
     """The same for the same content read in the same way, wherever the files lie and whatever is beside them."""
-    spans = [(file.format, file.compression, file.xxh3_128, span.start, span.stop) for file, span in pieces]
+    spans = [
+        (file.format, file.compression, file.xxh3_128, span.start, span.stop)
+        + (() if file.folder_label is None else (file.folder_label,))
+        for file, span in pieces
+    ]
     return hashlib.sha256(json.dumps([reading_key, spans], sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -159,7 +169,7 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of)
+        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of, _told_later)
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
@@ -177,16 +187,26 @@ def _joining(run: Preparation, shape: Shape) -> str:
     return ""
 
 
+def _told_later(_fault: BadDataError, _line: int) -> None:
+    """The `OnFault` of recognition: the record is met again when its span is encoded."""
+
+
 def _first_records(file: SourceFile) -> list[Record]:
-    """The first records of a file, up to the first that cannot be read: it is told when its turn comes."""
+    """The first records of a file without those that cannot be read, which are told when their turn comes."""
     records: list[Record] = []
+    faults: list[BadDataError] = []
+
+    def on_fault(fault: BadDataError, _line: int) -> None:
+        faults.append(fault)
+        if len(faults) >= _RECOGNISED_FROM_RECORDS:
+            raise fault
+
     try:
-        records.extend(islice(read_records(file), _RECOGNISED_FROM_RECORDS))
-    except BadDataError:
-        if not records:
-            raise
+        records.extend(islice(read_records(file, on_fault=on_fault), _RECOGNISED_FROM_RECORDS))
+    except BadDataError as fault:
+        faults.append(fault)
     if not records:
-        raise BadDataError(f"{file.label}: the file holds no records")
+        raise faults[0] if faults else BadDataError(f"{file.label}: the file holds no records")
     return records
 
 

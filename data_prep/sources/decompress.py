@@ -6,17 +6,13 @@ import os
 import zlib
 from collections.abc import Iterator
 from itertools import chain
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 from data_prep.errors import BadDataError, MissingInputError, StorageError
+from data_prep.sources.archives import find_member, open_member, split_member
+from data_prep.sources.inflate import BLOCK_BYTES, RATIO_FREE_BYTES, RATIO_LIMIT, output_of
 
 Compression = Literal["none", "gz", "zst", "bz2"]
-
-BLOCK_BYTES = 1 << 20
-#: A stream is refused when it has given more than this many bytes for each byte it took ...
-RATIO_LIMIT = 200
-#: ... and this many bytes in all, so that small files full of blanks are no bombs.
-RATIO_FREE_BYTES = 64 << 20
 
 _INPUT_BYTES = 32 << 10
 _MAGIC: dict[Compression, bytes] = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh"}
@@ -39,8 +35,10 @@ def find_compression(path: str) -> Compression:
 
 
 def open_binary(path: str) -> IO[bytes]:
-    """Open for reading, with this project's errors."""
+    """Open a file, or a member of an archive, for reading, with this project's errors."""
     try:
+        if inside := split_member(path):
+            return open_member(*inside)
         return open(path, "rb")  # noqa: PTH123 - with many small files a Path for each counts
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
@@ -48,14 +46,23 @@ def open_binary(path: str) -> IO[bytes]:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def stat_file(path: str) -> os.stat_result:
-    """Size and time of a file, with this project's errors."""
+class FileStatus(NamedTuple):
+    """The size of a file or of an archive's member, and the time of change of the file or the archive."""
+
+    size_bytes: int
+    modified_ns: int
+
+
+def stat_file(path: str) -> FileStatus:
+    """Size and time of a file or of a member, with this project's errors."""
+    inside = split_member(path)
     try:
-        return os.stat(path)  # noqa: PTH116
+        status = os.stat(inside[0] if inside else path)  # noqa: PTH116
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    return FileStatus(find_member(*inside).size_bytes if inside else status.st_size, status.st_mtime_ns)
 
 
 def all_blocks(path: str, compression: Compression, encoding: str | None = None) -> Iterator[bytes]:
@@ -63,7 +70,7 @@ def all_blocks(path: str, compression: Compression, encoding: str | None = None)
     if compression != "none":
         blocks = decompressed_blocks(path, compression)
     else:
-        blocks = file_blocks(path, 0, stat_file(path).st_size)
+        blocks = file_blocks(path, 0, stat_file(path).size_bytes)
     return blocks if encoding is None else _in_utf8(blocks, path, encoding)
 
 
@@ -83,7 +90,8 @@ def file_blocks(path: str, start: int, stop: int, block_bytes: int = BLOCK_BYTES
     """Bytes [start, stop) of a file in blocks. A file that ends before `stop` is a BadDataError."""
     with open_binary(path) as file:
         try:
-            file.seek(start)
+            if start:
+                file.seek(start)
             while start < stop:
                 block = file.read(min(block_bytes, stop - start))
                 if not block:
@@ -144,28 +152,12 @@ def _member_blocks(file: IO[bytes], new_member: Any) -> Iterator[bytes]:
             if not data:
                 continue
             member = new_member()
-        yield from _member_output(member, data)
+        yield from output_of(member, data)
         data = member.unused_data
         if member.eof:
             member = None
     if member is not None:
         raise EOFError("the stream is cut")
-
-
-def _member_output(member: Any, data: bytes) -> Iterator[bytes]:
-    """All that `data` gives, never more than a block at a time."""
-    if isinstance(member, bz2.BZ2Decompressor):
-        block = member.decompress(data, BLOCK_BYTES)
-        while block:
-            yield block
-            block = b"" if member.eof or member.needs_input else member.decompress(b"", BLOCK_BYTES)
-        return
-    block = member.decompress(data, BLOCK_BYTES)
-    while block or member.unconsumed_tail:
-        yield block
-        if member.eof:
-            return
-        block = member.decompress(member.unconsumed_tail, BLOCK_BYTES)
 
 
 def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:

@@ -48,37 +48,14 @@ def check_isolation(config: Any, task: Task) -> None:
     raise DataError(f"model type {name} cannot {fault}: {reason}{_instead(task)}") from failure
 
 
-def fit_to_rows(config: Any, task: Task, one_document_a_row: bool) -> Task:
-    """`task` as the family can train it: its padded form where packing is impossible and each row has one document.
-
-    DataError as `check_isolation`.
-    """
-    if not one_document_a_row or task.padded is None:
-        return task
+def fit_to_rows(config: Any, packed: Task, padded: Task) -> Task:
+    """The form of a task that the family can train, `packed` if it can. DataError as `check_isolation` for neither."""
     try:
-        check_isolation(config, task)
+        check_isolation(config, packed)
     except DataError:
-        check_isolation(config, task.padded)
-        return task.padded
-    return task
-
-
-def own_attention(config: Any, task: Task) -> dict[str, str]:
-    """Options for transformers: the family's own attention, which is `eager` where its default computes another loss.
-
-    torch's attention knows no soft caps, and transformers then leaves them out.
-    """
-    try:
-        model = narrow_model(config, task, {})
-        input_ids, targets = torch.arange(1, 33)[None], torch.arange(31)
-        losses = []
-        for implementation in (model.config._attn_implementation, "eager"):
-            model.set_attn_implementation(implementation)
-            with torch.no_grad():
-                losses.append(_loss(model, task, input_ids, input_ids, input_ids[0], targets))
-    except Exception:  # no attention to choose, or no narrow form
-        return {}
-    return {} if torch.isclose(losses[0], losses[1], rtol=1e-5) else {"attn_implementation": "eager"}
+        check_isolation(config, padded)
+        return padded
+    return packed
 
 
 def find_leak(

@@ -23,6 +23,7 @@ BALANCING, Z_LOSS = "balancing_loss", "z_loss"
 #: The names of all that `Output.auxiliary` may hold, and of its figures.
 AUXILIARY = (BALANCING, Z_LOSS)
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+_ROUTER_KEYS = (*_COEFFICIENTS, "moe_loss_weight", "router_z_loss_coef")
 _FORMULA = ("gate_logits", "num_experts", "top_k", "attention_mask")
 #: Keys of configurations that ask for a loss; only some are computed, see `lines`.
 _ASKS = re.compile(r"(?:aux|z|router|balanc\w*|mtp)_loss\w*|moe_loss_weight|num_(?:nextn_predict|mtp)_layers")
@@ -83,6 +84,8 @@ def lines(model: Any, is_computed: bool) -> Iterator[str]:
     Without `is_computed` the task adds nothing.
     """
     asked = _asked(model.config.to_dict())
+    if not _asks_for_router_logits(model.config):  # then transformers adds no balancing loss either
+        asked = {key: value for key, value in asked.items() if key.rpartition(".")[2] not in _ROUTER_KEYS}
     balancing = balancing_of(model) if is_computed else None
     if balancing is not None:
         yield (
@@ -94,9 +97,8 @@ def lines(model: Any, is_computed: bool) -> Iterator[str]:
         yield f"z-loss added (z_loss_coefficient {model.z_loss_coefficient:g}): the mean over targets"
         asked.pop("z_loss_coefficient", None)
     if asked:
-        reason = "" if _asks_for_router_logits(model.config) else " (output_router_logits is false)"
         keys = ", ".join(f"{key} {value:g}" for key, value in asked.items())
-        yield f"not added to the loss, though in config.json: {keys}{reason}"
+        yield f"not added to the loss, though config.json asks for it: {keys}"
 
 
 def _asks_for_router_logits(config: Any) -> bool:

@@ -73,7 +73,7 @@ def test_formats_by_name_and_content(tmp_path: Path) -> None:
         "splits.json": ('{"train": [["a", "b"]], "test": []}', "json"),
         "squad.json": ('{"data": [{"title": "t", "paragraphs": []}], "version": "2"}', "squad"),
         "squad_pretty.json": ('{\n"version": "1",\n "data": [\n{"paragraphs": [\n]}]}', "squad"),
-        "b.conll.txt": ("a", "text"),
+        "b.conll.txt": ("a B\n", "conll"),
         "c.CSV": ("a\n", "csv"),
         "d.conllu": ("", "conllu"),
         "e.tsv": ("", "tsv"),
