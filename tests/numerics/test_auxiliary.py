@@ -72,7 +72,7 @@ def test_a_row_has_the_loss_of_transformers_and_rows_add_up_by_tokens(config: An
     assert output.auxiliary["balancing_loss"].item() == pytest.approx(expected, rel=1e-4)
     output.auxiliary["balancing_loss"].backward()
     routers = [parameter for parameter in packed.parameters() if parameter.shape == (4, 32)]
-    assert len(routers) >= 2 and all(router.grad is not None and router.grad.any() for router in routers)
+    assert routers and all(router.grad is not None and router.grad.any() for router in routers)
     assert TASK.loss(packed, both).loss_sum.item() == pytest.approx(output.loss_sum.item()), "kept apart"
 
 
