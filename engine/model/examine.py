@@ -29,7 +29,7 @@ _NO_STORE = StoreFacts(vocab_size=0, pad_id=0, bos_id=None, eos_id=None, label_n
 
 
 def examine(
-    section: ModelSection, task: Task, needs_weights: bool, one_document_a_row: bool = False
+    section: ModelSection, task: Task, needs_weights: bool, one_document_a_row: bool
 ) -> tuple[ModelFacts | None, list[Finding]]:
     """The facts of a model, and everything that would stop a run from building it; no facts if it cannot be built."""
     findings: list[Finding] = []
@@ -58,7 +58,7 @@ def examine(
     if model is None:
         return None, findings
     attempt(lambda: freeze_and_check(model, config, task, section.freeze))
-    name = "model.config" if folder is None else f"model.path: {section.path}"
+    name = "model.config" if folder is None else f"model.path {section.path}"
     rows = int(model.get_input_embeddings().weight.shape[0])
     facts = ModelFacts(name, rows, positions_of(model), names_of(config.id2label) if task.new_head else ())
     if stored:
@@ -78,9 +78,8 @@ def main() -> int:
     """Answer one request. Always 0: the launcher reads the findings."""
     request = json.load(sys.stdin)
     section = ModelSection.model_validate(request["model"])
-    facts, findings = examine(
-        section, TASKS[request["task"]], request["needs_weights"], request.get("one_document_a_row", False)
-    )
+    task, one_document_a_row = TASKS[request["task"]], request["one_document_a_row"]
+    facts, findings = examine(section, task, request["needs_weights"], one_document_a_row)
     values = {
         "facts": None if facts is None else dataclasses.asdict(facts),
         "findings": [dataclasses.asdict(finding) for finding in findings],
