@@ -55,6 +55,7 @@ class Task:
     figures: Callable[[Sequence[DocumentResult], Sequence[str]], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
+    second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
 
 
