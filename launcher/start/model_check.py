@@ -34,7 +34,10 @@ def examine_model(run: Run, vocab_size: int | None, may_download: bool) -> tuple
     elif not Path(str(section.path)).is_dir() and not (may_download and is_hub_name(str(section.path))):
         return None, [Finding(_NAME, "skipped", f"{section.path} comes from the Hub")]
     # With a checkpoint, the starting weights are not opened.
-    request = {"model": values, "task": run.config.task, "needs_weights": not list_checkpoints(run.config.run_dir)}
+    request = {
+        "model": values, "task": run.config.task, "needs_weights": not list_checkpoints(run.config.run_dir),
+        "one_document_a_row": run.config.data.one_document_a_row,
+    }  # fmt: skip
     answer = _answer(json.dumps(request), _stamp(section.path))
     if isinstance(answer, str):
         return None, [Finding(_NAME, "skipped", f"could not be looked at: {answer}")]

@@ -76,12 +76,12 @@ def test_the_output_layer_sees_targets_only() -> None:
     batch = TASKS["causal_lm"].batch(store, index, np.array([1, 2]), 0)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel() // 32))
-    training, values = TaskModel(model, TASKS["causal_lm"])(batch)
+    training, values, others = TaskModel(model, TASKS["causal_lm"])(batch)
     assert seen == [len(batch.target_ids)]
     assert len(batch.target_ids) < batch.num_tokens
-    assert values == {} and training.requires_grad, "a training step keeps nothing but the loss"
+    assert values == others == {} and training.requires_grad, "a training step keeps nothing but the loss"
     with torch.no_grad():
-        loss_sum, values = TaskModel(model, TASKS["causal_lm"])(batch)
+        loss_sum, values, _ = TaskModel(model, TASKS["causal_lm"])(batch)
     assert loss_sum.dtype == values["losses"].dtype == torch.float32
     assert loss_sum == training and values["losses"].shape == batch.target_ids.shape
 
@@ -92,7 +92,7 @@ def test_a_filler_batch_costs_nothing_and_reaches_every_parameter(family: str) -
     task = TASKS[task_of(family)]
     model = make_model(family, packed=task.packs)
     store, index = memory_store(task.name)
-    loss_sum, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2))
+    loss_sum, _, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2))
     loss_sum.backward()
     assert loss_sum.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -104,7 +104,7 @@ def test_classification_loss_and_predictions() -> None:
     rows = np.array([2, 3, 4])
     batch = TASKS["sequence_classification"].batch(store, index, rows, 0)
     with torch.no_grad():
-        loss_sum, values = TaskModel(model, TASKS["sequence_classification"])(batch)
+        loss_sum, values, _ = TaskModel(model, TASKS["sequence_classification"])(batch)
     logits = torch.stack([model(torch.from_numpy(store.documents[row])[None]).logits[0] for row in rows])
     labels = torch.from_numpy(store.labels[rows]).long()
     assert loss_sum.item() == pytest.approx(F.cross_entropy(logits, labels).item() * 3, rel=1e-5)
