@@ -119,6 +119,7 @@ _TEXTS: tuple[Form, ...] = (
         ("premise", "hypothesis"),
         ("text_a", "text_b"),
         ("question1", "question2"),
+        ("question", "sentence"),
     ),
 )
 _WORDS = ("tokens", "words", "text", "sentence", "text_a")

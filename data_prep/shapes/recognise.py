@@ -37,7 +37,9 @@ from data_prep.shapes.fields import (
     shown,
     shown_list,
 )
+from data_prep.shapes.misfit import is_json, nearest_forms, other_format, other_table
 from data_prep.shapes.shape import Shape, number_of, to_example
+from data_prep.shapes.usual_names import other_order, usual_candidates
 from data_prep.sources.records import Record
 
 TaskShapes = Mapping[str, Sequence[ShapeName]]
@@ -57,10 +59,13 @@ def recognise(records: Sequence[Record], config: SourceConfig, task: str, shapes
         raise BadDataError(f"{config.path or config.hub or config.name or 'a source'}: holds no records")
     candidates = candidates_of(shapes, config.fields, config.shape is not None)
     found = readings(records[0].value, candidates)
+    usual = not found
+    if usual:
+        found = _usual_readings(records[0], shapes, config)
     if len(found) != 1:
-        _refuse(records[0], found, config, task, shapes, shapes_of)
+        _refuse(records, found, config, task, shapes, shapes_of)
     for record in records[1:]:
-        others = readings(record.value, candidates)
+        others = _usual_readings(record, shapes, config) if usual else readings(record.value, candidates)
         if not others:
             for _, theirs in found[0].names:
                 required_field(record.value, theirs, record.where)
@@ -72,6 +77,12 @@ def recognise(records: Sequence[Record], config: SourceConfig, task: str, shapes
     shape = _shape_of(found[0], records, config, task, shapes_of[task])
     examples = [to_example(shape, record) for record in records]
     return replace(shape, summary=_summary(shape, records, examples))
+
+
+def _usual_readings(record: Record, shapes: Sequence[ShapeName], config: SourceConfig) -> list[Reading]:
+    """The readings under names that are usual in published data sets."""
+    on_request = config.shape is not None
+    return readings(record.value, usual_candidates(record.value, shapes, config.fields, on_request))
 
 
 def _shapes_asked(config: SourceConfig, task: str, of_task: Sequence[ShapeName]) -> tuple[ShapeName, ...]:
@@ -187,7 +198,11 @@ def _notes(shape: Shape, records: Sequence[Record]) -> list[str]:
     if shape.name == "tags" and any(isinstance(value, str) for column in values.values() for value in column):
         return ["texts are split at blanks"]
     notes = []
+    if shape.name == "text" and is_json([str(value) for value in values["text"]]):
+        notes.append("its texts are JSON objects; of a file with one on a line, `format: jsonl` reads their fields")
     if shape.name == "parallel":
+        if order := other_order(shape.fields):
+            notes.append(order)
         if any(isinstance(value, list) for value in values["source"]):
             notes.append("the sentences of a source are joined with blanks")
         if any(isinstance(value, list) and len(value) > 1 for value in values["target"]):
@@ -226,29 +241,33 @@ def _said(found: Sequence[Reading]) -> str:
     return " and ".join(said[:4]) or "no shape"
 
 
-def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: str,
+def _refuse(records: Sequence[Record], found: list[Reading], config: SourceConfig, task: str,
             shapes: Sequence[ShapeName], shapes_of: TaskShapes) -> NoReturn:  # fmt: skip
     """The error for a record that no shape fits, or more than one."""
+    record = records[0]
     where, names = record.where, field_names(record.value)
     if found:
         how = " or ".join(_how_to_ask(one, found) for one in found[:3])
         raise BadDataError(f"{where}: {len(found)} readings fit, {_said(found)}; say which with {how}")
+    table = other_format(records, config) or other_table(record, config)
     if config.shape is not None or config.fields:
         shape = shapes[0]
         example = ", ".join(f"{name}: ..." for name in known_fields(shape) if name not in FIELDS_TO_LEAVE_OUT)
         what = f"shape {shape} with these names" if config.fields else f"shape {shape}"
-        raise BadDataError(f"{where}: {what} does not fit (fields: {names}); name them with `fields: {{{example}}}`")
+        nearest = nearest_forms(record, shapes[:1], config.fields)
+        raise BadDataError(
+            f"{where}: {what} does not fit (fields: {names}); name them with `fields: {{{example}}}`{table}{nearest}"
+        )
     others = {
         other: found[0].shape
         for other, its_shapes in shapes_of.items()
         if other != task and (found := readings(record.value, candidates_of(its_shapes, {}, False)))
     }
-    table = (config.path or "").lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
-    header = "; if the file has no header line, name its `columns:`" if table.endswith((".csv", ".tsv", ".tab")) else ""
     hint = "".join(f"; for task {other} it would be {shape}" for other, shape in list(others.items())[:2])
+    nearest = "" if table else nearest_forms(record, shapes, {})
     raise BadDataError(
         f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names});"
-        f" say which with `shape:`, and what its fields are called with `fields:`{header}{hint}"
+        f" say which with `shape:`, and what its fields are called with `fields:`{table}{nearest}{hint}"
     )
 
 

@@ -1,0 +1,115 @@
+"""The message for records that no shape fits: what comes nearest, what it lacks, and the line to write."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Any
+
+from data_prep.config import ShapeName, SourceConfig
+from data_prep.shapes.fields import FIELDS_TO_LEAVE_OUT, known_fields, shown, shown_list
+from data_prep.shapes.usual_names import folded, names_of
+from data_prep.sources.read_csv import Dialect, other_delimiter
+from data_prep.sources.records import Record
+
+_TAG = re.compile(r"O|[BIES]-\S+|[A-Z$.,:'`]{1,6}")
+_MOST_NEAREST = 3
+
+
+def nearest_forms(record: Record, shapes: Sequence[ShapeName], given: Mapping[str, str]) -> str:
+    """For the shapes that lack least: the fields they find, those they lack, and the `fields:` to write."""
+    found = []
+    for shape in shapes:
+        wanted = [name for name in known_fields(shape) if name not in FIELDS_TO_LEAVE_OUT]
+        filled = {ours: theirs for ours in wanted if (theirs := _nearest(record.value, shape, ours, given))}
+        lacking = [ours for ours in wanted if ours not in filled]
+        found.append((len(lacking), -len(filled), shape, filled, lacking))
+    least = min(found)[:1]
+    best = [one for one in sorted(found, key=lambda one: one[:2]) if one[:1] == least and one[3]][:_MOST_NEAREST]
+    if not best:
+        return ""
+    said = [_advice(record, shape, filled, lacking) for _, _, shape, filled, lacking in best]
+    return "; nearest: " + " or ".join(said)
+
+
+def _advice(record: Record, shape: ShapeName, filled: Mapping[str, str], lacking: Sequence[str]) -> str:
+    used = set(filled.values())
+    names = {ours: shown(filled.get(ours, "...")) for ours in (*filled, *lacking)}
+    line = f"`shape: {shape}` with `fields: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in names.items())}}}`"
+    if not lacking:
+        return line
+    free = [name for name, held in record.value.items() if name not in used and not isinstance(held, dict)]
+    choice = f" (one of {shown_list(free)})" if free else ""
+    return f"{line}, which lacks {' and '.join(lacking)}{choice}"
+
+
+def _nearest(value: Mapping[str, Any], shape: ShapeName, ours: str, given: Mapping[str, str]) -> str | None:
+    """The field that our field `ours` could be by its name: a usual one, or one that is nearly so written."""
+    if ours in given:
+        return given[ours] if given[ours] in value else None
+    usual = names_of(shape, ours)
+    names = {folded(key): key for key, held in value.items() if held is not None}
+    exact = next((names[name] for name in usual if name in names), None)
+    if exact is not None:
+        return exact
+    close = next((match[0] for name in names if (match := get_close_matches(name, usual, 1, 0.8))), None)
+    return (
+        None if close is None else next(key for name, key in names.items() if get_close_matches(name, [close], 1, 0.8))
+    )
+
+
+def other_format(records: Sequence[Record], config: SourceConfig) -> str:
+    """What lines of text look like, where they are records of another format; else nothing."""
+    if config.format not in (None, "text") or any(list(record.value) != ["text"] for record in records):
+        return ""
+    lines = [str(record.value["text"]) for record in records]
+    if is_json(lines):
+        return "; its lines are JSON objects: write `format: jsonl`"
+    counts = {line.count("\t") + 1 for line in lines}
+    if counts == {1}:
+        counts = {len(line.split(" ")) for line in lines}
+        separated = "blanks"
+    else:
+        separated = "tabs"
+    if len(counts) > 1 or counts == {1} or len(lines) < 2:
+        return _other_table(lines)
+    (count,) = counts
+    gaps = any(two.line > one.line + 1 for one, two in pairwise(records))
+    tagged = all(_TAG.fullmatch(line.split("\t" if separated == "tabs" else " ")[-1]) for line in lines)
+    if (gaps and (tagged or separated == "blanks")) or (tagged and separated == "blanks"):
+        columns = "" if count == 2 else " and `columns: [token, ..., tag]`"
+        return f"; its lines are {count} columns with blank lines between: write `format: conll`{columns}"
+    if separated == "blanks":
+        return ""
+    return (
+        f"; its lines are {count} columns separated by tabs: write `format: tsv`, and `columns: [...]` if the first"
+        " line is no header"
+    )
+
+
+def other_table(record: Record, config: SourceConfig) -> str:
+    """What to write for a table whose first line may be no header, or whose columns are parted by another character."""
+    name = (config.path or "").lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
+    if config.format not in ("csv", "tsv") and not name.endswith((".csv", ".tsv", ".tab")):
+        return ""
+    usual = "," if config.format == "csv" or name.endswith(".csv") else "\t"
+    dialect = Dialect(config.delimiter or usual, config.quoting)
+    return other_delimiter(list(record.value), dialect) or "; if the file has no header line, name its `columns:`"
+
+
+def _other_table(lines: Sequence[str]) -> str:
+    for mark in ";|,":
+        counts = {line.count(mark) for line in lines}
+        if len(counts) == 1 and counts != {0} and len(lines) > 1:
+            delimiter = "" if mark == "," else f" and `delimiter: {json.dumps(mark)}`"
+            return f"; its lines are {counts.pop() + 1} columns separated by {mark!r}: write `format: csv`{delimiter}"
+    return ""
+
+
+def is_json(lines: Sequence[str]) -> bool:
+    """True if every line is a JSON object."""
+    try:
+        return bool(lines) and all(line.lstrip()[:1] == "{" and isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
