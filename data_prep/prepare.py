@@ -14,7 +14,7 @@ import numpy as np
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.pipeline.build_store import build, discard_work, encode_parts, find_donor, find_store
-from data_prep.pipeline.inputs import Group, Preparation, find_groups, work_dir
+from data_prep.pipeline.inputs import Group, Preparation, find_groups, order_of_labels, work_dir
 from data_prep.pipeline.store_folder import (
     exclusive,
     remove_leftovers,
@@ -23,6 +23,7 @@ from data_prep.pipeline.store_folder import (
     write_text_atomically,
 )
 from data_prep.rows.ledger import ledger_table
+from data_prep.shapes.label_names import NO_GOLD
 from data_prep.tasks import TASKS
 from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
@@ -89,7 +90,7 @@ def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
 
 
 def _build_all(run: Preparation, groups: Sequence[Group]) -> dict[str, Path]:
-    names = run.config.label_names
+    names: Sequence[str] | None = order_of_labels(run, groups)
     folders: dict[str, Path] = {}
     for group in groups:
         stores = {split.name: find_store(run, split) for split in group.splits}
@@ -166,6 +167,8 @@ def _check_task(run: Preparation) -> None:
         )
     if config.label_names is not None and not task.has_label_names:
         raise DataConfigError(f"data.label_names belongs to classification, not to task {task.name}")
+    if config.label_map is not None and not task.has_label_names:
+        raise DataConfigError(f"data.label_map belongs to classification, not to task {task.name}")
     if config.overlong == "split" and not task.packs:
         raise DataConfigError(f"data.overlong: split would cut the examples of task {task.name}; use truncate or drop")
     if config.packing != "best_fit" and not task.packs:
@@ -186,6 +189,11 @@ def _summary(name: str, store: TokenStore) -> str:
         lines.append(f"unknown tokens: {unknown:.2%} of {store.num_tokens}{advice}")
     if store.label_names:
         lines.append(f"labels: {', '.join(store.label_names[:8])}{' ...' if len(store.label_names) > 8 else ''}")
+        if marks := [name for name in store.label_names if name in NO_GOLD]:
+            lines.append(
+                f"label {marks[0]!r} is a class of its own here; where it marks records without a gold label, give"
+                " data.label_names or data.label_map without it"
+            )
     return "\n".join(lines)
 
 

@@ -12,8 +12,10 @@ from typing import Any
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError
 from data_prep.pipeline.work import HashRange, Work
+from data_prep.shapes.find_label_names import label_field, label_order, with_label_names
 from data_prep.shapes.recognise import recognise
 from data_prep.shapes.shape import Shape
+from data_prep.sources.class_names import class_names
 from data_prep.sources.read import read_records
 from data_prep.sources.records import Record, SourceFile, Span
 from data_prep.sources.scan import find_sources
@@ -169,11 +171,25 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of)
+        first = _first_records(files[0])
+        shape = _with_names(run, recognise(first, source, run.task.name, shapes_of), first, files[0])
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
     return tuple(inputs)
+
+
+def _with_names(run: Preparation, shape: Shape, first: Sequence[Record], file: SourceFile) -> Shape:
+    """The shape with the names of its labels, where the run file or the data says them."""
+    name = label_field(shape)
+    own = None if name is None else class_names(file, name)
+    return with_label_names(shape, first, run.config.label_names, run.config.label_map, own)
+
+
+def order_of_labels(run: Preparation, groups: Sequence[Group]) -> tuple[str, ...] | None:
+    """The labels in the order of their numbers, where the run file or the training data says it."""
+    own = [one.shape.labels.own for one in groups[0].inputs if one.shape.labels is not None]
+    return label_order(run.config.label_names, run.config.label_map, own)
 
 
 def _joining(run: Preparation, shape: Shape) -> str:

@@ -22,6 +22,7 @@ from data_prep.shapes.examples import (
     TextExample,
 )
 from data_prep.shapes.fields import lookup, required_field, shown, text_at
+from data_prep.shapes.label_names import LabelNames
 from data_prep.sources.records import Record, checked_text, kind
 
 
@@ -34,6 +35,7 @@ class Shape:
     many: bool = False  # label: each record has a list of them
     refused: tuple[str, ...] = ()  # alpaca: fields that no first record had, but that would change its reading
     summary: str = field(default="", compare=False)
+    labels: LabelNames | None = None  # label, tags: what the labels in the records are called
 
     @property
     def gives_chats(self) -> bool:
@@ -46,7 +48,8 @@ class Shape:
 
     def key(self) -> dict[str, Any]:
         """The parts that change the examples, as JSON values; part of a store's content key."""
-        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many}
+        named = {"labels": self.labels.key()} if self.labels is not None and self.labels.names else {}
+        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many, **named}
 
 
 def to_example(shape: Shape, record: Record) -> Example:
@@ -67,13 +70,17 @@ def to_example(shape: Shape, record: Record) -> Example:
         case "parallel":
             return parallel_pair(record, fields)
         case "label":
-            return labelled(record, fields, shape.many)
+            return _named(labelled(record, fields, shape.many), shape, record)
         case "score":
             return scored(record, fields)
         case "tags":
-            return tagged(record, fields)
+            return _named(tagged(record, fields), shape, record)
         case "question":
             return questioned(record, fields)
+
+
+def _named(example: Example, shape: Shape, record: Record) -> Example:
+    return example if shape.labels is None else shape.labels.name_example(example, record.where)
 
 
 def prompt_pair(record: Record, fields: Mapping[str, str]) -> PromptExample:

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.config import SourceConfig
 from data_prep.errors import CannotWriteError, MissingInputError
 from data_prep.progress import Progress
+from data_prep.sources.class_names import class_labels
 from data_prep.sources.read_tables import json_value
 
 
@@ -32,6 +33,9 @@ def spool_hub(config: SourceConfig, dotted_key: str, cache_dir: Path, progress: 
         except ValueError as error:
             raise MissingInputError(f"{name}: {_one_line(error)} ({dotted_key}.split)") from error
         _write(records, path, f"{name}[{split}]", dotted_key, progress)
+        if names := class_labels(builder.info.features or {}):
+            features = {field: {"names": few} for field, few in names.items()}
+            path.with_suffix(".names").write_text(json.dumps({"features": features}), encoding="utf-8")
     return path
 
 
