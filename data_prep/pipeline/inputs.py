@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError
+from data_prep.pipeline.source_names import source_names
 from data_prep.pipeline.work import HashRange, Work
 from data_prep.shapes.find_label_names import label_field, label_order, with_label_names
 from data_prep.shapes.recognise import recognise
@@ -167,7 +168,7 @@ def find_groups(run: Preparation) -> tuple[Group, ...]:
 
 def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tuple[Input, ...]:
     found = find_sources(sources, f"data.{key}", run.config.store_dir / ".cache", run.progress)
-    names = _source_names(sources, found)
+    names = source_names(sources, found)
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
@@ -214,22 +215,6 @@ def _first_records(file: SourceFile) -> list[Record]:
     if not records:
         raise BadDataError(f"{file.label}: the file holds no records")
     return records
-
-
-def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[SourceFile]]) -> list[str]:
-    """The name of each source; a number is added where two would be called the same."""
-    names: list[str] = []
-    for source, files in zip(sources, found, strict=True):
-        path = source.path or source.hub
-        name = source.name or (
-            Path(path).name if path and set("*?[") & set(path) == set() else Path(files[0].label).name
-        )
-        name = name if source.name else name.split(".")[0] or name
-        base, number = name, 2
-        while name in names:
-            name, number = f"{base}-{number}", number + 1
-        names.append(name)
-    return names
 
 
 def _encoding_key(run: Preparation) -> str:
