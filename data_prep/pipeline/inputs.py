@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -167,17 +167,23 @@ def find_groups(run: Preparation) -> tuple[Group, ...]:
 
 
 def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tuple[Input, ...]:
-    found = find_sources(sources, f"data.{key}", run.config.store_dir / ".cache", run.progress)
+    look = partial(_recognised, run)
+    found = find_sources(sources, f"data.{key}", run.config.store_dir / ".cache", run.progress, look)
     names = source_names(sources, found)
-    shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
         first = _first_records(files[0])
-        shape = _with_names(run, recognise(first, source, run.task.name, shapes_of), first, files[0])
+        shape = _with_names(run, _recognised(run, first, source), first, files[0])
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
     return tuple(inputs)
+
+
+def _recognised(run: Preparation, first: Sequence[Record], source: SourceConfig) -> Shape:
+    """What the first records of a source are."""
+    shapes_of = {task.name: task.shapes for task in TASKS.values()}
+    return recognise(first, source, run.task.name, shapes_of)
 
 
 def _with_names(run: Preparation, shape: Shape, first: Sequence[Record], file: SourceFile) -> Shape:

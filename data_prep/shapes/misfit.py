@@ -28,6 +28,8 @@ def nearest_forms(record: Record, shapes: Sequence[ShapeName], given: Mapping[st
     least = min(found)[:1]
     best = [one for one in sorted(found, key=lambda one: one[:2]) if one[:1] == least and one[3]][:_MOST_NEAREST]
     if not best:
+        best = [one for one in found if not one[3]][: _MOST_NEAREST - 1] if record.value else []
+    if not best:
         return ""
     said = [_advice(record, shape, filled, lacking) for _, _, shape, filled, lacking in best]
     return "; nearest: " + " or ".join(said)
@@ -59,29 +61,24 @@ def _nearest(value: Mapping[str, Any], shape: ShapeName, ours: str, given: Mappi
     )
 
 
-def other_format(records: Sequence[Record], config: SourceConfig) -> str:
+def other_format(records: Sequence[Record], config: SourceConfig, shapes: Sequence[ShapeName]) -> str:
     """What lines of text look like, where they are records of another format; else nothing."""
     if config.format not in (None, "text") or any(list(record.value) != ["text"] for record in records):
         return ""
     lines = [str(record.value["text"]) for record in records]
     if is_json(lines):
         return "; its lines are JSON objects: write `format: jsonl`"
-    counts = {line.count("\t") + 1 for line in lines}
-    if counts == {1}:
-        counts = {len(line.split(" ")) for line in lines}
-        separated = "blanks"
-    else:
-        separated = "tabs"
-    if len(counts) > 1 or counts == {1} or len(lines) < 2:
+    tabs = any("\t" in line for line in lines)
+    cells = [line.split("\t" if tabs else " ") for line in lines]
+    counts = {len(row) for row in cells}
+    tagged = all(_TAG.fullmatch(row[-1]) and not any(" " in cell for cell in row) for row in cells)
+    if len(counts) > 1 or counts == {1} or len(lines) < 2 or not (tabs or tagged):
         return _other_table(lines)
     (count,) = counts
     gaps = any(two.line > one.line + 1 for one, two in pairwise(records))
-    tagged = all(_TAG.fullmatch(line.split("\t" if separated == "tabs" else " ")[-1]) for line in lines)
-    if (gaps and (tagged or separated == "blanks")) or (tagged and separated == "blanks"):
+    if tagged and (gaps or not tabs or "tags" in shapes):
         columns = "" if count == 2 else " and `columns: [token, ..., tag]`"
-        return f"; its lines are {count} columns with blank lines between: write `format: conll`{columns}"
-    if separated == "blanks":
-        return ""
+        return f"; its lines are words with {count} columns: write `format: conll`{columns}"
     return (
         f"; its lines are {count} columns separated by tabs: write `format: tsv`, and `columns: [...]` if the first"
         " line is no header"

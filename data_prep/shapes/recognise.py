@@ -249,7 +249,7 @@ def _refuse(records: Sequence[Record], found: list[Reading], config: SourceConfi
     if found:
         how = " or ".join(_how_to_ask(one, found) for one in found[:3])
         raise BadDataError(f"{where}: {len(found)} readings fit, {_said(found)}; say which with {how}")
-    table = other_format(records, config) or other_table(record, config)
+    table = other_format(records, config, shapes) or other_table(record, config)
     if config.shape is not None or config.fields:
         shape = shapes[0]
         example = ", ".join(f"{name}: ..." for name in known_fields(shape) if name not in FIELDS_TO_LEAVE_OUT)
@@ -264,11 +264,12 @@ def _refuse(records: Sequence[Record], found: list[Reading], config: SourceConfi
         if other != task and (found := readings(record.value, candidates_of(its_shapes, {}, False)))
     }
     hint = "".join(f"; for task {other} it would be {shape}" for other, shape in list(others.items())[:2])
-    nearest = "" if table else nearest_forms(record, shapes, {})
-    raise BadDataError(
-        f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names});"
-        f" say which with `shape:`, and what its fields are called with `fields:`{table}{nearest}{hint}"
+    advice = (
+        table
+        or nearest_forms(record, shapes, {})
+        or ("; say which with `shape:`, and what its fields are called with `fields:`")
     )
+    raise BadDataError(f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names}){advice}{hint}")
 
 
 def _how_to_ask(one: Reading, found: Sequence[Reading]) -> str:

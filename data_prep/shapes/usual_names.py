@@ -145,7 +145,7 @@ _PAIRS: dict[ShapeName, tuple[tuple[str, str], tuple[tuple[str, str], ...]]] = {
             ("article", "highlights"), ("article", "summary"), ("dialogue", "summary"), ("dialog", "summary"),
             ("text", "summary"), ("content", "summary"), ("body", "summary"), ("report", "summary"),
             ("transcript", "summary"), ("passage", "summary"), ("story", "summary"), ("source", "summary"),
-            ("text", "headline"), ("article", "headline"), ("abstract", "title"), ("article", "title"),
+            ("text", "headline"),
         ),
     ),
     "alpaca": (
@@ -180,7 +180,11 @@ def usual_candidates(value: Mapping[str, Any], shapes: Sequence[ShapeName], give
     """The forms of `shapes` that the fields of this record fill under their usual names, or those of `given`."""
     forms: list[tuple[ShapeName, Form]] = []
     for shape in shapes:
-        for form in _forms(shape, value, given):
+        found = list(_forms(shape, value, given))
+        if shape == "score" and on_request and not found:  # asked for: what else would be a label
+            asked = {"label" if ours == "score" else ours: theirs for ours, theirs in given.items()}
+            found = [{**form, "score": form["label"], "label": ""} for form in _forms("label", value, asked)]
+        for form in found:
             names = {ours: theirs for ours, theirs in form.items() if theirs}
             if len(set(names.values())) == len(names) and (shape, names) not in forms:
                 forms.append((shape, names))
@@ -199,7 +203,8 @@ def _forms(shape: ShapeName, value: Mapping[str, Any], given: Mapping[str, str])
     rest = [dict(zip([ours for ours, _ in names], chosen, strict=True)) for chosen in product(*dict(names).values())]
     texts: list[Form] = [{}]
     if shape in ("label", "score"):
-        texts = [{"text": text} for text in candidates_for(shape, "text", value, given)]
+        pair = {"pair": given["pair"]} if given.get("pair") else {}
+        texts = [{"text": text, **pair} for text in candidates_for(shape, "text", value, given)]
         if given.get("pair") != "":
             texts += _paired(value, ("text", "pair"), _TEXT_PAIRS, given)
     yield from ({**text, **form} for text, form in product(texts, rest) if names)
