@@ -150,9 +150,26 @@ class DataConfig(_Section):
         gt=0,
         description="documents with fewer targets are dropped and counted; null: a record without any is an error",
     )
+    unusable: Literal["error", "drop"] = Field(
+        "error",
+        description="records that cannot be used (empty, null, not valid JSON, refused by the template ...) are an"
+        " error that lists them, or dropped and counted",
+    )
+    max_unusable_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="with `unusable: drop`: the largest share of a source's records that may be dropped; null: 0.01,"
+        " and up to 20 records whatever their share",
+    )
     deduplicate: bool = Field(False, description="keep only the first of equal records of a split")
     label_names: Annotated[tuple[str, ...], BeforeValidator(_tuple_from_value)] | None = Field(
         None, description="labels or tags in the order of their indices; null: those found in train, sorted"
+    )
+    unknown_labels: Literal["error", "count_wrong"] = Field(
+        "error",
+        description="validation records with a label that train has not are an error that lists the labels, or"
+        " stay in the evaluation, which counts them as wrong",
     )
     label_map: Annotated[dict[str, str], BeforeValidator(_texts_from_map)] | None = Field(
         None, min_length=1, description="label in the records -> its name: {1: entailment, -1: contradiction}"

@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.pipeline.build_store import build, discard_work, encode_parts, find_donor, find_store
+from data_prep.pipeline.findings import Listing, check_sources
 from data_prep.pipeline.inputs import Group, Preparation, find_groups, order_of_labels, work_dir
 from data_prep.pipeline.store_folder import (
     exclusive,
@@ -67,9 +68,11 @@ def prepare(
         groups = find_groups(run)
         if part is not None:
             share, shares = part
+            listing = Listing(config)
             for group in groups:
-                made = encode_parts(run, group, group.splits, (share - 1, shares))
+                made = encode_parts(run, group, group.splits, (share - 1, shares), listing)
                 run.say(f"part {share} of {shares}: {made} spans tokenised; when all are, prepare without a part joins")
+            listing.check()
             return {}
         with exclusive(config.store_dir, run.say):
             remove_leftovers(config.store_dir)
@@ -91,17 +94,25 @@ def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
 
 def _build_all(run: Preparation, groups: Sequence[Group]) -> dict[str, Path]:
     names: Sequence[str] | None = order_of_labels(run, groups)
+    stores = {split.name: find_store(run, split) for group in groups for split in group.splits}
+    donors = {
+        split.name: find_donor(run.config.store_dir, split)
+        for group in groups
+        for split in group.splits
+        if stores[split.name] is None
+    }
+    listing = Listing(run.config)
+    for group in groups:
+        raw = [split for split in group.splits if stores[split.name] is None and donors[split.name] is None]
+        if raw:
+            encode_parts(run, group, raw, (0, 1), listing)
+    listing.check()
     folders: dict[str, Path] = {}
     for group in groups:
-        stores = {split.name: find_store(run, split) for split in group.splits}
-        missing = [split for split in group.splits if stores[split.name] is None]
-        donors = {split.name: find_donor(run.config.store_dir, split) for split in missing}
-        raw = [split for split in missing if donors[split.name] is None]
-        if raw:
-            encode_parts(run, group, raw, (0, 1))
         for split in group.splits:
             store, donor = stores[split.name], donors.get(split.name)
             if store is not None:
+                check_sources(run.config, split.name, store.manifest["sources"])
                 run.say(f"reusing {split.name} store {store.path}")
             else:
                 if donor is not None:

@@ -43,7 +43,7 @@ def main() -> None:
     record = RankRecord(rank)
     try:
         given = load_run_file(arguments.run_file, arguments.overrides)
-        run_file = RunFile(given.path, with_absolute_paths(given.values), given.lines)
+        run_file = RunFile(given.path, with_absolute_paths(given.values), given.places, given.faults)
         config = run_file.parse(RunConfig)
         set_umask(config.share_with_group)
         record.begin(config.run_dir)

@@ -5,6 +5,7 @@ number of ranks) is on the command line. The ``data`` section belongs to ``data_
 needs two of its keys and leaves the others to their owner.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -208,20 +209,25 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        faults = [*self._metric_faults(), *self._batch_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _metric_faults(self) -> Iterator[str]:
         metric = self.evaluation.metric
         known = TASKS[self.task].metrics if self.task in TASKS else ("loss",)
         if metric is not None and metric not in known:
             there = ", ".join(known)
-            raise ValueError(f"evaluation.metric {metric} is not one of task {self.task}, which has {there}")
-        tokens = self.batch.global_tokens
-        if tokens is not None and tokens % self.data.row_tokens:
-            raise ValueError(
-                f"batch.global_tokens {tokens} is not a multiple of data.row_tokens {self.data.row_tokens}"
-            )
-        micro_tokens = self.batch.micro_tokens
-        if micro_tokens is not None and micro_tokens < self.data.row_tokens:
-            raise ValueError(f"batch.micro_tokens {micro_tokens} does not hold a row of {self.data.row_tokens} tokens")
-        return self
+            yield f"evaluation.metric {metric} is not one of task {self.task}, which has {there}"
+
+    def _batch_faults(self) -> Iterator[str]:
+        row_tokens, tokens, micro_tokens = self.data.row_tokens, self.batch.global_tokens, self.batch.micro_tokens
+        if tokens is not None and tokens % row_tokens:
+            near = max(1, round(tokens / row_tokens)) * row_tokens
+            yield f"batch.global_tokens {tokens} is not a multiple of data.row_tokens {row_tokens}: write {near}"
+        if micro_tokens is not None and micro_tokens < row_tokens:
+            yield f"batch.micro_tokens {micro_tokens} does not hold a row of {row_tokens} tokens (data.row_tokens)"
 
     @property
     def global_rows(self) -> int:

@@ -18,7 +18,7 @@ LOST_PEER = 76
 
 
 class FulltuneError(Exception):
-    """Base of the errors whose message is one line for a person: what, where, what to do."""
+    """Base of the errors whose message is for a person: what, where, what to do, in one line for each finding."""
 
     exit_code = INTERNAL
 

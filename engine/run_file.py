@@ -5,17 +5,17 @@ given twice is an error, and there are no tags, so nothing in the file can name 
 """
 
 import copy
-import difflib
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from engine.errors import ConfigError, MissingInputError
+from engine.run_faults import Places, describe_faults
 from engine.secrets_in_text import find_secrets
 from engine.zero.ds_config import shipped_ds_configs
 
@@ -48,64 +48,52 @@ for _tag, _pattern, _first in (
 
 
 class RunFile:
-    """The values of one run file and the line each dotted key stands on.
+    """The values of one run file, and the places where they were written.
 
-    ``values`` is plain data; `parse` turns the whole of it, or one section, into a pydantic model.
+    ``values`` is plain data; `parse` turns the whole of it, or one section, into a pydantic model. ``faults`` are
+    those of the text itself, such as a key given twice, by dotted key; `parse` names them together with its own.
     """
 
-    def __init__(self, path: Path, values: dict[str, Any], lines: dict[str, int]):
+    def __init__(self, path: Path, values: dict[str, Any], places: Places, faults: Mapping[str, str] | None = None):
         self.path = path
         self.values = values
-        self.lines = lines
+        self.places = places
+        self.faults = dict(faults or {})
 
     def parse(self, model: type[Model], section: str | None = None) -> Model:
-        """Validate the file, or one of its sections, as `model`; ConfigError names the first fault."""
+        """Validate the file, or one of its sections, as `model`; ConfigError names every fault, one a line."""
+        faults = self.find_faults(model, section)
+        if faults:
+            raise ConfigError("\n".join(faults))
+        return model.model_validate(self.values if section is None else self.values[section])
+
+    def find_faults(
+        self, model: type[BaseModel], section: str | None = None, needed: Collection[str] | None = None
+    ) -> list[str]:
+        """One line for every fault, in the text and against `model`.
+
+        With `needed`, names of sections, what is missing outside of these is no fault; what is there is checked.
+        """
         values = self.values if section is None else self.values.get(section)
-        prefix = () if section is None else (section,)
+        own = list(self.faults.values())
         if section is not None and values is None:
-            raise ConfigError(f"{self.path}: section `{section}` is missing")
+            return [*own, f"{self.path}: section `{section}` is missing"]
         try:
-            return model.model_validate(values)
+            model.model_validate(values)
         except ValidationError as error:
-            faults = error.errors(include_url=False)
-            # A misspelt required key is also a missing one: the misspelling is what to tell.
-            first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-            raise ConfigError(self._describe(first, prefix, model)) from error
+            prefix = () if section is None else (section,)
+            found = [
+                fault
+                for fault in error.errors(include_url=False)
+                if (needed is None or fault["type"] != "missing" or fault["loc"][0] in needed)
+                and not self._follows(".".join((*prefix, *map(str, fault["loc"]))))
+            ]
+            return own + describe_faults(found, self.places, prefix, model)
+        return own
 
-    def _describe(self, fault: ErrorDetails, prefix: tuple[str, ...], model: type[BaseModel]) -> str:
-        location = prefix + tuple(str(part) for part in fault["loc"] if not str(part).startswith("function-"))
-        dotted = ".".join(location)
-        line = next(
-            (self.lines[".".join(location[:n])] for n in range(len(location), 0, -1)
-             if ".".join(location[:n]) in self.lines), None,
-        )  # fmt: skip
-        where = f"{self.path}:{line}" if line else str(self.path)
-        if fault["type"] == "extra_forbidden":
-            return f"{where}: unknown key `{dotted}`{_suggestion(location[len(prefix) :], model)}"
-        if fault["type"] == "missing":
-            return f"{where}: `{dotted}` is missing"
-        message = fault["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:] if message.startswith("Input ") else message
-        got = "" if fault["type"] == "value_error" else f", not {fault['input']!r}"
-        return f"{where}: {f'`{dotted}`: ' if dotted else ''}{message}{got}"
-
-
-def _suggestion(location: tuple[str, ...], model: type[BaseModel]) -> str:
-    """Name the key that was probably meant, looking first in the same section, then everywhere."""
-    here: Any = model
-    for part in location[:-1]:
-        field = here.model_fields.get(part)
-        here = field.annotation if field else None
-        if not (isinstance(here, type) and issubclass(here, BaseModel)):
-            return ""
-    near = difflib.get_close_matches(location[-1], list(here.model_fields), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean `{'.'.join((*location[:-1], near[0]))}`?"
-    for name, field in model.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel) and location[-1] in nested.model_fields:
-            return f"; it belongs to section `{name}`"
-    return f"; known keys here: {', '.join(here.model_fields)}"
+    def _follows(self, dotted: str) -> bool:
+        """True if a fault at `dotted` is about a value that the text's own faults have spoilt."""
+        return any(f"{spoilt}.".startswith(f"{dotted}.") or dotted.startswith(f"{spoilt}.") for spoilt in self.faults)
 
 
 def load_run_file(path: Path, overrides: list[str] | None = None) -> RunFile:
@@ -122,17 +110,20 @@ def load_run_file(path: Path, overrides: list[str] | None = None) -> RunFile:
     node = _compose(text, str(path))
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: a run file is a mapping of sections, for example `model: {path: models/base}`")
-    lines: dict[str, int] = {}
-    values = _construct(node, "", str(path), lines)
+    text_of = _Text(str(path))
+    values = text_of.construct(node, "")
+    given: dict[str, str] = {}
     for override in overrides or []:
-        _apply_override(values, override)
-    for dotted in find_secrets(values):  # the run folder will hold these values, and perhaps be shared
-        where = f"{path}:{lines[dotted]}" if dotted in lines else str(path)
-        raise ConfigError(
-            f"{where}: `{dotted}` holds what looks like a token, a key or a URL with a user in it: leave it out, and "
-            "give the secret in the environment (HF_TOKEN, ...) or in the tool's own file"
-        )
-    return RunFile(path, values, lines)
+        text_of.faults |= _apply_override(values, override, given)
+    places = Places(path, text_of.lines, given)
+    secrets = [  # the run folder will hold these values, and perhaps be shared
+        f"{places.of(tuple(dotted.split('.')))}: `{dotted}` holds what looks like a token, a key or a URL with a user "
+        "in it: leave it out, and give the secret in the environment (HF_TOKEN, ...) or in the tool's own file"
+        for dotted in find_secrets(values)
+    ]
+    if secrets:
+        raise ConfigError("\n".join([*secrets, *text_of.faults.values()]))
+    return RunFile(path, values, places, text_of.faults)
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
@@ -153,48 +144,71 @@ def _compose(text: str, name: str) -> yaml.Node | None:
             loader.dispose()
 
 
-def _construct(node: yaml.Node, dotted: str, name: str, lines: dict[str, int]) -> Any:
-    line = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
+class _Text:
+    """Makes plain values of YAML nodes, and notes the line of every key and what is wrong with the text."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self.lines: dict[str, int] = {}
+        self.faults: dict[str, str] = {}
+
+    def construct(self, node: yaml.Node, dotted: str) -> Any:
+        """The value of `node`, which stands at `dotted`; None where it has a fault of its own."""
+        line = node.start_mark.line + 1
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, dotted)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.construct(item, f"{dotted}.{i}") for i, item in enumerate(node.value)]
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in ("bool", "int", "float", "null", "str"):
+            self.faults[dotted] = f"{self._name}:{line}: tags such as {node.tag} are not allowed"
+            return None
+        try:
+            return _StrictLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            self.faults[dotted] = f"{self._name}:{line}: `{dotted}`: {error}"
+            return None
+
+    def _mapping(self, node: yaml.MappingNode, dotted: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value
+            key, line = key_node.value, key_node.start_mark.line + 1
             inner = f"{dotted}.{key}" if dotted else str(key)
-            key_line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key == "<<":
-                raise ConfigError(f"{name}:{key_line}: keys are plain words")
-            if key in result:
-                raise ConfigError(f"{name}:{key_line}: `{inner}` is given twice (first on line {lines[inner]})")
-            lines[inner] = key_line
-            result[key] = _construct(value_node, inner, name, lines)
+                self.faults[inner] = f"{self._name}:{line}: keys are plain words"
+            elif key in result:
+                first = self.lines[inner]
+                self.faults[inner] = f"{self._name}:{line}: `{inner}` is given twice (first on line {first})"
+            else:
+                self.lines[inner] = line
+                result[key] = self.construct(value_node, inner)
         return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, f"{dotted}.{i}", name, lines) for i, item in enumerate(node.value)]
-    if node.tag.removeprefix("tag:yaml.org,2002:") not in ("bool", "int", "float", "null", "str"):
-        raise ConfigError(f"{name}:{line}: tags such as {node.tag} are not allowed")
-    try:
-        loader = _StrictLoader("")
-        return loader.construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{name}:{line}: `{dotted}`: {error}") from error
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str, given: dict[str, str]) -> dict[str, str]:
+    """Set the override's key in `values` and note it in `given`; its faults, by dotted key."""
     dotted, separator, text = override.partition("=")
     keys = dotted.split(".")
+    name = f"override `{override}`"
     if not separator or not all(keys):
-        raise ConfigError(f"override `{override}`: write dotted.key=value, for example optimizer.learning_rate=2e-5")
-    node = _compose(text, f"override `{override}`")
-    value = None if node is None else _construct(node, dotted, f"override `{override}`", {})
+        return {override: f"{name}: write dotted.key=value, for example optimizer.learning_rate=2e-5"}
+    try:
+        node = _compose(text, name)
+    except ConfigError as error:
+        return {dotted: str(error)}
+    text_of = _Text(name)
+    value = None if node is None else text_of.construct(node, dotted)
     section = values
     for depth, key in enumerate(keys[:-1]):
         inner = section.setdefault(key, {})
         if inner is None:
             inner = section[key] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"override `{override}`: `{'.'.join(keys[: depth + 1])}` is not a section")
+            what = "a list: give all of it, in [...]" if isinstance(inner, list) else "not a section"
+            return {dotted: f"{name}: `{'.'.join(keys[: depth + 1])}` is {what}"}
         section = inner
     section[keys[-1]] = value
+    given[dotted] = override
+    return text_of.faults
 
 
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:

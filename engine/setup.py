@@ -24,7 +24,10 @@ from engine.checkpoint.save import Owner, finish_replacing
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import DataError, MissingInputError, StorageError
-from engine.model.build import StoreFacts, build_model, model_folder
+from engine.fit.model_facts import ModelFacts
+from engine.fit.positions import check_positions
+from engine.model.build import StoreFacts, build_model, label_numbers, model_folder
+from engine.model.positions import positions_of
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
@@ -33,7 +36,7 @@ from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
 from engine.step import Progress, Training
-from engine.zero.ds_config import nvme_path, resolve_ds_config, with_nvme_path
+from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
 from engine.zero.zero_model import ZeroModel
@@ -47,11 +50,16 @@ class Stores:
     validation: tuple[TokenStore, Rows] | None
 
     @property
+    def opened(self) -> tuple[tuple[TokenStore, Rows], ...]:
+        """Both, or the one there is."""
+        return (self.training,) if self.validation is None else (self.training, self.validation)
+
+    @property
     def facts(self) -> StoreFacts:
         """What the model must fit."""
-        store = self.training[0]
+        store, stores = self.training[0], tuple(store for store, _ in self.opened)
         return StoreFacts(
-            store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir
+            store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir, stores
         )
 
 
@@ -88,9 +96,12 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     with ranks.together():
         stores = open_stores(config, run_file.values["data"])
         ds_config = resolve_ds_config(config, ranks.world_size)
+        for line in ds_config_notes(config, ranks.world_size) if ranks.rank == 0 else ():
+            print(line, flush=True)
     model, weights = _build_model(config, stores, ranks)
-    zero = wrap(model, config, _with_swap_folder(config, ds_config, folder, ranks, model))
     store, rows = stores.training
+    ds_config_here = _with_swap_folder(config, ds_config, folder, ranks, model)
+    zero = wrap(model, config, ds_config_here, label_numbers(model, store.label_names))
     must_match = _values_that_must_match(config, rows, model)
     may_change = _values_that_may_change(config, ds_config, ranks)
     began_loading = time.perf_counter()
@@ -133,7 +144,23 @@ def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, 
             model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        return build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
+        model, weights = build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
+        _check_lengths(model, config, stores, ranks)
+        return model, weights
+
+
+def _check_lengths(model: Any, config: RunConfig, stores: Stores, ranks: Ranks) -> None:
+    """DataError for a document that the model has no positions for; a line for one longer than it was made for."""
+    name = f"model.path: {config.model.path}" if config.model.path else "model.config"
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    finding = check_positions(ModelFacts(name, rows, positions_of(model)), stores.opened)
+    if finding.verdict == "error":
+        raise DataError(finding.text)
+    if finding.verdict == "warning" and ranks.rank == 0:
+        print(f"warning: {finding.text}", flush=True)
+    for store, _ in stores.opened:
+        if store.pad_id >= rows:
+            store.pad_id = 0  # padding is never looked at, but must have a row
 
 
 def _restore_or_fill(

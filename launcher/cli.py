@@ -38,7 +38,7 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Every failure is one line on stderr and an exit code."""
+    """Entry point of the console script. A failure is an exit code and one line on stderr for each finding."""
     words = sys.argv[1:] if argv is None else list(argv)
     umask_before = set_umask(False)
     try:
@@ -59,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception, debug: bool) -> int:
-    """Print an error in one line; its exit code."""
+    """Print an error in one line, or one line for each finding in it; its exit code."""
     if debug:
         traceback.print_exc()
-    text = " ".join(str(error).split())
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
-        print(f"fulltune: error: {text}", file=sys.stderr)
+        for line in str(error).splitlines() or [""]:
+            print(f"fulltune: error: {' '.join(line.split())}", file=sys.stderr)
         return code
+    text = " ".join(str(error).split())
     hint = "" if debug else " (--debug shows where)"
     print(f"fulltune: error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
     return INTERNAL

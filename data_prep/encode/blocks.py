@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.sources.records import Record
+
 _LENGTHS = "_lengths"  # ends the name of the column with the lengths of a ragged one
 
 
@@ -100,13 +102,18 @@ class Names:
     index: dict[str, int] = field(default_factory=dict)
     first_seen: list[str] = field(default_factory=list)
 
-    def number(self, name: str, where: str) -> int:
-        """The index of `name`, which becomes a new one if it has not been met."""
+    def number(self, name: str, record: Record, item: int = 0) -> int:
+        """The index of `name`, which becomes a new one if it has not been met before item `item` of `record`."""
         number = self.index.get(name)
         if number is None:
             number = self.index[name] = len(self.index)
-            self.first_seen.append(where)
+            self.first_seen.append(record.place(item))
         return number
+
+    def forget(self, count: int) -> None:
+        """Keep the first `count` names only."""
+        self.index = dict(list(self.index.items())[:count])
+        del self.first_seen[count:]
 
 
 def block_of_documents(

@@ -5,7 +5,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -15,11 +15,12 @@ from data_prep.chat.child import Proof, start_proof
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError
 from data_prep.pipeline.deduplicate import keep_first
+from data_prep.pipeline.findings import Listing, check_sources, first_of_source
 from data_prep.pipeline.inputs import Group, Input, Preparation, Split, num_bytes, parts_dir, store_path, work_dir
 from data_prep.pipeline.parts import Part, PartAccount, read_account
 from data_prep.pipeline.store_folder import link_content, publish
-from data_prep.pipeline.store_writer import count_id, describe_files, write_content
-from data_prep.pipeline.work import Job, SplitJob
+from data_prep.pipeline.store_writer import count_id, describe_files, find_largest_id, write_content
+from data_prep.pipeline.work import Job, SplitJob, Work
 from data_prep.pipeline.worker import encode_spans
 from data_prep.progress import Progress
 from data_prep.rows.arrange import RowPlan, write_rows
@@ -30,24 +31,44 @@ from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, Tok
 _ABANDONED_SECONDS = 3600.0
 
 
-def encode_parts(run: Preparation, group: Group, splits: Sequence[Split], part: tuple[int, int]) -> int:
+def encode_parts(
+    run: Preparation, group: Group, splits: Sequence[Split], part: tuple[int, int], listing: Listing
+) -> int:
     """Make the missing parts of share ``part`` = (i, n) of the spans, i from 0. Returns how many were made.
 
-    Any number of machines may do this at once with different shares, or with the same one.
+    Any number of machines may do this at once with different shares, or with the same one. `listing` gets the records
+    that cannot be used, in the order of the input, and may raise UnusableError.
     """
     job = _open_job(run, group, splits)
-    todo = [
-        work
-        for work in group.work[part[0] :: part[1]]
-        if any(read_account(split.parts_dir, work.part) is None for split in job.splits)
-    ]
-    sizes = [sum(num_bytes(*piece) for piece in work.pieces) for work in todo]
+    share = group.work[part[0] :: part[1]]
+    sealed = [_sealed(job, work) for work in share]
+    todo = [work for work, accounts in zip(share, sealed, strict=True) if accounts is None]
     label = " and ".join(split.name for split in splits)
     proof = _start_proof(run, job.now) if todo and job.chats else None
-    with proof or nullcontext(), Progress(f"tokenising {label}", sum(sizes), run.progress) as bar:
-        for size, _ in zip(sizes, encode_spans(job, todo, run.config.workers, run.tokenizer, proof), strict=True):
-            bar.advance(size)
+    total = sum(_size(work) for work in todo)
+    with proof or nullcontext(), Progress(f"tokenising {label}", total, run.progress) as bar:
+        made = encode_spans(job, todo, run.config.workers, run.tokenizer, proof)
+        with closing(made):
+            for work, accounts in zip(share, sealed, strict=True):
+                try:
+                    found = next(made) if accounts is None else accounts
+                except BadDataError as error:
+                    listing.add_error(work, error)
+                    raise
+                listing.add(work, found.values())
+                bar.advance(_size(work) if accounts is None else 0)
     return len(todo)
+
+
+def _sealed(job: Job, work: Work) -> dict[str, PartAccount] | None:
+    """The accounts of the parts of `work`, if it has been encoded for every split."""
+    found = {split.name: read_account(split.parts_dir, work.part) for split in job.splits}
+    accounts = {name: account for name, account in found.items() if account is not None}
+    return accounts if len(accounts) == len(found) else None
+
+
+def _size(work: Work) -> int:
+    return sum(num_bytes(*piece) for piece in work.pieces)
 
 
 def _start_proof(run: Preparation, now: datetime) -> Proof:
@@ -159,6 +180,7 @@ def _join_content(
     number_of = {name: number for number, name in enumerate(names)}
     files, columns, remaining = write_content(folder, parts, run.task, tokenizer.id_type, number_of, kept)
     sources = _account_sources(group, accounts, remaining)
+    check_sources(run.config, split.name, sources)
     tokenizer.save(folder / "tokenizer", run.chat_template)
     files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(run.chat_template))])
     content = {
@@ -175,6 +197,7 @@ def _join_content(
         "num_tokens": sum(account.num_tokens for account in remaining),
         "num_targets": sum(account.num_targets for account in remaining),
         "num_unknown": 0 if tokenizer.unk_id is None else count_id(folder / "input_ids.npy", tokenizer.unk_id),
+        "largest_id": find_largest_id(folder / "input_ids.npy"),
         "num_answers": sum(account.num_answers for account in accounts),
         "num_trained_stops": sum(account.num_stops for account in accounts),
         "sources": sources,
@@ -210,7 +233,7 @@ def _account_sources(
     """What every source and file came to, after checking that no file changed meanwhile."""
     pairs = zip(accounts, remaining, strict=True)
     first_document = 0
-    result = []
+    result: list[dict[str, Any]] = []
     for one in group.inputs:
         own = list(islice(pairs, len(one.work)))
         files = _account_files(one, [left for _, left in own], first_document)
@@ -237,6 +260,8 @@ def _account_sources(
                 "files": files,
             }
         )
+        if left_out := first_of_source(one.work, [account.unusable for account, _ in own]):
+            result[-1]["unusable"] = left_out
         first_document += num_documents
     return result
 

@@ -183,7 +183,7 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
 def _recognised(run: Preparation, first: Sequence[Record], source: SourceConfig) -> Shape:
     """What the first records of a source are."""
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
-    return recognise(first, source, run.task.name, shapes_of)
+    return recognise(first, source, run.task.name, shapes_of, _told_later)
 
 
 def _with_names(run: Preparation, shape: Shape, first: Sequence[Record], file: SourceFile) -> Shape:
@@ -210,16 +210,26 @@ def _joining(run: Preparation, shape: Shape) -> str:
     return ""
 
 
+def _told_later(_fault: BadDataError, _line: int) -> None:
+    """The `OnFault` of recognition: the record is met again when its span is encoded."""
+
+
 def _first_records(file: SourceFile) -> list[Record]:
-    """The first records of a file, up to the first that cannot be read: it is told when its turn comes."""
+    """The first records of a file without those that cannot be read, which are told when their turn comes."""
     records: list[Record] = []
+    faults: list[BadDataError] = []
+
+    def on_fault(fault: BadDataError, _line: int) -> None:
+        faults.append(fault)
+        if len(faults) >= _RECOGNISED_FROM_RECORDS:
+            raise fault
+
     try:
-        records.extend(islice(read_records(file), _RECOGNISED_FROM_RECORDS))
-    except BadDataError:
-        if not records:
-            raise
+        records.extend(islice(read_records(file, on_fault=on_fault), _RECOGNISED_FROM_RECORDS))
+    except BadDataError as fault:
+        faults.append(fault)
     if not records:
-        raise BadDataError(f"{file.label}: the file holds no records")
+        raise faults[0] if faults else BadDataError(f"{file.label}: the file holds no records")
     return records
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from data_prep.encode.blocks import Block, Names
-from data_prep.errors import StorageError
+from data_prep.errors import Finding, StorageError
 
 _BITS = "|b1"  # the type of columns of zeros and ones, which take one bit a value
 
@@ -24,8 +24,8 @@ _BITS = "|b1"  # the type of columns of zeros and ones, which take one bit a val
 class PartAccount:
     """What the spans of one part came to for one split; counts are exact.
 
-    `pieces`: for each span the records read and the documents made. `blocks` lists (column, dtype, values) of each
-    block.
+    `pieces`: for each span the records read and the documents made. `dropped`: records that cannot be used, by reason;
+    `unusable` has the first of them. `blocks` lists (column, dtype, values) of each block.
     """
 
     pieces: list[tuple[int, int]] = field(default_factory=list)
@@ -39,6 +39,7 @@ class PartAccount:
     num_extra: int = 0
     num_moved: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    unusable: list[Finding] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     first_seen: list[str] = field(default_factory=list)
     blocks: list[list[tuple[str, str, int]]] = field(default_factory=list)
@@ -92,14 +93,18 @@ class PartWriter:
         )
         self._account.blocks.append(shapes)
 
-    def close(self, read: list[int], made: list[int], num_taken: int, dropped: dict[str, int]) -> PartAccount:
-        """Seal the part: records read and documents made of each span, and the records taken into this split."""
+    def close(
+        self, read: list[int], made: list[int], num_taken: int, dropped: dict[str, int], unusable: list[Finding]
+    ) -> PartAccount:
+        """Seal the part: records read and documents made of each span, the records taken into this split, and those
+        of them that were left out."""
         self._file.close()
         account = replace(
             self._account,
             pieces=list(zip(read, made, strict=True)),
             num_other_split=sum(read) - num_taken,
             dropped=dropped,
+            unusable=unusable,
             names=list(self._names.index),
             first_seen=self._names.first_seen,
             hash=self._digest.hexdigest(),
@@ -120,9 +125,10 @@ def read_account(folder: Path, name: str) -> PartAccount | None:
     """The account of a sealed part, or None if there is none, or its file has another size."""
     path = part_path(folder, name)
     try:
-        account = PartAccount(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        account = PartAccount(**{**values, "unusable": [Finding(*one) for one in values.get("unusable", ())]})
         size = path.stat().st_size
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     wanted = sum(_num_bytes(dtype, count) for block in account.blocks for _, dtype, count in block)
     return account if size == wanted else None

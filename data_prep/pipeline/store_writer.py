@@ -258,6 +258,13 @@ def count_id(path: Path, wanted: int) -> int:
     return sum(int(np.count_nonzero(column[start : start + _COUNTED_AT_ONCE] == wanted)) for start in steps)
 
 
+def find_largest_id(path: Path) -> int:
+    """The largest id of a column of ids."""
+    column = np.load(path, mmap_mode="r", allow_pickle=False)
+    steps = range(0, len(column), _COUNTED_AT_ONCE)
+    return max((int(column[start : start + _COUNTED_AT_ONCE].max()) for start in steps), default=-1)
+
+
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Manifest entries of files that are already there, made durable."""
     entries = {}

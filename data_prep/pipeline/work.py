@@ -1,7 +1,7 @@
 """The work of encoding: spans of files, the splits that are made of them, and what every process must know."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +36,10 @@ class SplitJob:
     chosen: HashRange | None  # None: every record
     parts_dir: Path
 
+    def takes(self, digest: int) -> bool:
+        """True if a record with this hash belongs to the split."""
+        return self.chosen is None or self.chosen.low <= digest < self.chosen.high
+
 
 @dataclass(frozen=True)
 class Job:
@@ -59,26 +63,43 @@ class Work:
     shape: Shape
 
 
+#: The hash that stands for a record without content: it belongs to train.
+UNREADABLE_HASH = 2**64 - 1
+
+
 def record_hash(record: Record) -> int:
     """64 bits from the content of a record alone, whatever its file, line and order of fields."""
     canonical = json.dumps(record.value, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_64_intdigest(canonical.encode("ascii"))
 
 
+#: Takes the fault of a record, with the number of its piece and its line.
+OnUnreadable = Callable[[int, int, BadDataError], None]
+
+
 def batches_of(
-    work: Work, splits: Sequence[SplitJob], read: list[int]
+    work: Work, splits: Sequence[SplitJob], read: list[int], on_unreadable: OnUnreadable, enough: Callable[[], bool]
 ) -> Iterator[tuple[str, list[Record], list[int]]]:
     """Batches of records of one split each, with the number of the piece of each record.
 
-    Counts in `read` the records of every piece.
+    Counts in `read` the records of every piece. `on_unreadable` gets those that cannot be read, perhaps before a
+    batch with records before them. Reading ends early when `enough` says so. Raises BadDataError for a file that
+    cannot be read on, after the batches before it.
     """
     batches: dict[str, tuple[list[Record], list[int]]] = {split.name: ([], []) for split in splits}
-    waiting = size = 0
-    unreadable: BadDataError | None = None
+    waiting = size = number = 0
+    broken: BadDataError | None = None
     everything = batches[splits[0].name] if len(splits) == 1 and splits[0].chosen is None else None
+
+    def on_fault(fault: BadDataError, line: int) -> None:
+        nonlocal waiting
+        read[number] += 1
+        waiting += 1
+        on_unreadable(number, line, fault)
+
     try:
         for number, (file, span) in enumerate(work.pieces):
-            for record in read_records(file, span):
+            for record in read_records(file, span, on_fault):
                 read[number] += 1
                 waiting += 1
                 size += record.num_characters or _characters(record.value)
@@ -86,23 +107,32 @@ def batches_of(
                     everything[0].append(record)
                     everything[1].append(number)
                 else:
-                    digest = record_hash(record)
-                    for split in splits:
-                        if split.chosen is None or split.chosen.low <= digest < split.chosen.high:
-                            batches[split.name][0].append(record)
-                            batches[split.name][1].append(number)
+                    _deal(record, number, splits, batches)
                 if size >= _BATCH_CHARACTERS or waiting >= _BATCH_RECORDS:
                     for name, (records, pieces) in batches.items():
                         yield name, records[:], pieces[:]
                         records.clear()
                         pieces.clear()
                     waiting = size = 0
+                    if enough():
+                        return
     except BadDataError as error:
-        unreadable = error
-    for name, (records, pieces) in batches.items():  # before a fault on a later line is told: they may hold the first
+        broken = error
+    for name, (records, pieces) in batches.items():  # those before the place where reading ended
         yield name, records, pieces
-    if unreadable is not None:
-        raise unreadable
+    if broken is not None:
+        raise broken
+
+
+def _deal(
+    record: Record, piece: int, splits: Sequence[SplitJob], batches: Mapping[str, tuple[list[Record], list[int]]]
+) -> None:
+    """Put a record into the batches of its splits."""
+    digest = record_hash(record)
+    for split in splits:
+        if split.takes(digest):
+            batches[split.name][0].append(record)
+            batches[split.name][1].append(piece)
 
 
 def _characters(value: Any) -> int:

@@ -4,125 +4,37 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from importlib import import_module
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.chat.child import Proof
-from data_prep.encode.blocks import Block, Names
-from data_prep.encode.content import Context
+from data_prep.encode.blocks import Names
 from data_prep.errors import (
+    OVERLONG,
     BadDataError,
+    FatalDataError,
+    Finding,
+    FindingsError,
     PreparationError,
     RefusedError,
     StorageError,
-    UntrainableError,
-    overlong_message,
 )
 from data_prep.pipeline.deduplicate import document_hashes
+from data_prep.pipeline.encoder import Encoder
+from data_prep.pipeline.findings import MOST_LISTED, Unusable, refused
 from data_prep.pipeline.parts import PartAccount, PartWriter
-from data_prep.pipeline.work import Job, Work, batches_of
-from data_prep.shapes.shape import Shape, to_example
+from data_prep.pipeline.work import UNREADABLE_HASH, Job, SplitJob, Work, batches_of
 from data_prep.sources.read import check_unchanged
 from data_prep.sources.records import Record
-from data_prep.tokenizer.backends import open_backend
-from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # with its template engine, which most data does without
-    from data_prep.chat.format import ChatFormat
-
-
 _COLLECT_AFTER_OBJECTS = 200_000
-
-
-class Encoder:
-    """A job with its tokenizer, backend and template opened, as each process holds it once."""
-
-    def __init__(self, job: Job, tokenizer: Tokenizer | None = None):
-        """Open all but the template, which `open_chat` does."""
-        self.job = job
-        self.tokenizer = tokenizer or open_tokenizer(str(job.tokenizer_dir))
-        self._chat: ChatFormat | None = None
-        with ThreadPoolExecutor(1) as thread:
-            if job.chats:
-                thread.submit(import_module, "data_prep.chat.format")  # meanwhile: it brings the template engine
-            self._backend = open_backend(job.config.backend, self.tokenizer, rendered=job.chats)
-
-    def open_chat(self, plan: str) -> None:
-        """Open the template, of which `plan` is what its proof found."""
-        from data_prep.chat.child import read_plan
-        from data_prep.chat.format import ChatFormat
-
-        job, tokenizer = self.job, self.tokenizer
-        if self._chat is None:
-            assert job.chat_template is not None
-            names = tokenizer.special_tokens, tokenizer.control_strings
-            self._chat = ChatFormat(job.chat_template, *names, job.now, job.config.chat, read_plan(plan))
-
-    def context(self, names: Names) -> Context:
-        """What the encode functions take, with a book for the names they meet."""
-        config = self.job.config
-        cuts = not self.job.task.packs and config.overlong == "truncate"
-        return Context(
-            tokenizer=self.tokenizer,
-            backend=self._backend,
-            chat=self._chat,
-            names=names,
-            train_on_prompt=config.chat.train_on_prompt,
-            allow_untrained_stop=config.chat.allow_untrained_stop,
-            limit_tokens=config.row_tokens if cuts else None,
-            target_limit_tokens=config.target_tokens or config.row_tokens,
-            row_tokens=config.row_tokens,
-            stride_tokens=config.stride_tokens,
-        )
-
-    def encode(self, records: Sequence[Record], shape: Shape, context: Context) -> tuple[Block | None, Sequence[int]]:
-        """A block of a batch of records (None if all were dropped), and which of them it holds, by index.
-
-        Raises the BadDataError of the first faulty record, by line.
-        """
-        kept: Sequence[int] = range(len(records))
-        while records:
-            try:
-                return self._encode(records, shape, context), kept
-            except UntrainableError as error:
-                if self.job.config.min_targets is None:
-                    self._raise_first(records, shape, context)
-                    raise
-                gone = set(error.indices)
-                left = [index for index in range(len(records)) if index not in gone]
-                records, kept = [records[index] for index in left], [kept[index] for index in left]
-            except BadDataError:
-                self._raise_first(records, shape, context)
-                raise
-        return None, []
-
-    def _raise_first(self, records: Sequence[Record], shape: Shape, context: Context) -> None:
-        """Which of several faulty records comes first is known only when each is tried alone."""
-        for record in records if len(records) > 1 else ():
-            try:
-                self._encode([record], shape, context)
-            except UntrainableError:
-                if self.job.config.min_targets is None:
-                    raise
-
-    def _encode(self, records: Sequence[Record], shape: Shape, context: Context) -> Block:
-        examples = [to_example(shape, record) for record in records]
-        block = self.job.task.encode(records, examples, context)
-        if self.job.config.overlong == "error":
-            lengths, limit = block.columns["lengths"], self.job.config.row_tokens
-            if len(lengths) and int(lengths.max()) > limit:
-                place = int(np.argmax(lengths > limit))
-                raise BadDataError(overlong_message(records[place].where, int(lengths[place]), limit))
-        return block
 
 
 _job: Job | None = None
@@ -177,44 +89,100 @@ def _collector_at_rest() -> Iterator[None]:
         gc.set_threshold(*thresholds)
 
 
+class _Draft:
+    """A split of a part in the making."""
+
+    def __init__(self, encoder: Encoder, work: Work, split: SplitJob):
+        names = Names()
+        self.split = split
+        self.unusable = Unusable()
+        self.writer = PartWriter(split.parts_dir, work.part, names)
+        self._encoder, self._work = encoder, work
+        self._context = encoder.context(names)
+        self._made = np.zeros(len(work.pieces), dtype=np.int64)
+        self._taken = 0
+
+    def add_unreadable(self, piece: int, line: int, fault: BadDataError) -> None:
+        """Note a record that has no content to choose a split by."""
+        if self.split.takes(UNREADABLE_HASH):
+            self._taken += 1
+            self.unusable.add(self._work, piece, line, fault)
+
+    def add(self, batch: Sequence[Record], pieces: Sequence[int]) -> None:
+        """Encode a batch of records, each from the piece with its number."""
+
+        def on_fault(index: int, fault: BadDataError) -> None:
+            self.unusable.add(self._work, pieces[index], batch[index].line, fault)
+
+        job = self._encoder.job
+        self._taken += len(batch)
+        block, kept = self._encoder.encode(batch, self._work.shape, self._context, on_fault)
+        if block is not None:
+            piece_of_record = np.array(pieces)[np.asarray(kept)]
+            self._made += np.bincount(piece_of_record[job.task.records_of(block)], minlength=len(self._made))
+            if job.config.deduplicate:
+                block.columns.update(document_hashes(block, job.task.columns))
+            self.writer.write(block)
+
+    def close(self, read: list[int]) -> PartAccount:
+        """Seal the part; `read` has the records of each piece."""
+        counts = dict(self.unusable.counts)
+        return self.writer.close(read, self._made.tolist(), self._taken, counts, self.unusable.first())
+
+
 @_collector_at_rest()
 def encode_work(encoder: Encoder, work: Work) -> dict[str, PartAccount]:
     """Encode the records of some spans and seal their part of every split.
 
     Raises BadDataError; then no part is left.
     """
-    job = encoder.job
-    names = {split.name: Names() for split in job.splits}
-    writers = {split.name: PartWriter(split.parts_dir, work.part, names[split.name]) for split in job.splits}
-    contexts = {name: encoder.context(book) for name, book in names.items()}
-    read = [0] * len(work.pieces)
-    made = {name: np.zeros(len(work.pieces), dtype=np.int64) for name in names}
-    taken = dict.fromkeys(names, 0)
-    dropped = dict.fromkeys(names, 0)
+    drafts = {split.name: _Draft(encoder, work, split) for split in encoder.job.splits}
     try:
-        for name, batch, pieces in batches_of(work, job.splits, read):
-            taken[name] += len(batch)
-            if batch:
-                block, kept = encoder.encode(batch, work.shape, contexts[name])
-                dropped[name] += len(batch) - len(kept)
-                if block is not None:
-                    piece_of_record = np.array(pieces)[np.asarray(kept)]
-                    made[name] += np.bincount(piece_of_record[job.task.records_of(block)], minlength=len(read))
-                    if job.config.deduplicate:
-                        block.columns.update(document_hashes(block, job.task.columns))
-                    writers[name].write(block)
-        for file, _ in work.pieces:
-            check_unchanged(file)  # a part is known by the hashes of its files, so it must hold what was hashed
-        return {
-            name: writer.close(
-                read, made[name].tolist(), taken[name], {"no_targets": dropped[name]} if dropped[name] else {}
-            )
-            for name, writer in writers.items()
-        }
+        read = _fill(encoder.job, work, drafts)
+        return {name: draft.close(read) for name, draft in drafts.items()}
     except BaseException:
-        for writer in writers.values():
-            writer.abandon()
+        for draft in drafts.values():
+            draft.writer.abandon()
         raise
+
+
+def _fill(job: Job, work: Work, drafts: Mapping[str, _Draft]) -> list[int]:
+    """Encode all records of `work`; returns how many each piece has.
+
+    Raises FindingsError for records that the settings do not let go: when they are enough for a message, or where
+    the part, which belongs to other settings too, must not be sealed.
+    """
+    read = [0] * len(work.pieces)
+
+    def on_unreadable(piece: int, line: int, fault: BadDataError) -> None:
+        for draft in drafts.values():
+            draft.add_unreadable(piece, line, fault)
+
+    def enough() -> bool:
+        return sum(refused(draft.unusable.counts, job.config) for draft in drafts.values()) >= MOST_LISTED
+
+    try:
+        for name, batch, pieces in batches_of(work, job.splits, read, on_unreadable, enough):
+            if batch:
+                drafts[name].add(batch, pieces)
+    except FatalDataError:
+        raise
+    except BadDataError as error:
+        _refuse(job, drafts, str(error))
+        raise
+    for file, _ in work.pieces:
+        check_unchanged(file)  # a part is known by the hashes of its files, so it must hold what was hashed
+    if enough() or any(OVERLONG in draft.unusable.counts for draft in drafts.values()):
+        _refuse(job, drafts, None)
+    return read
+
+
+def _refuse(job: Job, drafts: Mapping[str, _Draft], then: str | None) -> None:
+    """Raise FindingsError for the records that the settings do not let go, if there are any."""
+    first = [finding for draft in drafts.values() for finding in draft.unusable.first()]
+    findings = [finding for finding in first if refused({finding.reason: 1}, job.config)]
+    if findings:
+        raise FindingsError(sorted(findings, key=Finding.place)[:MOST_LISTED], then)
 
 
 def num_processes(workers: int | None, num_tasks: int) -> int:
@@ -224,7 +192,7 @@ def num_processes(workers: int | None, num_tasks: int) -> int:
 
 def encode_spans(
     job: Job, work: Sequence[Work], workers: int | None, tokenizer: Tokenizer, proof: Proof | None = None
-) -> Iterator[dict[str, PartAccount]]:
+) -> Generator[dict[str, PartAccount]]:
     """Encode spans into the parts of every split; accounts in the order of `work`.
 
     A single process uses `tokenizer`, from which the job's files were written, and its threads. It is this one, but

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import Overlong, Packing, SourceConfig
-from data_prep.errors import BadDataError, DataConfigError, overlong_message
+from data_prep.errors import OVERLONG_ADVICE, BadDataError, DataConfigError, overlong_message
 from data_prep.rows.ledger import SourceAccount, ledger, rows_per_epoch
 from data_prep.rows.pack import Truncation, pack_rows, wrap_rows
 from data_prep.rows.row_files import RowFiles, unsigned_type
@@ -258,7 +258,8 @@ class _Window:
     def _refuse(self, index: int) -> None:
         length, row_tokens = int(self.lengths[index]), self.plan.row_tokens
         if self.plan.overlong == "error":
-            raise BadDataError(overlong_message(self.store.locate(self.first + index), length, row_tokens))
+            said = overlong_message(self.store.locate(self.first + index), length, row_tokens)
+            raise BadDataError(f"{said}; {OVERLONG_ADVICE}")
         if self.plan.overlong == "split" and self.source["shape"] != "text":
             raise BadDataError(
                 f"{self.store.locate(self.first + index)}: {length} tokens do not fit a row of {row_tokens}, and"

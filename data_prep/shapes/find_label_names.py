@@ -1,10 +1,11 @@
 """What the labels of a source are called: by position for numbers, by a map, or by what the data says itself."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from data_prep.errors import BadDataError, DataConfigError
-from data_prep.shapes.examples import LabelledExample, TaggedExample
+from data_prep.shapes.examples import Example, LabelledExample, TaggedExample
 from data_prep.shapes.fields import lookup, shown, shown_list
 from data_prep.shapes.label_names import NO_GOLD, NUMBER, LabelNames
 from data_prep.shapes.shape import Shape, to_example
@@ -33,7 +34,7 @@ def with_label_names(
     name = label_field(shape)
     if name is None or (given is None and label_map is None and own is None):
         return shape
-    examples = [to_example(shape, record) for record in records]
+    records, examples = _readable(shape, records)
     labels = [one.labels for one in examples if isinstance(one, LabelledExample)]
     labels += [one.tags for one in examples if isinstance(one, TaggedExample)]
     positions = {} if own is None else {str(number): one for number, one in enumerate(own)}
@@ -41,6 +42,17 @@ def with_label_names(
         positions = {}  # the records have the names themselves, which may look like numbers
     names = _label_names_of(records, labels, given, label_map, own, positions)
     return replace(shape, labels=names, summary=f"{shape.summary[:-1]}; {names.note})" if names.note else shape.summary)
+
+
+def _readable(shape: Shape, records: Sequence[Record]) -> tuple[list[Record], list[Example]]:
+    """The records that can be read, with their examples; the others are met again when they are encoded."""
+    read: list[Record] = []
+    examples: list[Example] = []
+    for record in records:
+        with suppress(BadDataError):
+            examples.append(to_example(shape, record))
+            read.append(record)
+    return read, examples
 
 
 def _are_texts(records: Sequence[Record], name: str) -> bool:

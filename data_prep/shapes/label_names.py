@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from data_prep.errors import BadDataError
+from data_prep.errors import BadDataError, FatalDataError
 from data_prep.shapes.examples import Example, LabelledExample, TaggedExample
 from data_prep.shapes.fields import shown
 
@@ -40,9 +40,11 @@ class LabelNames:
 
     def _unnamed(self, label: str, where: str) -> str:
         if label in NO_GOLD and label not in self.known:
-            raise BadDataError(f"{where}: no gold label: {label!r} stands in its place, and is none of the labels")
-        if self.numbers_only and not NUMBER.fullmatch(label):
             raise BadDataError(
+                f"{where}: no gold label: {label!r} stands in its place, and is none of the labels", "no_gold_label"
+            )
+        if self.numbers_only and not NUMBER.fullmatch(label):
+            raise FatalDataError(
                 f"{where}: label {shown(label)!r} is a name, while the first records of this source have numbers, which"
                 " data.label_names names by position; write them all in one way, or give data.label_map"
             )

@@ -33,50 +33,81 @@ from data_prep.shapes.fields import (
     known_fields,
     lookup,
     readings,
-    required_field,
     shown,
     shown_list,
 )
 from data_prep.shapes.misfit import is_json, nearest_forms, other_format, other_table
 from data_prep.shapes.shape import Shape, number_of, to_example
 from data_prep.shapes.usual_names import other_order, usual_candidates
+from data_prep.sources.lines import OnFault, raise_fault
 from data_prep.sources.records import Record
 
 TaskShapes = Mapping[str, Sequence[ShapeName]]
 
 
-def recognise(records: Sequence[Record], config: SourceConfig, task: str, shapes_of: TaskShapes) -> Shape:
+def recognise(
+    records: Sequence[Record], config: SourceConfig, task: str, shapes_of: TaskShapes, on_fault: OnFault = raise_fault
+) -> Shape:
     """The one shape that all of `records`, the first of a source, have among those that `task` takes.
 
     `shapes_of` has the shapes that each task takes; those of other tasks are hints for a record that fits none.
     ``shape:`` and ``fields:`` of the source decide over what the records look like. The records are also
-    read as examples, so that a fault in them is known before work begins. Raises BadDataError naming
-    file:line (nothing fits, two shapes fit, records differ, a record is faulty), DataConfigError for a
-    ``shape:`` or ``fields:`` that cannot be meant.
+    read as examples; `on_fault` gets those that cannot be. Raises BadDataError naming file:line (nothing fits,
+    two shapes fit, records differ, every record is faulty), DataConfigError for a ``shape:`` or ``fields:`` that
+    cannot be meant.
     """
     shapes = _shapes_asked(config, task, shapes_of[task])
     if not records:
         raise BadDataError(f"{config.path or config.hub or config.name or 'a source'}: holds no records")
     candidates = candidates_of(shapes, config.fields, config.shape is not None)
-    found = readings(records[0].value, candidates)
-    usual = not found
-    if usual:
-        found = _usual_readings(records[0], shapes, config)
+    fits = [readings(record.value, candidates) for record in records]
+    if not any(fits):
+        fits = [_usual_readings(record, shapes, config) for record in records]
+    usable = [any(_reads(one, record) for one in own) for record, own in zip(records, fits, strict=True)]
+    first = usable.index(True) if any(usable) else next((index for index, own in enumerate(fits) if own), 0)
+    found = fits[first]
     if len(found) != 1:
-        _refuse(records, found, config, task, shapes, shapes_of)
-    for record in records[1:]:
-        others = _usual_readings(record, shapes, config) if usual else readings(record.value, candidates)
-        if not others:
-            for _, theirs in found[0].names:
-                required_field(record.value, theirs, record.where)
-        if others != found:
+        _refuse(records[first:], found, config, task, shapes, shapes_of)
+    for record, others, is_usable in zip(records, fits, usable, strict=True):
+        if is_usable and others != found:
             raise BadDataError(
                 f"{record.where}: the records of a source must agree: this one fits {_said(others)},"
-                f" {records[0].where} is {_said(found)}; split the source, or say which with `shape:` and `fields:`"
+                f" {records[first].where} is {_said(found)}; split the source, or say which with `shape:` and `fields:`"
             )
-    shape = _shape_of(found[0], records, config, task, shapes_of[task])
-    examples = [to_example(shape, record) for record in records]
-    return replace(shape, summary=_summary(shape, records, examples))
+    seen = [record for record, is_usable in zip(records, usable, strict=True) if is_usable] or [records[first]]
+    shape = _shape_of(found[0], seen, config, task, shapes_of[task])
+    read, examples, faults = _examples(shape, records)
+    for fault, line in faults:
+        on_fault(fault, line)
+    if not examples:
+        raise faults[0][0]
+    return replace(shape, summary=_summary(shape, read, examples, len(faults)))
+
+
+def _examples(
+    shape: Shape, records: Sequence[Record]
+) -> tuple[list[Record], list[Example], list[tuple[BadDataError, int]]]:
+    """The records that can be read, their examples, and the faults of the others with their lines."""
+    read: list[Record] = []
+    examples: list[Example] = []
+    faults: list[tuple[BadDataError, int]] = []
+    for record in records:
+        try:
+            examples.append(to_example(shape, record))
+            read.append(record)
+        except BadDataError as fault:
+            faults.append((fault, record.line))
+    return read, examples, faults
+
+
+def _reads(reading: Reading, record: Record) -> bool:
+    """True if a record can be read so, not only has the fields for it."""
+    many = reading.shape == "label" and isinstance(lookup(record.value, dict(reading.names)["label"]), list)
+    try:
+        to_example(Shape(reading.shape, dict(reading.names), many), record)
+    except BadDataError:
+        return False
+    return True
 
 
 def _usual_readings(record: Record, shapes: Sequence[ShapeName], config: SourceConfig) -> list[Reading]:
@@ -175,10 +206,12 @@ def _are_scores(values: Sequence[Any], name: str, where: str) -> bool:
     return False
 
 
-def _summary(shape: Shape, records: Sequence[Record], examples: Sequence[Example]) -> str:
+def _summary(shape: Shape, records: Sequence[Record], examples: Sequence[Example], num_unusable: int) -> str:
     """The line that describe() shows, after the shape's name."""
     fields = {ours: theirs for ours, theirs in shape.fields.items() if _have(records, theirs)}
     notes = [f"{len(records)} records seen agree" if len(records) > 1 else "1 record seen", *_notes(shape, records)]
+    if num_unusable:
+        notes.insert(1, f"{num_unusable} more cannot be used")
     if any(isinstance(example, ChatExample) and example.trained for example in examples):
         notes.append("some turns say themselves whether they are trained")
     if moved := sum(example.num_moved for example in examples if isinstance(example, QuestionExample)):

@@ -112,7 +112,7 @@ def find_items(blocks: Iterable[bytes], path: str, limit_bytes: int = LINE_LIMIT
             if in_array:
                 of_items = (depths[begin:border] == item_depth) & ~opens[begin:border]
                 stops = positions[begin:border][of_items] + offset + 1
-                _refuse_long(stops, begun, offset + position, limit_bytes, f"{path}: item", num_items)
+                _refuse_long(stops, begun, offset + position, limit_bytes, f"{path}: element", num_items)
                 yield Items(key, num_items, stops, opened, offset + position if in_block else None)
                 num_items += len(stops)
                 begun = int(stops[-1]) if len(stops) else begun

@@ -1,15 +1,23 @@
 r"""Whole lines out of blocks of bytes. Only ``\n`` ends a line; memory is bounded by the longest line."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from data_prep.errors import BadDataError
 
+#: Takes the fault of one record and its line, row or element. If it returns, reading goes on behind the record.
+OnFault = Callable[[BadDataError, int], None]
+
 LINE_LIMIT_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
 _NEWLINE = ord("\n")
 _SEARCH_BYTES = 1 << 18  # what is compared at once stays in the cache
+
+
+def raise_fault(fault: BadDataError, _line: int) -> None:
+    """The `OnFault` that ends the reading."""
+    raise fault
 
 
 def count_newlines(data: bytes, start: int = 0, stop: int | None = None) -> int:
@@ -73,12 +81,16 @@ def with_whole_mark(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def text_lines(
-    blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
+    blocks: Iterable[bytes],
+    path: str,
+    first_line: int = 1,
+    limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[tuple[list[str], int]]:
     r"""Lists of lines without their ``\n``, each with the number of its first line.
 
-    A byte-order mark before line 1 is left out. Raises BadDataError at the first line that is not UTF-8, after all
-    lines before it, and for a line of more than `limit_bytes`.
+    A byte-order mark before line 1 is left out. `on_fault` gets each line that is not UTF-8, after all lines before
+    it; no list holds it. Raises BadDataError for a line of more than `limit_bytes`.
     """
     pending: list[bytes] = []  # the beginning of a line
     pending_bytes = 0
@@ -93,24 +105,27 @@ def text_lines(
             lines[0] = b"".join(pending)
             pending = [lines.pop()]
             pending_bytes = len(pending[0])
-            yield from _decoded(lines, path, line)
+            yield from _decoded(lines, path, line, on_fault)
             line += len(lines)
     if pending_bytes:
-        yield from _decoded([b"".join(pending)], path, line)
+        yield from _decoded([b"".join(pending)], path, line, on_fault)
 
 
-def _decoded(lines: list[bytes], path: str, first_line: int) -> Iterator[tuple[list[str], int]]:
+def _decoded(lines: list[bytes], path: str, first_line: int, on_fault: OnFault) -> Iterator[tuple[list[str], int]]:
     """Line by line: a whole block would be as wide in memory as its widest character, and slower to split."""
     if first_line == 1:
         lines[0] = lines[0].removeprefix(BOM)
     try:
         yield list(map(bytes.decode, lines)), first_line
     except UnicodeDecodeError:
+        begin = 0
         for index, content in enumerate(lines):
             _, fault = decode(content, path, first_line + index)
             if fault is not None:
-                yield list(map(bytes.decode, lines[:index])), first_line
-                raise fault from None
+                yield list(map(bytes.decode, lines[begin:index])), first_line + begin
+                on_fault(fault, first_line + index)
+                begin = index + 1
+        yield list(map(bytes.decode, lines[begin:])), first_line + begin
 
 
 def decode(chunk: bytes, path: str, line: int) -> tuple[str, BadDataError | None]:
@@ -123,7 +138,7 @@ def decode(chunk: bytes, path: str, line: int) -> tuple[str, BadDataError | None
         hint = "set `encoding: utf-16`" if chunk[:2] in (b"\xff\xfe", b"\xfe\xff") else "or set `encoding`"
         place = f"byte {error.start - begin + 1} of the line"
         message = f"{path}:{number}: not UTF-8 ({place}: {error.reason}); repair it, {hint}"
-        return chunk[:begin].decode("utf-8"), BadDataError(message)
+        return chunk[:begin].decode("utf-8"), BadDataError(message, "not_utf8")
 
 
 def _too_long(path: str, line: int, limit_bytes: int) -> BadDataError:

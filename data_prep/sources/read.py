@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from data_prep.errors import BadDataError
 from data_prep.sources.decompress import all_blocks, file_blocks, stat_file
+from data_prep.sources.lines import OnFault, raise_fault
 from data_prep.sources.read_aligned import read_aligned
 from data_prep.sources.read_csv import dialect_of, read_csv, read_header
 from data_prep.sources.read_json import questions, read_json, read_jsonl, stream_json
@@ -14,20 +15,24 @@ from data_prep.sources.records import LABEL_FIELD, WHOLE_FILE, Record, SourceFil
 _HEADER_BLOCK_BYTES = 64 << 10
 
 
-def read_records(source: SourceFile, span: Span | None = None) -> Iterator[Record]:
-    """The records of a file, or of one of its spans, in order. Raises BadDataError naming the place."""
+def read_records(source: SourceFile, span: Span | None = None, on_fault: OnFault = raise_fault) -> Iterator[Record]:
+    """The records of a file, or of one of its spans, in order.
+
+    `on_fault` gets each record that cannot be read and behind which reading can go on. Raises BadDataError, naming
+    the place, where it cannot.
+    """
     for piece in source.spans if span is None else (span,):
-        records = _read(source, piece)
-        yield from records if source.folder_label is None else _labelled(records, source.folder_label)
+        records = _read(source, piece, on_fault)
+        yield from records if source.folder_label is None else _labelled(records, source.folder_label, on_fault)
 
 
-def _labelled(records: Iterator[Record], label: str) -> Iterator[Record]:
+def _labelled(records: Iterator[Record], label: str, on_fault: OnFault) -> Iterator[Record]:
     """The same records with the label that their file's place gives them."""
     for record in records:
         if LABEL_FIELD in record.value:
-            raise BadDataError(
-                f"{record.where}: the record has a field {LABEL_FIELD!r} already; leave `label_from` out"
-            )
+            fault = f"{record.where}: the record has a field {LABEL_FIELD!r} already; leave `label_from` out"
+            on_fault(BadDataError(fault, "wrong_columns"), record.line)
+            continue
         yield record._replace(value={**record.value, LABEL_FIELD: label})
 
 
@@ -40,29 +45,30 @@ def check_unchanged(source: SourceFile) -> None:
             raise BadDataError(f"{part.path}: changed while it was being read; prepare again when it is at rest")
 
 
-def _read(source: SourceFile, span: Span) -> Iterator[Record]:
+def _read(source: SourceFile, span: Span, on_fault: OnFault) -> Iterator[Record]:
     path, label, config = source.path, source.label, source.config
     match source.format:
         case "jsonl":
-            return read_jsonl(_blocks(source, span), label, span.first_line)
+            return read_jsonl(_blocks(source, span), label, span.first_line, on_fault=on_fault)
         case "csv" | "tsv":
-            return _read_csv(source, span)
+            return _read_csv(source, span, on_fault)
         case "json":
-            return _read_items(source, span, config.split)
+            return _read_items(source, span, config.split, on_fault)
         case "squad":
-            return _read_squad(source, span)
+            return _read_squad(source, span, on_fault)
         case "parquet":
-            return read_parquet(path, source.compression, span, config.columns)
+            return read_parquet(path, source.compression, span, config.columns, on_fault)
         case "arrow":
-            return read_arrow(path, source.compression, span, config.columns)
+            return read_arrow(path, source.compression, span, config.columns, on_fault)
         case "text":
-            return read_text(_blocks(source, span), label, config.document or "line", span.first_line)
+            document = config.document or "line"
+            return read_text(_blocks(source, span), label, document, span.first_line, on_fault=on_fault)
         case "conll":
-            return read_conll(_blocks(source, span), label, config.columns, span.first_line)
+            return read_conll(_blocks(source, span), label, config.columns, span.first_line, on_fault=on_fault)
         case "conllu":
-            return read_conllu(_blocks(source, span), label, span.first_line)
+            return read_conllu(_blocks(source, span), label, span.first_line, on_fault=on_fault)
         case "aligned":
-            return read_aligned(source.aligned, span, label, config.encoding)
+            return read_aligned(source.aligned, span, label, config.encoding, on_fault=on_fault)
 
 
 def _blocks(source: SourceFile, span: Span) -> Iterator[bytes]:
@@ -71,12 +77,12 @@ def _blocks(source: SourceFile, span: Span) -> Iterator[bytes]:
     return file_blocks(source.path, span.start, span.stop)
 
 
-def _read_squad(source: SourceFile, span: Span) -> Iterator[Record]:
-    for article in _read_items(source, span, "data"):
-        yield from questions(article)
+def _read_squad(source: SourceFile, span: Span, on_fault: OnFault) -> Iterator[Record]:
+    for article in _read_items(source, span, "data", on_fault):
+        yield from questions(article, on_fault)
 
 
-def _read_csv(source: SourceFile, span: Span) -> Iterator[Record]:
+def _read_csv(source: SourceFile, span: Span, on_fault: OnFault) -> Iterator[Record]:
     config = source.config
     dialect = dialect_of(source.format, config)
     has_header = config.header if config.header is not None else config.columns is None
@@ -87,13 +93,15 @@ def _read_csv(source: SourceFile, span: Span) -> Iterator[Record]:
         head = _blocks(source, span) if whole else file_blocks(source.path, 0, source.size_bytes, _HEADER_BLOCK_BYTES)
         columns = read_header(head, source.label, dialect)
     skip_header = has_header and span.first_line == 1
-    return read_csv(_blocks(source, span), source.label, dialect, columns, skip_header, span.first_line)
+    blocks = _blocks(source, span)
+    return read_csv(blocks, source.label, dialect, columns, skip_header, span.first_line, on_fault=on_fault)
 
 
-def _read_items(source: SourceFile, span: Span, key: str | None) -> Iterator[Record]:
+def _read_items(source: SourceFile, span: Span, key: str | None, on_fault: OnFault) -> Iterator[Record]:
     columns = source.config.columns
     if span == WHOLE_FILE:
-        return stream_json(_blocks(source, span), source.label, key, columns)
+        return stream_json(_blocks(source, span), source.label, key, columns, on_fault=on_fault)
     before = b"".join(file_blocks(source.path, span.start - 1, span.start))
     blocks = file_blocks(source.path, span.start, span.stop)
-    return read_json(blocks, source.label, span.first_line, columns, begins_array=before == b"[")
+    begins = before == b"["
+    return read_json(blocks, source.label, span.first_line, columns, begins_array=begins, on_fault=on_fault)

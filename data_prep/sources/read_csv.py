@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError
-from data_prep.sources.lines import BOM, LINE_LIMIT_BYTES, decode, with_whole_mark
+from data_prep.sources.lines import BOM, LINE_LIMIT_BYTES, OnFault, decode, raise_fault, with_whole_mark
 from data_prep.sources.records import Record, Span
 from data_prep.sources.spans import SPAN_BYTES, spans_between
 
@@ -144,14 +144,43 @@ def read_rows(
     dialect: Dialect,
     first_line: int = 1,
     limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[tuple[list[str], int]]:
-    """The fields of each row that is not an empty line, and its line. Raises BadDataError with file:line."""
+    """The fields of each row that is not an empty line, and its line. `on_fault` gets rows that are not UTF-8.
+
+    Raises BadDataError with file:line.
+    """
     csv.field_size_limit(2**31 - 1)  # of the process; the limit here is that of a row
     for chunk, line in _record_chunks(blocks, path, dialect, first_line, limit_bytes):
-        text, fault = decode(chunk.removeprefix(BOM) if line == 1 else chunk, path, line)
-        yield from _quoted_rows(text, path, dialect, line) if dialect.quoting else _plain_rows(text, dialect, line)
+        content = chunk.removeprefix(BOM) if line == 1 else chunk
+        text, fault = decode(content, path, line)
         if fault is not None:
-            raise fault
+            yield from _damaged_rows(content, path, dialect, line, on_fault)
+        else:
+            yield from _rows(text, path, dialect, line)
+
+
+def _rows(text: str, path: str, dialect: Dialect, line: int) -> Iterator[tuple[list[str], int]]:
+    return _quoted_rows(text, path, dialect, line) if dialect.quoting else _plain_rows(text, dialect, line)
+
+
+def _damaged_rows(
+    content: bytes, path: str, dialect: Dialect, line: int, on_fault: OnFault
+) -> Iterator[tuple[list[str], int]]:
+    """The rows of a chunk that is not all UTF-8, those that are. Bytes of no character split no row."""
+    lines = content.split(b"\n")
+    for row, first in _rows(content.decode("utf-8", "surrogateescape"), path, dialect, line):
+        if "".join(row).isascii() or not any(map(_is_escaped, row)):
+            yield row, first
+        else:
+            _, fault = decode(b"\n".join(lines[first - line :]), path, first)  # its first one stands in this row
+            assert fault is not None
+            on_fault(fault, first)
+
+
+def _is_escaped(cell: str) -> bool:
+    """True if a cell holds bytes that are no UTF-8, as `surrogateescape` writes them."""
+    return any("\udc80" <= character <= "\udcff" for character in cell)
 
 
 def _quoted_rows(text: str, path: str, dialect: Dialect, line: int) -> Iterator[tuple[list[str], int]]:
@@ -165,7 +194,8 @@ def _quoted_rows(text: str, path: str, dialect: Dialect, line: int) -> Iterator[
     except csv.Error as error:
         of_quotes = '"' in str(error) or "unexpected end" in str(error)
         hint = "; where quotes are ordinary characters, set `quoting: false`" if of_quotes else ""
-        raise BadDataError(f"{path}:{line + begin}: not a valid row: {error}{hint}") from error
+        behind = "; no row behind it can be found, so it cannot be left out"
+        raise BadDataError(f"{path}:{line + begin}: not a valid row: {error}{hint}{behind}", "not_csv") from error
 
 
 def _plain_rows(text: str, dialect: Dialect, line: int) -> Iterator[tuple[list[str], int]]:
@@ -194,9 +224,13 @@ def read_csv(
     skip_header: bool,
     first_line: int = 1,
     limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[Record]:
-    """A record of texts for each row. `line` is where the row begins. Raises BadDataError with file:line."""
-    rows = read_rows(blocks, path, dialect, first_line, limit_bytes)
+    """A record of texts for each row. `line` is where the row begins.
+
+    `on_fault` gets rows with too few or too many fields, or that are not UTF-8. Raises BadDataError with file:line.
+    """
+    rows = read_rows(blocks, path, dialect, first_line, limit_bytes, on_fault)
     if skip_header:
         next(rows, None)
     count = len(columns)
@@ -204,7 +238,9 @@ def read_csv(
         where = f"{path}:{line}"
         if len(row) != count:
             hint = other_delimiter(row if len(row) < count else columns, dialect)
-            raise BadDataError(f"{where}: {_counted(len(row))}, but {_counted(count)} in the header or `columns`{hint}")
+            wanted = f"{_counted(count)} in the header or `columns`{hint}"
+            on_fault(BadDataError(f"{where}: {_counted(len(row))}, but {wanted}", "wrong_columns"), line)
+            continue
         yield Record(dict(zip(columns, row, strict=True)), where, line)
 
 

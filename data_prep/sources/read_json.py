@@ -1,5 +1,6 @@
 """JSON records: JSONL, JSON arrays alone or as values of one outer object, and SQuAD's articles of questions."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from json import JSONDecodeError
@@ -9,11 +10,12 @@ import numpy as np
 
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.sources.json_items import find_items
-from data_prep.sources.lines import LINE_LIMIT_BYTES, text_lines, with_whole_mark
+from data_prep.sources.lines import LINE_LIMIT_BYTES, OnFault, raise_fault, text_lines, with_whole_mark
 from data_prep.sources.records import Record, Span, kind
 from data_prep.sources.spans import SPAN_BYTES, spans_between
 from data_prep.sources.strict_json import has_surrogate_escape, parse_value, refuse_lone_surrogates, scan_value
 
+_lenient = json.JSONDecoder()
 _blanks = re.compile(r"[ \t\r\n]*").match
 _BLANK = " \t\r"
 
@@ -58,15 +60,26 @@ def _chosen(keys: list[str | None], key: str | None, path: str) -> str | None:
 
 
 def read_json(
-    blocks: Iterable[bytes], path: str, first_item: int, columns: Sequence[str] | None, begins_array: bool
+    blocks: Iterable[bytes],
+    path: str,
+    first_item: int,
+    columns: Sequence[str] | None,
+    begins_array: bool,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[Record]:
     """The records of one span of `cut_json`. Items that are lists become objects with `columns` as their keys.
 
-    `line` counts the items of the array from 1. Raises BadDataError naming the item.
+    `line` counts the elements of the array from 1. `on_fault` gets an element that is no record; an element whose
+    end cannot be found raises BadDataError, because none behind it can be found either.
     """
-    for value, item in _items(b"".join(blocks), path, first_item, begins_array):
-        where = f"{path}: item {item}"
-        yield Record(_object(value, columns, where), where, item)
+    for value, item in _items(b"".join(blocks), path, first_item, begins_array, on_fault):
+        where = f"{path}: element {item}"
+        try:
+            record = Record(_object(value, columns, where), where, item)
+        except BadDataError as fault:
+            on_fault(fault, item)
+        else:
+            yield record
 
 
 def stream_json(
@@ -75,10 +88,11 @@ def stream_json(
     key: str | None,
     columns: Sequence[str] | None,
     limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[Record]:
     """`read_json` of a whole stream, whose array is found on the way. Raises BadDataError, DataConfigError."""
     for content, item, begins in _streamed(blocks, path, key, limit_bytes):
-        yield from read_json([content], path, item, columns, begins)
+        yield from read_json([content], path, item, columns, begins, on_fault)
 
 
 def _streamed(
@@ -115,47 +129,71 @@ def _streamed(
     _chosen(keys, key, path)
 
 
-def _items(content: bytes, path: str, item: int, begins_array: bool) -> Iterator[tuple[Any, int]]:
+def _items(content: bytes, path: str, item: int, begins_array: bool, on_fault: OnFault) -> Iterator[tuple[Any, int]]:
     """Values separated by one comma each; before the first of an array there is none."""
-    broken: UnicodeDecodeError | None = None
+    is_utf8 = True
     try:
         text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        text, broken = content[: error.start].decode("utf-8"), error
-    may_hold_surrogates = has_surrogate_escape(text)
+    except UnicodeDecodeError:
+        text, is_utf8 = content.decode("utf-8", "surrogateescape"), False
+    may_hold_surrogates = not is_utf8 or has_surrogate_escape(text)
     index = _stop_of_blanks(text, 0)
     while index < len(text):
-        where = f"{path}: item {item}"
+        where = f"{path}: element {item}"
         if not begins_array:
             if text[index] != ",":
-                raise BadDataError(f"{where}: not valid JSON: no comma before it (or the item before it ends early)")
+                raise BadDataError(f"{where}: not valid JSON: no comma before it (or the one before it ends early)")
             index = _stop_of_blanks(text, index + 1)
         begins_array = False
         try:
-            value, stop = scan_value(text, index)
+            value, stop, fault = *scan_value(text, index), None
         except (StopIteration, ValueError, RecursionError) as error:
-            raise _fault(broken or error, index, where) from error
-        if may_hold_surrogates:
-            refuse_lone_surrogates(value, where)
-        yield value, item
+            fault = _fault(error, index, where)
+            value, stop = None, _stop_of_value(text, index, fault)
+        if may_hold_surrogates and fault is None:
+            fault = _fault_of_texts(value, text[index:stop], where)
+        if fault is None:
+            yield value, item
+        else:
+            on_fault(fault, item)
         index = _stop_of_blanks(text, stop)
         item += 1
-    if broken is not None:
-        raise _fault(broken, index, f"{path}: item {item}")
+
+
+def _stop_of_value(text: str, index: int, fault: BadDataError) -> int:
+    """The end of a value that only strict JSON refuses (a key given twice, NaN); raises `fault` for any other."""
+    try:
+        _, stop = _lenient.scan_once(text, index)  # type: ignore[attr-defined]
+    except (StopIteration, ValueError, RecursionError):
+        behind = "no element behind it can be found, so it cannot be left out"
+        raise BadDataError(f"{fault}; {behind}", fault.reason) from None
+    return int(stop)
+
+
+def _fault_of_texts(value: Any, content: str, where: str) -> BadDataError | None:
+    """The fault of a value whose JSON text, `content`, was not UTF-8 or says half of a surrogate pair."""
+    try:
+        content.encode("utf-8", "surrogateescape").decode("utf-8")
+        refuse_lone_surrogates(value, where)
+    except UnicodeDecodeError as error:
+        return BadDataError(f"{where}: not UTF-8: {error.reason}", "not_utf8")
+    except BadDataError as fault:
+        return fault
+    return None
 
 
 def _fault(error: Exception, index: int, where: str) -> BadDataError:
-    """What is wrong with the item at `index`."""
+    """The fault of the element at `index`."""
     match error:
-        case UnicodeDecodeError():
-            return BadDataError(f"{where}: not UTF-8: {error.reason}")
         case RecursionError():
-            return BadDataError(f"{where}: JSON nested too deeply")
+            said = "JSON nested too deeply"
         case JSONDecodeError():
-            return BadDataError(f"{where}: not valid JSON (character {error.pos - index + 1} of the item): {error.msg}")
+            said = f"not valid JSON (character {error.pos - index + 1} of the element): {error.msg}"
         case StopIteration():
-            return BadDataError(f"{where}: not valid JSON (character {error.value - index + 1} of the item)")
-    return BadDataError(f"{where}: not valid JSON: {error}")
+            said = f"not valid JSON (character {error.value - index + 1} of the element)"
+        case _:
+            said = f"not valid JSON: {error}"
+    return BadDataError(f"{where}: {said}", "not_json")
 
 
 def _stop_of_blanks(text: str, index: int) -> int:
@@ -168,57 +206,93 @@ def _object(value: Any, columns: Sequence[str] | None, where: str) -> dict[str, 
     if isinstance(value, dict):
         return value
     if not isinstance(value, list):
-        raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}')
+        raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}', "wrong_type")
     if columns is None:
-        raise BadDataError(f"{where}: is a list; name its parts in order, such as `columns: [text, label]`")
+        fault = f"{where}: is a list; name its parts in order, such as `columns: [text, label]`"
+        raise BadDataError(fault, "wrong_type")
     if len(value) != len(columns):
-        raise BadDataError(f"{where}: a list of {len(value)}, but `columns` names {len(columns)}")
+        raise BadDataError(f"{where}: a list of {len(value)}, but `columns` names {len(columns)}", "wrong_columns")
     return dict(zip(columns, value, strict=True))
 
 
 def read_jsonl(
-    blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
+    blocks: Iterable[bytes],
+    path: str,
+    first_line: int = 1,
+    limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[Record]:
-    """The records of whole lines. Raises BadDataError naming file:line."""
-    for lines, first in text_lines(blocks, path, first_line, limit_bytes):
+    """The records of whole lines. `on_fault` gets a line that is no record. Raises BadDataError naming file:line."""
+    for lines, first in text_lines(blocks, path, first_line, limit_bytes, on_fault):
         for line, text in enumerate(lines, first):
             where = f"{path}:{line}"
             try:
-                value, stop = scan_value(text, 0)
-            except (StopIteration, ValueError, RecursionError):
-                if not text.strip(_BLANK):
-                    continue
-                value, stop = parse_value(text, where), len(text)  # an object after blanks, or it says what is wrong
-            if stop < len(text) and text[stop:].strip(_BLANK):
-                parse_value(text, where)
-            if has_surrogate_escape(text):
-                refuse_lone_surrogates(value, where)
-            if not isinstance(value, dict):
-                hint = " (of a JSON array: `format: json`)" if isinstance(value, list) else ""
-                raise BadDataError(f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}{hint}')
-            yield Record(value, where, line, len(text), True)
+                value = _value_of_line(text, where)
+            except BadDataError as fault:
+                on_fault(fault, line)
+                continue
+            if value is not None:
+                yield Record(value, where, line, len(text), True)
 
 
-def questions(article: Record) -> Iterator[Record]:
+def _value_of_line(text: str, where: str) -> dict[str, Any] | None:
+    """The object in a line; None for a blank one. Raises BadDataError."""
+    try:
+        value, stop = scan_value(text, 0)
+    except (StopIteration, ValueError, RecursionError):
+        if not text.strip(_BLANK):
+            return None
+        value, stop = parse_value(text, where), len(text)  # an object after blanks, or it says what is wrong
+    if stop < len(text) and text[stop:].strip(_BLANK):
+        parse_value(text, where)
+    if has_surrogate_escape(text):
+        refuse_lone_surrogates(value, where)
+    if not isinstance(value, dict):
+        hint = " (of a JSON array: `format: json`)" if isinstance(value, list) else ""
+        fault = f'{where}: a record is an object such as {{"text": ...}}, not {kind(value)}{hint}'
+        raise BadDataError(fault, "wrong_type")
+    return value
+
+
+def questions(article: Record, on_fault: OnFault = raise_fault) -> Iterator[Record]:
     """Records {"id", "question", "context", "title", "answers": {"text": [...], "answer_start": [...]}}.
 
-    An impossible question has no answers. `line` is the number of the article. Raises BadDataError.
+    An impossible question has no answers. `line` is the number of the article. `on_fault` gets a faulty question, or
+    a paragraph or article without its parts, which counts as one record.
     """
-    where = article.where.replace(": item ", ": article ")
+    where = article.where.replace(": element ", ": article ")
     title = article.value.get("title", "")
-    for index, paragraph in enumerate(_list(article.value, "paragraphs", where)):
+    try:
+        paragraphs = _list(article.value, "paragraphs", where)
+    except BadDataError as fault:
+        on_fault(fault, article.line)
+        return
+    for index, paragraph in enumerate(paragraphs):
         place = f"{where}, paragraph {index + 1}"
-        context = _text(_mapping(paragraph, place), "context", place)
-        for number, question in enumerate(_list(paragraph, "qas", place)):
-            asked = f"{place}, question {number + 1}"
-            value = {
-                "id": _mapping(question, asked).get("id"),
-                "question": _text(question, "question", asked),
-                "context": context,
-                "title": title,
-                "answers": _answers(question, asked),
-            }
-            yield Record(value, asked, article.line)
+        try:
+            context = _text(_mapping(paragraph, place), "context", place)
+            asked = _list(paragraph, "qas", place)
+        except BadDataError as fault:
+            on_fault(fault, article.line)
+            continue
+        for number, question in enumerate(asked, 1):
+            try:
+                record = _question(question, context, title, f"{place}, question {number}", article.line)
+            except BadDataError as fault:
+                on_fault(fault, article.line)
+            else:
+                yield record
+
+
+def _question(question: Any, context: str, title: Any, where: str, line: int) -> Record:
+    value = {
+        "id": _mapping(question, where).get("id"),
+        "question": _text(question, "question", where),
+        "context": context,
+        "title": title,
+        "answers": _answers(question, where),
+    }
+    return Record(value, where, line)
 
 
 def _answers(question: dict[str, Any], where: str) -> dict[str, list[Any]]:
@@ -228,31 +302,31 @@ def _answers(question: dict[str, Any], where: str) -> dict[str, list[Any]]:
     starts = [answer.get("answer_start") for answer in answers]
     for start in starts:
         if not isinstance(start, int) or isinstance(start, bool):
-            raise BadDataError(f"{where}: answer_start must be a whole number, not {kind(start)}")
+            raise BadDataError(f"{where}: answer_start must be a whole number, not {kind(start)}", "wrong_type")
     return {"text": [_text(answer, "text", where) for answer in answers], "answer_start": starts}
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise BadDataError(f"{where}: must be an object, not {kind(value)}")
+        raise BadDataError(f"{where}: must be an object, not {kind(value)}", "wrong_type")
     return value
 
 
 def _list(value: dict[str, Any], name: str, where: str) -> list[Any]:
     found = _field(value, name, where)
     if not isinstance(found, list):
-        raise BadDataError(f"{where}: field {name!r} must be a list, not {kind(found)}")
+        raise BadDataError(f"{where}: field {name!r} must be a list, not {kind(found)}", "wrong_type")
     return found
 
 
 def _text(value: dict[str, Any], name: str, where: str) -> str:
     found = _field(value, name, where)
     if not isinstance(found, str):
-        raise BadDataError(f"{where}: field {name!r} must be text, not {kind(found)}")
+        raise BadDataError(f"{where}: field {name!r} must be text, not {kind(found)}", "wrong_type")
     return found
 
 
 def _field(value: dict[str, Any], name: str, where: str) -> Any:
     if name not in value:
-        raise BadDataError(f"{where}: field {name!r} is missing")
+        raise BadDataError(f"{where}: field {name!r} is missing", "missing_field")
     return value[name]

@@ -11,7 +11,7 @@ from data_prep.errors import BadDataError, StorageError
 from data_prep.sources.archives import split_member
 from data_prep.sources.decompress import Compression, all_blocks, open_binary, stat_file
 from data_prep.sources.inflate import RATIO_FREE_BYTES, RATIO_LIMIT
-from data_prep.sources.lines import LINE_LIMIT_BYTES
+from data_prep.sources.lines import LINE_LIMIT_BYTES, OnFault, raise_fault
 from data_prep.sources.records import WHOLE_FILE, Record, Span
 
 #: Row groups and batches are joined to spans of at least this many uncompressed bytes.
@@ -61,10 +61,16 @@ def cut_parquet(path: str) -> list[Span]:
         return _spans([(group.num_rows, group.total_byte_size) for group in groups])
 
 
-def read_parquet(path: str, compression: Compression, span: Span, columns: Sequence[str] | None) -> Iterator[Record]:
+def read_parquet(
+    path: str,
+    compression: Compression,
+    span: Span,
+    columns: Sequence[str] | None,
+    on_fault: OnFault = raise_fault,
+) -> Iterator[Record]:
     """A record for each row of the row groups of `span`; `columns` are those to read, None for all.
 
-    `line` is the number of the row from 1. Raises BadDataError.
+    `line` is the number of the row from 1. `on_fault` gets rows with bytes that are not text. Raises BadDataError.
     """
     from pyarrow.parquet import ParquetFile
 
@@ -74,7 +80,7 @@ def read_parquet(path: str, compression: Compression, span: Span, columns: Seque
         stop = table.metadata.num_row_groups if span == WHOLE_FILE else span.stop
         groups = list(range(span.start, stop))
         batches = table.iter_batches(_ROWS, row_groups=groups, columns=names, use_threads=False)
-        yield from _records(batches, names, path, span.first_line)
+        yield from _records(batches, names, path, span.first_line, on_fault)
 
 
 def cut_arrow(path: str) -> list[Span]:
@@ -98,7 +104,13 @@ def cut_arrow(path: str) -> list[Span]:
         return [Span(offsets[span.start], offsets[span.stop], span.first_line) for span in _spans(sizes)]
 
 
-def read_arrow(path: str, compression: Compression, span: Span, columns: Sequence[str] | None) -> Iterator[Record]:
+def read_arrow(
+    path: str,
+    compression: Compression,
+    span: Span,
+    columns: Sequence[str] | None,
+    on_fault: OnFault = raise_fault,
+) -> Iterator[Record]:
     """As `read_parquet`, of record batches."""
     from pyarrow import PythonFile, ipc
 
@@ -118,7 +130,7 @@ def read_arrow(path: str, compression: Compression, span: Span, columns: Sequenc
             batches = (ipc.read_record_batch(message, schema) for message in _messages(stream, file, span.stop))
         names = _names(schema, columns, path)
         pieces = (batch.slice(at, _ROWS) for batch in batches for at in range(0, batch.num_rows, _ROWS))
-        yield from _records((piece.select(names) for piece in pieces), names, path, span.first_line)
+        yield from _records((piece.select(names) for piece in pieces), names, path, span.first_line, on_fault)
 
 
 def schema_metadata(path: str, compression: Compression) -> str:
@@ -181,14 +193,35 @@ def _names(schema: Any, columns: Sequence[str] | None, path: str) -> list[str]:
     return list(columns or names)
 
 
-def _records(batches: Iterator[Any], names: list[str], path: str, row: int) -> Iterator[Record]:
+def _records(batches: Iterator[Any], names: list[str], path: str, row: int, on_fault: OnFault) -> Iterator[Record]:
     for batch in _bounded(batches, path, row):
         plain = all(_is_plain(field.type) for field in batch.schema)
-        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for values in _rows(batch):
             where = f"{path}: row {row}"
-            value = dict(zip(names, values, strict=True))
-            yield Record(value if plain else {name: json_value(value[name], name, where) for name in names}, where, row)
+            try:
+                if isinstance(values, UnicodeDecodeError):
+                    raise BadDataError(f"{where}: not UTF-8: {values.reason}", "not_utf8")
+                value = dict(zip(names, values, strict=True))
+                value = value if plain else {name: json_value(value[name], name, where) for name in names}
+            except BadDataError as fault:
+                on_fault(fault, row)
+            else:
+                yield Record(value, where, row)
             row += 1
+
+
+def _rows(batch: Any) -> Iterator[tuple[Any, ...] | UnicodeDecodeError]:
+    """The Python values of each row, or the fault of a row with a text that is not UTF-8."""
+    try:
+        columns = [column.to_pylist() for column in batch.columns]
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            yield error
+        else:
+            for index in range(batch.num_rows):
+                yield from _rows(batch.slice(index, 1))
+        return
+    yield from zip(*columns, strict=True)
 
 
 def _bounded(batches: Iterator[Any], path: str, row: int) -> Iterator[Any]:
@@ -265,7 +298,8 @@ def json_value(value: Any, name: str, where: str) -> Any:
                 return value.decode("utf-8")
             except UnicodeDecodeError as error:
                 hint = "leave it out by naming the others in `columns`"
-                raise BadDataError(f"{where}: column {name!r} holds bytes that are not text; {hint}") from error
+                fault = f"{where}: column {name!r} holds bytes that are not text; {hint}"
+                raise BadDataError(fault, "not_utf8") from error
         case date() | time():
             return value.isoformat()
     return str(value)

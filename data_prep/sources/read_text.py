@@ -7,11 +7,20 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep.errors import BadDataError
-from data_prep.sources.lines import BOM, LINE_LIMIT_BYTES, decode, text_lines, whole_lines
+from data_prep.sources.lines import (
+    BOM,
+    LINE_LIMIT_BYTES,
+    OnFault,
+    decode,
+    raise_fault,
+    text_lines,
+    whole_lines,
+)
 from data_prep.sources.records import Record
 
 _MAY_BE_BLANK = np.array([byte >= 0x80 or chr(byte).isspace() for byte in range(256)])
-_Sentence = tuple[list[str], int]
+#: Its lines, the number of the first, and the fault of one that is not UTF-8.
+_Sentence = tuple[list[str], int, BadDataError | None]
 _PLURAL = {"token": "tokens", "tag": "tags"}
 _CONLLU = {"tokens": 1, "lemmas": 2, "tags": 3, "xpos": 4, "deprel": 7}
 _CONLLU_NUMBER = re.compile(r"[0-9]+")
@@ -24,25 +33,33 @@ def read_text(
     document: Literal["line", "file", "blank_line"],
     first_line: int = 1,
     limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[Record]:
-    """Records {"text": ...}. Lines that hold only white space are no documents. Raises BadDataError with file:line."""
+    """Records {"text": ...}. Lines that hold only white space are no documents.
+
+    `on_fault` gets documents that are not UTF-8. Raises BadDataError with file:line.
+    """
     match document:
         case "line":
-            return _lines(blocks, path, first_line, limit_bytes)
+            return _lines(blocks, path, first_line, limit_bytes, on_fault)
         case "blank_line":
-            return _paragraphs(blocks, path, first_line, limit_bytes)
+            return _paragraphs(blocks, path, first_line, limit_bytes, on_fault)
         case "file":
-            return _file(blocks, path, limit_bytes)
+            return _file(blocks, path, limit_bytes, on_fault)
 
 
-def _lines(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int) -> Iterator[Record]:
-    for lines, first in text_lines(blocks, path, first_line, limit_bytes):
+def _lines(
+    blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int, on_fault: OnFault
+) -> Iterator[Record]:
+    for lines, first in text_lines(blocks, path, first_line, limit_bytes, on_fault):
         for line, text in enumerate(lines, first):
             if text and not text.isspace():
                 yield Record({"text": text[:-1] if text[-1] == "\r" else text}, f"{path}:{line}", line, len(text), True)
 
 
-def _paragraphs(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int) -> Iterator[Record]:
+def _paragraphs(
+    blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int, on_fault: OnFault
+) -> Iterator[Record]:
     held: list[bytes] = []  # a paragraph that has begun in earlier chunks
     begin = size = 0
     for chunk, newlines, first in whole_lines(blocks, path, first_line, limit_bytes):
@@ -53,7 +70,7 @@ def _paragraphs(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes
         ends = newlines if len(newlines) and newlines[-1] == len(chunk) - 1 else np.append(newlines, len(chunk))
         blank = _blank_lines(chunk, ends)
         if held and len(blank) and blank[0] == 0:
-            yield _paragraph(held, path, begin)
+            yield from _paragraph(held, path, begin, on_fault)
             held = []
         for run_start, run_stop, start, stop in _runs(ends, blank):
             piece = chunk[start:stop]
@@ -64,10 +81,10 @@ def _paragraphs(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes
             if size > limit_bytes:
                 raise BadDataError(f"{path}:{begin}: no blank line within {limit_bytes} bytes")
             if run_stop < len(ends):
-                yield _paragraph(held, path, begin)
+                yield from _paragraph(held, path, begin, on_fault)
                 held = []
     if held:
-        yield _paragraph(held, path, begin)
+        yield from _paragraph(held, path, begin, on_fault)
 
 
 def _blank_lines(chunk: bytes, ends: np.ndarray) -> np.ndarray:
@@ -95,17 +112,18 @@ def _runs(ends: np.ndarray, blank: np.ndarray) -> Iterator[tuple[int, int, int, 
     return zip(starts.tolist(), stops.tolist(), first_bytes.tolist(), ends[stops - 1].tolist(), strict=True)
 
 
-def _paragraph(pieces: list[bytes], path: str, line: int) -> Record:
+def _paragraph(pieces: list[bytes], path: str, line: int, on_fault: OnFault) -> Iterator[Record]:
     content = pieces[0] if len(pieces) == 1 else b"\n".join(pieces)
     if b"\r" in content:
         content = content.replace(b"\r\n", b"\n").removesuffix(b"\r")
     text, fault = decode(content, path, line)
     if fault is not None:
-        raise fault
-    return Record({"text": text}, f"{path}:{line}", line, len(text), True)
+        on_fault(fault, line)
+    else:
+        yield Record({"text": text}, f"{path}:{line}", line, len(text), True)
 
 
-def _file(blocks: Iterable[bytes], path: str, limit_bytes: int) -> Iterator[Record]:
+def _file(blocks: Iterable[bytes], path: str, limit_bytes: int, on_fault: OnFault) -> Iterator[Record]:
     pieces: list[bytes] = []
     size = 0
     for block in blocks:
@@ -115,8 +133,8 @@ def _file(blocks: Iterable[bytes], path: str, limit_bytes: int) -> Iterator[Reco
             raise BadDataError(f"{path}:1: more than {limit_bytes} bytes for one document; set `document: line`")
     text, fault = decode(b"".join(pieces).removeprefix(BOM), path, 1)
     if fault is not None:
-        raise fault
-    if text and not text.isspace():
+        on_fault(fault, 1)
+    elif text and not text.isspace():
         yield Record({"text": text}, f"{path}:1", 1, len(text), True)
 
 
@@ -126,28 +144,33 @@ def read_conll(
     columns: Sequence[str] | None,
     first_line: int = 1,
     limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[Record]:
     """Records {"tokens": [...], "tags": [...], and each other column under its name}, one a sentence.
 
     `columns` names the columns in their order; of two columns the names are token and tag. Columns are separated by
-    tabs, or by blanks in a line without a tab. Raises BadDataError with file:line.
+    tabs, or by blanks in a line without a tab. `on_fault` gets a sentence with a line that has other columns or is
+    not UTF-8. Raises BadDataError with file:line.
     """
     names = columns
-    for lines, first in _sentences(blocks, path, first_line, limit_bytes):
+    for lines, first, fault in _sentences(blocks, path, first_line, limit_bytes):
         rows: list[list[str]] = []
-        begin = 0
-        for line, text in enumerate(lines, first):
+        places: list[int] = []  # the line of each row
+        for line, text in enumerate(lines if fault is None else (), first):
             cells = text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
             if names is None and len(cells) == 2:
                 names = ("token", "tag")
             if names is not None and len(cells) == len(names):
                 rows.append(cells)
-                begin = begin or line
+                places.append(line)
             elif not text.startswith("# "):  # a comment, unless it could be the word # and its columns
                 wanted = f"not {len(names)}" if names else "name them in order: `columns: [token, ..., tag]`"
-                raise BadDataError(f"{path}:{line}: {len(cells)} columns, {wanted}")
-        if names is not None and rows:
-            yield Record(_columns_of(rows, names), f"{path}:{begin}", begin)
+                fault = BadDataError(f"{path}:{line}: {len(cells)} columns, {wanted}", "wrong_columns")
+                break
+        if fault is not None:
+            on_fault(fault, first)
+        elif names is not None and rows:
+            yield Record(_columns_of(rows, names), f"{path}:{places[0]}", places[0], item_lines=places)
 
 
 def _columns_of(rows: list[list[str]], names: Sequence[str]) -> dict[str, Any]:
@@ -155,49 +178,69 @@ def _columns_of(rows: list[list[str]], names: Sequence[str]) -> dict[str, Any]:
 
 
 def read_conllu(
-    blocks: Iterable[bytes], path: str, first_line: int = 1, limit_bytes: int = LINE_LIMIT_BYTES
+    blocks: Iterable[bytes],
+    path: str,
+    first_line: int = 1,
+    limit_bytes: int = LINE_LIMIT_BYTES,
+    on_fault: OnFault = raise_fault,
 ) -> Iterator[Record]:
     """Records {"tokens" (FORM), "lemmas", "tags" (UPOS), "xpos", "deprel"}, lists of texts, one a sentence.
 
     Columns beyond the ten of CoNLL-U (predicates of the Universal PropBanks) are left out, as are ranges such as 3-4,
-    whose words follow, and empty nodes. Raises BadDataError with file:line.
+    whose words follow, and empty nodes. `on_fault` gets a faulty sentence. Raises BadDataError with file:line.
     """
-    for lines, first in _sentences(blocks, path, first_line, limit_bytes):
+    for lines, first, fault in _sentences(blocks, path, first_line, limit_bytes):
         value: dict[str, Any] = {name: [] for name in _CONLLU}
-        begin = 0
-        for line, text in enumerate(lines, first):
+        places: list[int] = []  # the line of each word
+        for line, text in enumerate(lines if fault is None else (), first):
             if text.startswith("#"):
                 continue
             cells = text.split("\t")
             if len(cells) < 10:
-                raise BadDataError(f"{path}:{line}: {len(cells)} columns; CoNLL-U has ten, separated by tabs")
+                wanted = f"{len(cells)} columns; CoNLL-U has ten, separated by tabs"
+                fault = BadDataError(f"{path}:{line}: {wanted}", "wrong_columns")
+                break
             if _CONLLU_SKIPPED.fullmatch(cells[0]):
                 continue
             if not _CONLLU_NUMBER.fullmatch(cells[0]):
-                raise BadDataError(f"{path}:{line}: {cells[0]!r} is not the number of a word")
-            begin = begin or line
+                fault = BadDataError(f"{path}:{line}: {cells[0]!r} is not the number of a word", "wrong_columns")
+                break
+            places.append(line)
             for name, column in _CONLLU.items():
                 value[name].append(cells[column])
-        if begin:
-            yield Record(value, f"{path}:{begin}", begin)
+        if fault is not None:
+            on_fault(fault, first)
+        elif places:
+            yield Record(value, f"{path}:{places[0]}", places[0], item_lines=places)
 
 
 def _sentences(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int) -> Iterator[_Sentence]:
-    """Runs of lines between blank or -DOCSTART- lines, each with the number of its first line."""
+    """Runs of lines between blank or -DOCSTART- lines."""
     sentence: list[str] = []
     begin = size = 0
-    for lines, first in text_lines(blocks, path, first_line, limit_bytes):
+    fault: BadDataError | None = None  # the first of the sentence that has begun
+    broken: list[tuple[BadDataError, int]] = []  # lines that are not UTF-8, behind those given so far
+    for lines, first in text_lines(
+        blocks, path, first_line, limit_bytes, lambda found, line: broken.append((found, line))
+    ):
+        if broken and fault is None:
+            fault, line = broken[0]
+            begin = begin if sentence else line
+        broken.clear()
         for line, text in enumerate(lines, first):
             if text.startswith("-DOCSTART-") or not text.strip(" \t\r"):
-                if sentence:
-                    yield sentence, begin
-                    sentence = []
+                if sentence or fault is not None:
+                    yield sentence, begin, fault
+                    sentence, fault = [], None
                 continue
             if not sentence:
-                begin, size = line, 0
+                begin, size = begin if fault is not None else line, 0
             sentence.append(text[:-1] if text[-1] == "\r" else text)
             size += len(text)
             if size > limit_bytes:
                 raise BadDataError(f"{path}:{begin}: no blank line within {limit_bytes} characters")
-    if sentence:
-        yield sentence, begin
+    if broken and fault is None:
+        fault, line = broken[0]
+        begin = begin if sentence else line
+    if sentence or fault is not None:
+        yield sentence, begin, fault

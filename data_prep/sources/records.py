@@ -1,5 +1,6 @@
 """What reading is about: records, and the files and spans they come from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -9,10 +10,10 @@ from data_prep.sources.decompress import Compression
 
 
 class Record(NamedTuple):
-    """One input object, where it stands for people (``file:line``), and the line, row or item as a number from 1.
+    """One input object, where it stands for people (``file:line``), and the line, row or element as a number from 1.
 
     `num_characters`: roughly what its texts take in memory, where the reader knows. `sound`: the reader has seen to
-    it that UTF-8 can hold all its texts.
+    it that UTF-8 can hold all its texts. `item_lines`: the line of each word, where a record has a word a line.
     """
 
     value: dict[str, Any]
@@ -20,6 +21,13 @@ class Record(NamedTuple):
     line: int
     num_characters: int = 0
     sound: bool = False
+    item_lines: Sequence[int] = ()
+
+    def place(self, item: int) -> str:
+        """Where item number `item` (from 0) of the record stands: its own line, where it has one."""
+        if item >= len(self.item_lines):
+            return self.where
+        return f"{self.where.rpartition(':')[0]}:{self.item_lines[item]}"
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,12 @@ def kind(value: Any) -> str:
 def checked_text(value: Any, what: str, where: str) -> str:
     """`value` if it is a text that UTF-8 can hold; else a BadDataError beginning with `where` and `what`."""
     if not isinstance(value, str):
-        raise BadDataError(f"{where}: {what} must be text, not {kind(value)}")
+        reason = "null_field" if value is None else "wrong_type"
+        raise BadDataError(f"{where}: {what} must be text, not {kind(value)}", reason)
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadDataError(f"{where}: {what} holds half of a surrogate pair at character {error.start}") from error
+            fault = f"{where}: {what} holds half of a surrogate pair at character {error.start}"
+            raise BadDataError(fault, "half_character") from error
     return value

@@ -41,11 +41,11 @@ def parse_value(text: str, where: str) -> Any:
     try:
         value = _decoder.decode(text)
     except RecursionError:
-        raise BadDataError(f"{where}: JSON nested too deeply") from None
+        raise BadDataError(f"{where}: JSON nested too deeply", "not_json") from None
     except json.JSONDecodeError as error:
-        raise BadDataError(f"{where}: not valid JSON (column {error.colno}): {error.msg}") from error
+        raise BadDataError(f"{where}: not valid JSON (column {error.colno}): {error.msg}", "not_json") from error
     except ValueError as error:
-        raise BadDataError(f"{where}: not valid JSON: {error}") from error
+        raise BadDataError(f"{where}: not valid JSON: {error}", "not_json") from error
     if has_surrogate_escape(text):
         refuse_lone_surrogates(value, where)
     return value

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.encode.blocks import Block, block_of_tokens, join_blocks, spans_to_marks
 from data_prep.encode.content import Context, check_content, check_range, refuse_untrainable
-from data_prep.errors import BadDataError, UntrainableError
+from data_prep.errors import BadDataError, FatalDataError, UntrainableError
 from data_prep.shapes.examples import ChatExample, Example, PromptExample, TextExample
 from data_prep.sources.records import Record
 from data_prep.tasks.data_task import DataTask, DocumentView
@@ -222,7 +222,7 @@ def _marks_by_offsets(one: "Rendered", tokenizer: Tokenizer, ids: np.ndarray | N
     """Marks of one conversation from character offsets; `ids` are what it was encoded to."""
     found, pairs = tokenizer.rendered_with_offsets(_literal_pieces(one))
     if ids is not None and not np.array_equal(ids, found):
-        raise BadDataError("the tokenizer's backends disagree; set data.backend: tokenizers")
+        raise FatalDataError("the tokenizer's backends disagree; set data.backend: tokenizers")
     offsets = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     spans = np.array(one.spans, dtype=np.int64).reshape(-1, 2)
     first = np.searchsorted(offsets[:, 1], spans[:, 0], side="right")

@@ -87,7 +87,7 @@ def _learned(
         scores = [one.score for one in examples if isinstance(one, ScoredExample)]
         return {_SCORES.name: np.array(scores, dtype=np.float32)}
     sets = [
-        [context.names.number(name, record.where) for name in one.labels]
+        [context.names.number(name, record) for name in one.labels]
         for record, one in zip(records, examples, strict=True)
         if isinstance(one, LabelledExample)
     ]

@@ -64,7 +64,7 @@ def _body(
         if room is not None and len(body) + len(pieces) > room:
             return body, marks, True
         body += pieces
-        marks += [context.names.number(tag, record.where), *[_NO_TAG] * (len(pieces) - 1)]
+        marks += [context.names.number(tag, record, number), *[_NO_TAG] * (len(pieces) - 1)]
     return body, marks, False
 
 

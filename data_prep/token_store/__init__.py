@@ -15,6 +15,7 @@ from data_prep.token_store.format import (
     read_manifest,
     resolve_store,
 )
+from data_prep.token_store.ids import documents_with_ids_from, largest_id
 from data_prep.token_store.rows import ROW_COLUMNS, Rows, RowSource, open_rows
 from data_prep.token_store.store import TokenStore
 
@@ -28,8 +29,10 @@ __all__ = [
     "StoreError",
     "TokenStore",
     "content_digest",
+    "documents_with_ids_from",
     "hash_file",
     "is_content_file",
+    "largest_id",
     "open_rows",
     "read_manifest",
     "resolve_store",

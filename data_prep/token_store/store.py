@@ -39,8 +39,8 @@ from data_prep.token_store.format import (
     read_manifest,
     whole_number,
 )
+from data_prep.token_store.ids import ID_TYPES
 
-ID_TYPES = ("uint16", "uint32")
 VALUE_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 _BLOCK = 1 << 20  # document borders that are read at once
 _MARK_BLOCK_TOKENS = 1 << 23  # tokens whose marks are counted at once

@@ -1,23 +1,27 @@
 """The Hugging Face model that a run trains: its configuration, and the model without or with its weights."""
 
+import dataclasses
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from data_prep.token_store import TokenStore
 from engine.arithmetic import is_hub_name
 from engine.batches import Batch
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
+from engine.fit.labels import Labels, match_labels, names_of
+from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
-from engine.model.model_files import read_model_files
+from engine.model.model_files import FileTensor, read_model_files
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks.task import Output, Task
@@ -33,6 +37,7 @@ class StoreFacts:
     eos_id: int | None
     label_names: tuple[str, ...]
     tokenizer_dir: Path | None = None
+    stores: tuple[TokenStore, ...] = ()  # asked for the ids they use where the vocabulary is larger than the model
 
 
 def model_folder(section: ModelSection) -> Path | None:
@@ -66,16 +71,42 @@ class TaskModel(nn.Module):
     """A Hugging Face model with the loss of its task: the module that DeepSpeed wraps.
 
     The stock model runs inside, so every family works that transformers supports, and what is
-    trained is what an export computes.
+    trained is what an export computes. `label_numbers` are the model's numbers of the store's labels,
+    where they differ: batches and results have the store's, the model inside has its own.
     """
 
-    def __init__(self, model: Any, task: Task):
+    def __init__(self, model: Any, task: Task, label_numbers: Sequence[int] | None = None):
         super().__init__()
         self.model = model
         self.task = task
+        self._to_model = None if label_numbers is None else torch.tensor(label_numbers)
+        self._to_store = None if label_numbers is None else _inverse(label_numbers, model.config.num_labels)
 
     def forward(self, batch: Batch) -> Output:
-        return self.task.loss(self.model, batch)
+        if self._to_model is None or self._to_store is None:
+            return self.task.loss(self.model, batch)
+        device = batch.target_ids.device
+        own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
+        output = self.task.loss(self.model, own)
+        if (predicted := output.values.get("predicted")) is None:
+            return output
+        return Output(output.loss_sum, output.values | {"predicted": self._to_store.to(device)[predicted]})
+
+
+def _inverse(label_numbers: Sequence[int], num_labels: int) -> Tensor:
+    """The store's number (L,) of each label of the model; those that it lacks come after its own."""
+    others = [number for number in range(num_labels) if number not in label_numbers]
+    inverse = torch.empty(num_labels, dtype=torch.int64)
+    inverse[torch.tensor([*label_numbers, *others])] = torch.arange(num_labels)
+    return inverse
+
+
+def label_numbers(model: Any, label_names: Sequence[str]) -> tuple[int, ...] | None:
+    """The numbers in a model of `build_model` of the store's labels; None where they are the same."""
+    if not label_names:
+        return None
+    labels = match_labels(names_of(model.config.id2label), label_names)
+    return None if labels.is_in_order else labels.numbers
 
 
 def build_model(
@@ -91,28 +122,27 @@ def build_model(
     """
     folder = model_folder(section)
     extension = _extension(facts)
-    config = _model_config(section, folder, facts, extension)
+    config, labels = model_config(section, folder, facts, extension)
     pretrained = section.init == "pretrained"
     stored = read_model_files(folder, config) if folder is not None and pretrained and needs_weights else {}
-    if pretrained or not needs_weights:
-        dtype = main_type(config, stored) if pretrained else torch.float32
-        make = partial(empty_model, config, task, folder if pretrained else None, _attention(task), dtype)
-    else:
-        make = partial(task.auto_class().from_config, config, dtype=torch.float32, **_attention(task))
-    model = _made(make, section, config, task, seed)
+    model = made_model(section, folder, config, task, seed, stored, is_empty=pretrained or not needs_weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
     if not needs_weights:
         initialise(model, [], seed)
         weights = StartingWeights()
     elif pretrained:
-        weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed)
-        if os.environ.get("RANK", "0") == "0":
-            for line in lines:
-                print(line, flush=True)
+        weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed, labels)
+        _say(lines)
     else:
         weights = StartingWeights.of(model)
     return model, weights
+
+
+def _say(lines: Sequence[str]) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(line, flush=True)
 
 
 def _attention(task: Task) -> dict[str, str]:
@@ -123,8 +153,26 @@ def _attention(task: Task) -> dict[str, str]:
     return {"attn_implementation": PACKED_ATTENTION}
 
 
-def _made(make: Callable[[], Any], section: ModelSection, config: Any, task: Task, seed: int) -> Any:
-    """The model that `make` gives, fit for the task's rows, with activation checkpointing if the run file has it."""
+def made_model(
+    section: ModelSection,
+    folder: Path | None,
+    config: Any,
+    task: Task,
+    seed: int,
+    stored: dict[str, FileTensor],
+    is_empty: bool,
+) -> Any:
+    """The model, on the meta device if it `is_empty`, fit for the task's rows, with activation checkpointing if asked.
+
+    DataError for one that cannot be built, or cannot keep the documents of a row apart.
+    """
+    make: Callable[[], Any]
+    if is_empty:
+        pretrained = section.init == "pretrained"
+        dtype = main_type(config, stored) if pretrained else torch.float32
+        make = partial(empty_model, config, task, folder if pretrained else None, _attention(task), dtype)
+    else:
+        make = partial(task.auto_class().from_config, config, dtype=torch.float32, **_attention(task))
     torch.manual_seed(seed)
     try:
         model = make()
@@ -153,8 +201,13 @@ def _extension(facts: StoreFacts) -> Extension | None:
     return extension
 
 
-def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts, extension: Extension | None) -> Any:
-    """The model's configuration with the labels of the store, and its vocabulary where the tokenizer was extended."""
+def model_config(
+    section: ModelSection, folder: Path | None, facts: StoreFacts, extension: Extension | None
+) -> tuple[Any, Labels | None]:
+    """The model's configuration, with its vocabulary where the tokenizer was extended, and its labels for the store's.
+
+    DataError for ids of the store that have no row.
+    """
     config = _inline_config(section, facts, extension) if folder is None else _stored_config(folder)
     vocab_size = config.get_text_config().vocab_size
     if extension is not None and section.init == "random":
@@ -162,14 +215,18 @@ def _model_config(section: ModelSection, folder: Path | None, facts: StoreFacts,
         config.get_text_config().vocab_size = vocab_size = max(vocab_size, facts.vocab_size)
         setattr(config, MADE_ROWS, facts.vocab_size)
     needed = facts.vocab_size if extension is None else extension.base_vocab_size
-    _check_vocabulary(vocab_size, needed, "model.config" if folder is None else "model.path")
-    if facts.label_names:
-        # Both maps at once: num_labels follows from id2label.
-        config.id2label = dict(enumerate(facts.label_names))
-        config.label2id = {name: index for index, name in enumerate(facts.label_names)}
-        if config.get_text_config().pad_token_id is None:
-            config.pad_token_id = facts.pad_id
-    return config
+    if folder is not None or extension is not None:
+        name = "model.config" if folder is None else f"model.path: {folder}"
+        _check_vocabulary(vocab_size, needed, name, facts)
+    if not facts.label_names:
+        return config, None
+    labels = match_labels(names_of(config.id2label), facts.label_names)
+    # Both maps at once: num_labels follows from id2label.
+    config.id2label = dict(enumerate(labels.names))
+    config.label2id = {name: index for index, name in enumerate(labels.names)}
+    if config.get_text_config().pad_token_id is None and (extension is not None or facts.pad_id < vocab_size):
+        config.pad_token_id = facts.pad_id
+    return config, labels
 
 
 def _inline_config(section: ModelSection, facts: StoreFacts, extension: Extension | None) -> Any:
@@ -182,7 +239,7 @@ def _inline_config(section: ModelSection, facts: StoreFacts, extension: Extensio
     model_type = values.pop("model_type")
     if isinstance(values["vocab_size"], int) and extension is None:
         # Before the configuration is made: transformers would warn of every special token first.
-        _check_vocabulary(values["vocab_size"], facts.vocab_size, "model.config")
+        _check_vocabulary(values["vocab_size"], facts.vocab_size, "model.config", facts)
     try:
         config = AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -203,12 +260,15 @@ def _stored_config(folder: Path) -> Any:
         raise DataError(f"model.path: {folder}: {str(error).splitlines()[0]}") from error
 
 
-def _check_vocabulary(vocab_size: int, needed: int, source: str) -> None:
-    if vocab_size < needed:
-        raise DataError(
-            f"{source}: vocabulary mismatch: the store's tokenizer has {needed} tokens, the model "
-            f"{vocab_size} embeddings; prepare the data with the model's own tokenizer (data.tokenizer)"
-        )
+def _check_vocabulary(vocab_size: int, needed: int, source: str, facts: StoreFacts) -> None:
+    """DataError for ids in use beyond the embedding, a printed line for ids that no record uses."""
+    if vocab_size >= needed:
+        return
+    finding = check_vocabulary(source, vocab_size, needed, facts.stores)
+    if finding is not None:
+        if finding.verdict == "error":
+            raise DataError(finding.text)
+        _say([f"{finding.verdict}: {finding.text}"])
 
 
 def _check_config_keys(given: dict[str, Any], config: Any) -> None:

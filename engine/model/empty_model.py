@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from engine.errors import DataError
+from engine.fit.labels import Labels
 from engine.model.model_files import FLOATING_TYPES, FileTensor
 from engine.model.starting_weights import DerivedWeights, StartingWeights, exchange_parameters, read_whole
 from engine.model.vocabulary import NewRows
-from engine.model.weight_names import Conversion, NameMap, map_names
+from engine.model.weight_names import Conversion, NameMap, is_head, map_names
 from engine.tasks.task import Task
 
 
@@ -50,14 +51,16 @@ def pretrained_weights(
     rows: NewRows | None,
     task: Task,
     seed: int,
+    labels: Labels | None = None,
 ) -> tuple[StartingWeights, list[str]]:
     """Where the weights of an empty model come from, and lines to say about it. Buffers and fresh heads are made.
 
     `shapes` are those that the files must have, by name in `state_dict`; `rows` are added to them.
     Raises DataError as `map_names` does, and for a hole in the body.
     """
-    names = map_names(model, stored, shapes, other_heads=task.new_head)
-    _check_missing(model, names, task, stored)
+    keeps_head = labels is None or labels.keeps_head
+    names = map_names(model, stored, shapes, other_heads=task.new_head, keeps_head=keeps_head)
+    check_missing(model, names, task, stored)
     fresh = initialise(model, names.missing, seed)
     direct = dict(names.direct)
     made = [DerivedWeights(tuple(c.targets.values()), partial(_convert, model, c)) for c in names.conversions]
@@ -68,7 +71,19 @@ def pretrained_weights(
             raise DataError(f"model type {model.config.model_type} cannot take new tokens: {name} is not stored whole")
         made.append(DerivedWeights((name,), partial(_extend, rows, name, pieces[0])))
     weights = StartingWeights(direct, fresh, made, names.copies)
-    return weights, list(_lines(names, rows))
+    return weights, [*_label_lines(model, names, labels), *_lines(names, rows)]
+
+
+def _label_lines(model: Any, names: NameMap, labels: Labels | None) -> list[str]:
+    """The labels where they are not simply the store's; nothing of a head that the files do not have."""
+    if labels is None or labels.finding is None or (labels.is_about_head and not has_head(model, names)):
+        return []
+    return [f"{labels.finding.name}: {labels.finding.text}"]
+
+
+def has_head(model: Any, names: NameMap) -> bool:
+    """True if the files have weights of a head of the model's own kind."""
+    return bool(names.own_head) or any(is_head(model, name) for name in names.direct)
 
 
 def initialise(model: Any, missing: Sequence[str], seed: int) -> dict[str, Tensor]:
@@ -100,7 +115,7 @@ def initialise(model: Any, missing: Sequence[str], seed: int) -> dict[str, Tenso
     return {name: parameters[name].detach() for name in missing if name in parameters}
 
 
-def _check_missing(model: Any, names: NameMap, task: Task, stored: dict[str, FileTensor]) -> None:
+def check_missing(model: Any, names: NameMap, task: Task, stored: dict[str, FileTensor]) -> None:
     """DataError for a hole in the body, and for one in the head of a task that does not make a new head."""
     prefix = f"{model.base_model_prefix}."
     patterns = model._keys_to_ignore_on_load_missing or ()

@@ -71,6 +71,8 @@ class NewRows:
         """
         tensor = torch.empty(self.num_rows, *stored.shape[1:], dtype=stored.dtype)
         tensor[: self.old_rows] = stored
+        if self.first > self.old_rows:  # ids of the old tokenizer that the model has no rows for
+            tensor[self.old_rows : self.first] = stored.float().mean(0)
         for index in range(self.first, self.extension.vocab_size):
             ids = torch.tensor(self.extension.pieces[index - self.extension.base_vocab_size])
             tensor[index] = tensor[ids].float().mean(0)

@@ -81,7 +81,8 @@ class NameMap:
     `direct` weights are stored as they are, some in pieces that lie in them one after the other;
     `conversions` make others, `missing` ones are in no file
     (tied ones count as one weight: none of its names is stored), `copies` are further stored
-    tensors of a tied weight. `left_out` tensors belong to a head that this model has not.
+    tensors of a tied weight. `left_out` tensors belong to a head that this model has not, `own_head` are those
+    of its head for other labels.
     """
 
     direct: dict[str, list[FileTensor]]
@@ -89,20 +90,31 @@ class NameMap:
     copies: dict[str, list[FileTensor]]
     missing: list[str]
     left_out: list[FileTensor]
+    own_head: list[FileTensor] = field(default_factory=list)
+
+
+def is_head(model: Any, name: str) -> bool:
+    """True for a weight that stands outside the body of the model."""
+    return not name.startswith(f"{model.base_model_prefix}.")
 
 
 def map_names(
-    model: Any, stored: Mapping[str, FileTensor], shapes: Mapping[str, tuple[int, ...]], other_heads: bool
+    model: Any,
+    stored: Mapping[str, FileTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    other_heads: bool,
+    keeps_head: bool = True,
 ) -> NameMap:
     """Match the tensors of a folder with the weights of `model`, which may be on the meta device; ties are made.
 
     `shapes` are those that the stored weights must have. With `other_heads`, heads of another task
     are left out; anything else that the model does not have, and any other shape, is a DataError
-    that names file and tensor.
+    that names file and tensor. Without `keeps_head` the stored head is one for other labels.
     """
     matched, conversions, unexpected = _match(model, stored, set(shapes))
     left_out = _check_unexpected(model, unexpected, other_heads)
     canonical = _tied_names(model)
+    own_head = [] if keeps_head else [matched.pop(name) for name in sorted(matched) if is_head(model, name)]
     direct: dict[str, list[FileTensor]] = {}
     copies: dict[str, list[FileTensor]] = defaultdict(list)
     # Of a tied weight, what is stored under its own name comes first.
@@ -129,7 +141,7 @@ def map_names(
         else:
             direct.update(dict.fromkeys(conversion.targets.values(), pieces))
     missing = sorted({canonical[name] for name in shapes} - found)
-    return NameMap(direct, slow, dict(copies), missing, left_out)
+    return NameMap(direct, slow, dict(copies), missing, left_out, own_head)
 
 
 def _match(

@@ -15,3 +15,5 @@ TASKS: Mapping[str, Task] = {
 }
 #: The tasks whose data can be prepared and inspected, but not trained yet.
 PREPARED_ONLY = ("question_answering", "seq2seq_lm")
+#: The task of records whose run file names none, where they are only prepared.
+DEFAULT_TASK = causal_lm.TASK.name

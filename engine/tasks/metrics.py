@@ -5,15 +5,17 @@ from numpy.typing import NDArray
 
 
 def label_figures(truth: NDArray[np.int64], predicted: NDArray[np.int64], num_labels: int) -> dict[str, float]:
-    """Accuracy and macro F1 of predicted labels, both (N,)."""
-    places = np.bincount(truth * num_labels + predicted, minlength=num_labels**2)
-    confusion = places.reshape(num_labels, num_labels)
-    return {"accuracy": float(np.trace(confusion) / max(1, len(truth))), "macro_f1": macro_f1(confusion)}
+    """Accuracy and macro F1 of predicted labels, both (N,). A model may have more than the data's `num_labels`."""
+    size = max(num_labels, int(predicted.max(initial=0)) + 1)
+    places = np.bincount(truth * size + predicted, minlength=size**2)
+    confusion = places.reshape(size, size)
+    return {"accuracy": float(np.trace(confusion) / max(1, len(truth))), "macro_f1": macro_f1(confusion, num_labels)}
 
 
-def macro_f1(confusion: NDArray[np.int64]) -> float:
-    """Mean over labels of F1; confusion[i, j] counts label i predicted as j. A label that neither
-    occurs nor is predicted counts as 0, as in scikit-learn's default over all labels."""
+def macro_f1(confusion: NDArray[np.int64], num_labels: int | None = None) -> float:
+    """Mean over labels, or over the first `num_labels`, of F1; confusion[i, j] counts label i predicted as j. A label
+    that neither occurs nor is predicted counts as 0, as in scikit-learn's default over all labels."""
     hits = np.diag(confusion).astype(float)
     total = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return float(np.mean(np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)))
+    scores = np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)
+    return float(np.mean(scores[:num_labels]))

@@ -8,7 +8,7 @@ afterwards: no rank ever holds the model, no byte is read twice, and fp32 weight
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -29,15 +29,17 @@ from engine.zero.ds_config import offloads_optimizer
 from engine.zero.zero_model import ZeroModel
 
 
-def wrap(model: nn.Module, config: RunConfig, ds_config: dict[str, Any]) -> ZeroModel:
-    """Hand `model` to DeepSpeed. All ranks call it.
+def wrap(
+    model: nn.Module, config: RunConfig, ds_config: dict[str, Any], label_numbers: Sequence[int] | None = None
+) -> ZeroModel:
+    """Hand `model` to DeepSpeed. All ranks call it. `label_numbers`: as `TaskModel` takes them.
 
     What comes back has no weights until `fill` has put them there or a checkpoint was installed.
     """
     _place_parameters(model, ds_config)
     parameters = dict(model.named_parameters())
     groups = decay_groups(model, config.optimizer.weight_decay)
-    task_model = TaskModel(model, config.trained_task)
+    task_model = TaskModel(model, config.trained_task, label_numbers)
     if ds_config["zero_optimization"]["stage"] == 3:
         _partition(task_model, ds_config)
     section = config.optimizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.arithmetic import DEFAULT_SHARD_BYTES, byte_count
 from engine.file_modes import set_umask
-from launcher.job.run_config import Run, load_run
+from launcher.job.run_config import DataRun, Run, load_data_run, load_run
 
 
 def add_run_file(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,14 @@ def add_run_file(parser: argparse.ArgumentParser) -> None:
 def checked_run(arguments: argparse.Namespace) -> Run:
     """The checked run file. From here on its key `share_with_group` decides who may read what this process writes."""
     run = load_run(arguments.run_file, arguments.overrides)
-    set_umask(run.config.share_with_group)
+    set_umask(run.share_with_group)
+    return run
+
+
+def checked_data_run(arguments: argparse.Namespace) -> DataRun:
+    """As `checked_run`, for verbs that need the ``data`` section alone."""
+    run = load_data_run(arguments.run_file, arguments.overrides)
+    set_umask(run.share_with_group)
     return run
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from engine.errors import ConfigError
+from engine.finding import Finding, is_bad
 from engine.zero.ds_config import resolve_ds_config
 from launcher.doctor.check_job import check_job
 from launcher.doctor.check_node import Needs, check_node
 from launcher.doctor.gather import Answer, Target, gather, local_target, nonces, srun_target, ssh_target
 from launcher.doctor.measure import measure
-from launcher.job.finding import Finding, is_bad
 from launcher.job.hosts import Node
 from launcher.job.job import Job
 from launcher.job.run_config import Run, load_run

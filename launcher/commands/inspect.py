@@ -12,7 +12,7 @@ from data_prep.inspect.terminal import describe
 from data_prep.token_store import CURRENT_NAME, MANIFEST_NAME, StoreError, resolve_store
 from engine.errors import ConfigError, MissingInputError
 from launcher.commands.arguments import positive_number
-from launcher.job.run_config import load_run
+from launcher.job.run_config import load_data_run
 
 _PAGE_ROWS = 20
 
@@ -79,14 +79,14 @@ def _store_folder(target: Path, split: str, overrides: list[str]) -> Path:
         if not (target / "run.yaml").is_file():
             raise MissingInputError(f"{target}: neither a token store (no {MANIFEST_NAME}) nor a folder of stores")
         target = target / "run.yaml"
-    run = load_run(target, overrides)
+    run = load_data_run(target, overrides)
     try:
-        return _of_split(run.config.data.store_dir, split, run.values["data"], run.config.task)
+        return _of_split(run.data.store_dir, split, run.values["data"], run.task)
     except StoreError as error:
         if error.exit_code != StoreError("").exit_code:
             raise
         # Looking at an older store harms nobody; training from it would.
-        path = _of_split(run.config.data.store_dir, split, None, None)
+        path = _of_split(run.data.store_dir, split, None, None)
         print(f"warning: {error}", file=sys.stderr)
         return path
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from launcher.commands.arguments import add_run_file, checked_run
+from launcher.commands.arguments import add_run_file, checked_data_run
 from launcher.start.start import array_part, prepare_store
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the token store, or a share of it."""
-    prepare_store(checked_run(arguments), arguments.part or array_part(os.environ))
+    prepare_store(checked_data_run(arguments), arguments.part or array_part(os.environ))
     return 0
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from engine.finding import Finding
 from launcher.doctor.gather import Answer
-from launcher.job.finding import Finding
 
 _SKEW_WARNING_SECONDS, _SKEW_ERROR_SECONDS = 1.0, 60.0
 #: Differences here change results or stop a run; others are only warnings.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.job.finding import Finding
+from engine.finding import Finding
 
 _GIB, _MIB = 2.0**30, 2.0**20
 #: What DeepSpeed's CPU collectives take in /dev/shm for each rank, and what NCCL may.

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.finding import Finding
 from launcher.doctor.node_facts import join
 from launcher.job.environment import remote_environment, remove_shared_memory
-from launcher.job.finding import Finding
 from launcher.job.hosts import Node
 from launcher.job.job import free_port, hostfile_command, local_command
 from launcher.job.processes import session_members, signal_processes

@@ -1,4 +1,4 @@
-"""The machines for ranks: this one with its devices, or the hosts of a DeepSpeed hostfile.
+"""The machines for ranks: this one with its devices, and the choice among the hosts of a hostfile.
 
 DeepSpeed resolves the same things itself once it runs. They are resolved here first, without
 torch, so that a plan can be shown and a mistake named before anything starts.
@@ -8,14 +8,14 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
-from engine.errors import ConfigError, MissingInputError
+from engine.errors import ConfigError
 
 CPU_RANKS = 2
 # What a host name may look like: names reach ssh and a remote shell through DeepSpeed, unquoted.
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
-_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})\s*(#.*)?")
+# In CUDA_VISIBLE_DEVICES these hide all devices from there on; Slurm writes the last one.
+_NO_DEVICE = frozenset({"-1", "none", "void", "NoDevFiles"})
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,54 @@ def local_gpus() -> tuple[int, ...]:
     """Indices of the NVIDIA GPUs this process may use, () without any; torch is not imported."""
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
         return ()
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
+    answer = _nvidia_smi("--query-gpu=index", "--format=csv,noheader")
+    if answer is None:
         return ()
-    present = tuple(int(line) for line in answer.stdout.split())
+    present = tuple(int(line) for line in answer.split() if line.isdecimal())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
     names = [name.strip() for name in visible.split(",") if name.strip()]
+    names = names[: next((place for place, name in enumerate(names) if name in _NO_DEVICE), None)]
     if not all(name.isdecimal() for name in names):
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: write device numbers, DeepSpeed cannot take names")
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: {_numbers_to_write(names)}")
     return tuple(int(name) for name in names if int(name) in present)
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
+    """The answer of nvidia-smi; None where there is none."""
+    try:
+        return subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=True
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _numbers_to_write(names: list[str]) -> str:
+    """Advice for device names: the numbers of the GPUs that `nvidia-smi -L` lists under these UUIDs."""
+    only = "DeepSpeed takes device numbers only"
+    gpu, by_uuid = "", {}
+    for line in (_nvidia_smi("-L") or "").splitlines():
+        if match := re.match(r"GPU ([0-9]+):", line):
+            gpu = match[1]
+        if match := re.search(r"\(UUID:\s*([^)\s]+)\)", line):
+            by_uuid[match[1]] = gpu
+    numbers, unknown = [], []
+    for name in names:
+        # CUDA takes the beginning of a UUID that is long enough to mean one device.
+        found = {number for uuid, number in by_uuid.items() if uuid.lower().startswith(name.lower())}
+        if name.isdecimal():
+            numbers.append(name)
+        elif len(found) == 1:
+            numbers += found
+        else:
+            unknown.append(name)
+    if unknown:
+        here = ", ".join(f"{uuid} is {number}" for uuid, number in by_uuid.items() if uuid.startswith("GPU"))
+        return f"{only}, and this machine has no device {', '.join(unknown)}" + (f" ({here})" if here else "")
+    parts = "" if all(not name.upper().startswith("MIG") for name in names) else " (the GPUs that hold these MIG parts)"
+    return f"{only}: write CUDA_VISIBLE_DEVICES={','.join(dict.fromkeys(numbers))}{parts}"
 
 
 def local_node(ranks: int | None) -> tuple[Node, bool]:
@@ -57,31 +90,6 @@ def local_node(ranks: int | None) -> tuple[Node, bool]:
     if ranks is not None and ranks > len(gpus):
         raise ConfigError(f"--ranks {ranks}: this machine has {len(gpus)} GPU(s); set DS_ACCELERATOR=cpu for CPU ranks")
     return Node("localhost", gpus[:ranks]), True
-
-
-def read_hostfile(path: Path) -> list[Node]:
-    """The hosts of a hostfile (``name slots=N`` a line), in its order. ConfigError names the line."""
-    try:
-        return parse_hostfile(path.read_text(encoding="utf-8"), path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise MissingInputError(f"--hostfile {path}: no such file") from None
-
-
-def parse_hostfile(text: str, path: Path) -> list[Node]:
-    """The hosts in the text of a hostfile; `path` is for messages."""
-    nodes: dict[str, Node] = {}
-    for number, line in enumerate(text.split("\n"), start=1):  # as DeepSpeed does; splitlines knows other line ends
-        if not line.strip() or line.strip().startswith("#"):
-            continue
-        match = _LINE.fullmatch(line.strip())
-        if match is None or not _HOST.fullmatch(match[1]) or int(match[2]) < 1:
-            raise ConfigError(f"{path}:{number}: write `host slots=N`, not `{line.strip()}`")
-        if match[1] in nodes:
-            raise ConfigError(f"{path}:{number}: host {match[1]} is given twice")
-        nodes[match[1]] = Node(match[1], tuple(range(int(match[2]))))
-    if not nodes:
-        raise ConfigError(f"{path}: names no host; write lines such as `worker-0 slots=8`")
-    return list(nodes.values())
 
 
 def filter_nodes(nodes: list[Node], include: str | None, exclude: str | None) -> list[Node]:

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, StepBatch, total_steps
 from engine.config import RunConfig
-from engine.zero.ds_config import nvme_path, resolve_ds_config
+from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config
 from launcher.job.job import Job
 from launcher.job.run_config import Run
 
@@ -26,6 +26,7 @@ def describe_plan(run: Run, job: Job) -> str:
         *_batch_lines(run.config, job.num_ranks),
         *_duration_lines(run),
         *(rule for find in (memory_rule, swap_rule) if (rule := find(run.config, job, ds_config))),
+        *ds_config_notes(run.config, job.num_ranks),
         "",
         f"DeepSpeed configuration ({run.config.deepspeed}, resolved):",
         json.dumps(ds_config, indent=2),

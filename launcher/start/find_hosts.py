@@ -10,7 +10,8 @@ from pathlib import Path
 from engine.errors import ConfigError
 from launcher.batch import slurm_job
 from launcher.job.environment import job_environment
-from launcher.job.hosts import Node, filter_nodes, is_local, local_node, read_hostfile
+from launcher.job.hostfile import read_hostfile
+from launcher.job.hosts import Node, filter_nodes, is_local, local_node
 from launcher.job.job import DEFAULT_PORT
 
 

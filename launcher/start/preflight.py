@@ -11,8 +11,8 @@ from data_prep.errors import PreparationError
 from data_prep.sources.source_files import find_files
 from data_prep.token_store import StoreError, TokenStore, resolve_store
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, is_hub_name, list_checkpoints
+from engine.finding import Finding
 from engine.zero.ds_config import nvme_path
-from launcher.job.finding import Finding
 from launcher.job.run_config import Run
 from launcher.start.dry_run import count_parameters
 

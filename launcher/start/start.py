@@ -16,9 +16,10 @@ from engine.zero.prebuild import extensions_dir, missing_ops
 from launcher.batch import slurm_job
 from launcher.job import runs
 from launcher.job.environment import job_environment, remote_environment
-from launcher.job.hosts import filter_nodes, is_local, local_node, read_hostfile
+from launcher.job.hostfile import read_hostfile
+from launcher.job.hosts import filter_nodes, is_local, local_node
 from launcher.job.job import DEFAULT_PORT, LEAST_SECONDS, Job, free_port, hostfile_command, local_command, owned_run_dir
-from launcher.job.run_config import Run, write_resolved
+from launcher.job.run_config import DataRun, Run, write_resolved
 from launcher.ssh.check_hosts import check_hosts
 from launcher.start.dry_run import memory_rule
 from launcher.supervision.run import run_job
@@ -115,11 +116,11 @@ def array_part(environment: Mapping[str, str]) -> tuple[int, int] | None:
     return place + 1, count
 
 
-def prepare_store(run: Run, part: tuple[int, int] | None = None) -> None:
+def prepare_store(run: DataRun, part: tuple[int, int] | None = None) -> None:
     """Make the token store of the run file, or a `part` of it, unless it is there already."""
     from data_prep.prepare import prepare
 
-    prepare(run.data, run.values["data"], run.config.task, part=part)
+    prepare(run.data, run.values["data"], run.task, part=part)
 
 
 def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None) -> tuple[int, str]:

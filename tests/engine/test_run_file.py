@@ -76,7 +76,7 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
         (("steps: 3", "steps: 3, epochs: 2"), "run.yaml:8: `duration`: give exactly one of duration.steps and duration.epochs"),
         (("task: causal_lm", "task: dancing"), "run.yaml:2: `task`: input should be 'causal_lm', 'sequence_classification', 'token_classification', 'question_answering' or 'seq2seq_lm', not 'dancing'"),
         (("duration: {steps: 3}\n", ""), "run.yaml: `duration` is missing"),
-        (("duration:", "batch:"), "run.yaml:8: `batch` is given twice (first on line 7)"),
+        (("duration:", "duration: {steps: 3}\nduration:"), "run.yaml:9: `duration` is given twice (first on line 8)"),
         (("some/model", "!!python/name:os.system x"), "run.yaml:4: tags such as tag:yaml.org,2002:python/name:os.system are not allowed"),
         (("model: {path: some/model}", "model: &a [*a]"), "run.yaml:4: not valid YAML: aliases are not allowed"),
         (("steps: 3", "steps: 010"), "run.yaml:8: `duration.steps`: input should be a valid integer, not '010'"),

@@ -22,7 +22,8 @@ from engine.ranks.rendezvous import Place
 from launcher.batch import slurm_job
 from launcher.commands import submit
 from launcher.commands.tensorboard import name_runs
-from launcher.job.hosts import Node, filter_nodes, parse_hostfile
+from launcher.job.hostfile import parse_hostfile
+from launcher.job.hosts import Node, filter_nodes
 from launcher.job.job import refuse_unsafe
 
 COUNT = 10_000

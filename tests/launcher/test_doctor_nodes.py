@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from doctor_cases import ROOT, make_setting
 
+from engine.finding import Finding, Verdict
 from launcher.commands.doctor import merged, print_table
 from launcher.doctor.check_job import check_job
 from launcher.doctor.check_node import Needs, check_node
 from launcher.doctor.gather import Answer, Target, gather, local_target, nonces, ssh_target
 from launcher.doctor.node_facts import look
-from launcher.job.finding import Finding, Verdict
 from launcher.job.job import free_port
 
 NODE = (sys.executable, "-m", "launcher.doctor.node_facts")

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from engine.errors import ConfigError, MissingInputError
 from engine.tasks import TASKS
-from launcher.job.hosts import Node, filter_nodes, read_hostfile
+from launcher.job.hostfile import read_hostfile
+from launcher.job.hosts import Node, filter_nodes, local_gpus
 from launcher.job.run_config import load_run
 from launcher.start.dry_run import count_parameters, describe_plan
 from launcher.start.start import plan_job
@@ -109,22 +110,137 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "hosts"),
+    [
+        ("# my hosts\n\nlocalhost\tslots=2   # this one\r\n\r\n", {"localhost": 2}),
+        ("a slots=1\r\nb slots=2\r\n", {"a": 1, "b": 2}),
+        ("  a   slots=1", {"a": 1}),
+        ("a slots=4 max_slots=8\nb slots=4 max-slots=8 # eight cores", {"a": 4, "b": 4}),
+        ("10.0.0.1 slots=8\nnode_2.local slots=08#x", {"10.0.0.1": 8, "node_2.local": 8}),
+        ("\t# a comment behind a tab\n \t \na\u00a0slots=3", {"a": 3}),
+    ],
+)  # fmt: skip
+def test_hostfiles_as_people_write_them(tmp_path: Path, text: str, hosts: dict[str, int]) -> None:
+    from deepspeed.launcher.runner import _parse_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_bytes(text.encode())
+    assert {node.name: len(node.slots) for node in read_hostfile(path)} == hosts
+    with path.open() as file:
+        assert dict(_parse_hostfile(file.readlines())) == hosts
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
     [
         ("", "names no host"),
-        ("a slots=0", ":1:"),
-        ("a slots=two", ":1:"),
-        ("a slots=1\na slots=1", "twice"),
-        ("a;touch$IFS slots=1", ":1:"),
-        ("-oProxyCommand=x slots=1", ":1:"),
-        ("$(touch) slots=1", ":1:"),
+        ("# nobody\n", "names no host"),
+        ("a slots=0", ":1: .*0 slots are no rank: leave the line out"),
+        ("a slots=two", ":1: .*write `a slots=N`, a whole number"),
+        ("a slots=-2", "write `a slots=N`, a whole number"),
+        ("a slots=2.5", "write `a slots=N`, a whole number"),
+        ("a slots=1\na slots=1", ":2: host a is given twice"),
+        ("a;touch$IFS slots=1", ":1: .*is no host name"),
+        ("-oProxyCommand=x slots=1", ":1: .*is no host name"),
+        ("$(touch) slots=1", ":1: .*is no host name"),
+        ("näme slots=3", "is no host name: use letters, digits, `.` and `-`, as in `worker-0 slots=3`"),
+        ("a\u200b slots=1", r"`a\\u200b` is no host name"),
+        ("alice@localhost slots=2", "write `localhost slots=2`, and in ~/.ssh/config the lines `Host localhost` and `User alice`"),
+        ("root@192.168.1.7", "write `192.168.1.7 slots=N`, and in ~/.ssh/config .*`User root`"),
+        ("localhost", "write `localhost slots=N`, where N is the number of its ranks"),
+        ("fe80::1 slots=2", "write a name, `node1 slots=2`, and in ~/.ssh/config the lines `Host node1` and `HostName fe80::1`"),
+        ("[2001:db8::7]:22 slots=4", "`HostName 2001:db8::7`"),
+        ("fe80::1%eth0 slots=4", "`HostName fe80::1%eth0`"),
+        ("localhost lots=8", "write `localhost slots=8`"),
+        ("a slot=8", "write `a slots=8`"),
+        ("a Slots=8", "write `a slots=8`"),
+        ("a slots = 8", "write `a slots=8`"),
+        ("a slots= 8", "write `a slots=8`"),
+        ("a slots: 8", "write `a slots=8`"),
+        ("a 8", "write `a slots=8`"),
+        ("a gpus=8", "write `a slots=8`"),
+        ("a:4", "write `a slots=4`"),
+        ("a:2222 slots=4", "write `a slots=4`, and in ~/.ssh/config the lines `Host a` and `Port 2222`"),
+        ("a:2222", "write `a slots=N`, and in ~/.ssh/config .*`Port 2222`"),
+        ("node[01-04] slots=8", r"a line for each host, the first `node01 slots=8`; `scontrol show hostnames node\[01-04\]`"),
+        ("a,b slots=8", "a line for each host, the first `a slots=8`"),
+        ("slots=8 a", "write `a slots=8`"),
+        ("slots=8", "the host's name goes first"),
+        ("node1. slots=2", "write `node1 slots=2`"),
+        ("a slots=2 port=22", "nothing but a comment .* may follow, and `port=22` does"),
+        ("; a comment", "a comment begins with #"),
+        ("\ufeffa slots=2", "begins with a byte-order mark.*: save it as UTF-8 without one"),
     ],
-)
-def test_bad_hostfiles(tmp_path: Path, text: str, fault: str) -> None:
+)  # fmt: skip
+def test_bad_hostfiles(tmp_path: Path, text: str, advice: str) -> None:
     path = tmp_path / "hosts"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=fault):
+    with pytest.raises(ConfigError, match=advice) as caught:
         read_hostfile(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_bad_lines_of_a_hostfile_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("alice@a slots=2\nb slots=1\n\n# c\nc\nb slots=1\n")
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(path)
+    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == [f"{path}:{n}:" for n in (1, 5, 6)]
+    path.write_text("".join(f"node{n}\n" for n in range(50)))
+    with pytest.raises(ConfigError, match="and 30 more such lines"):
+        read_hostfile(path)
+    path.write_bytes("a slots=2".encode("utf-16"))
+    with pytest.raises(ConfigError, match="save it as UTF-8"):
+        read_hostfile(path)
+
+
+NVIDIA_SMI = """#!/bin/sh
+[ "$1" = -L ] || { printf '0\\n1\\n2\\n'; exit; }
+echo 'GPU 0: NVIDIA H200 (UUID: GPU-11111111-aaaa-0000)'
+echo 'GPU 1: NVIDIA H200 (UUID: GPU-22222222-bbbb-0000)'
+echo '  MIG 1g.18gb     Device  0: (UUID: MIG-33333333-cccc-0000)'
+echo '  MIG 1g.18gb     Device  1: (UUID: MIG-44444444-dddd-0000)'
+echo 'GPU 2: NVIDIA H200 (UUID: GPU-22225555-eeee-0000)'
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, (0, 1, 2)),
+        ("2,0", (2, 0)),
+        ("", ()),
+        ("-1", ()),
+        ("1,-1,0", (1,)),
+        ("NoDevFiles", ()),
+        ("0, 5", (0,)),
+        ("GPU-11111111-aaaa-0000", "write CUDA_VISIBLE_DEVICES=0"),
+        ("GPU-22225555-eeee-0000,GPU-11111111-aaaa-0000", "write CUDA_VISIBLE_DEVICES=2,0"),
+        ("gpu-11,2", "write CUDA_VISIBLE_DEVICES=0,2"),
+        ("GPU-2222", "no device GPU-2222 .*GPU-22222222-bbbb-0000 is 1"),
+        ("MIG-44444444-dddd-0000", r"write CUDA_VISIBLE_DEVICES=1 \(the GPUs that hold these MIG parts\)"),
+        ("MIG-33333333-cccc-0000,MIG-44444444-dddd-0000", "write CUDA_VISIBLE_DEVICES=1 "),
+        ("GPU-99999999", "no device GPU-99999999 .*GPU-11111111-aaaa-0000 is 0"),
+        ("cuda:0", "no device cuda:0"),
+    ],
+)  # fmt: skip
+def test_device_names_are_answered_with_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, found: tuple[int, ...] | str
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if isinstance(found, tuple):
+        assert local_gpus() == found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            local_gpus()
 
 
 def test_bad_choices(tmp_path: Path) -> None:

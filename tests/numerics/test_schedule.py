@@ -5,7 +5,7 @@ import math
 import pytest
 
 from engine.config import OptimizerSection
-from engine.step import learning_rate
+from engine.fit.schedule import learning_rate
 
 
 def section(schedule: str, **values: float) -> OptimizerSection:

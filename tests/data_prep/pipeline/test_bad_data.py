@@ -78,11 +78,11 @@ def test_mending_one_file_leaves_the_parts_of_the_others(tmp_path: Path) -> None
     values = section(tmp_path, tokenizer, [good, bad])
     attempt(values)
     parts = list(Path(values["store_dir"]).glob(".*.work/records/*.part"))
-    assert len(parts) == 1
-    made = parts[0].stat().st_mtime_ns
+    assert len(parts) == 2  # that of the faulty file too: with data.unusable=drop it would be used
+    made = [part.stat().st_mtime_ns for part in parts]
     write_jsonl(bad, FINE * 60)
     prepare(DataConfig.model_validate(values), values, "causal_lm", part=(2, 2), progress=False)
-    assert parts[0].stat().st_mtime_ns == made
+    assert [part.stat().st_mtime_ns for part in parts] == made
     folder = prepare(DataConfig.model_validate(values), values, "causal_lm", progress=False)["train"]
     assert TokenStore.open(folder).num_documents == 320
 

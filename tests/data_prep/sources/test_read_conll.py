@@ -15,9 +15,9 @@ def conll(text: str, columns: tuple[str, ...] | None = None) -> list[Record]:
 def test_sentences_end_at_blank_and_blank_looking_lines() -> None:
     text = "# sent 1 of 3\nEU\tB-ORG\nrejects\tO\n\t\n#nlp\tO\n# \tO\n\r\n\n\na\u00a0b\tO\r\n"
     assert conll(text) == [
-        Record({"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}, "a.conll:2", 2),
-        Record({"tokens": ["#nlp", "# "], "tags": ["O", "O"]}, "a.conll:5", 5),
-        Record({"tokens": ["a\u00a0b"], "tags": ["O"]}, "a.conll:10", 10),
+        Record({"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}, "a.conll:2", 2, item_lines=[2, 3]),
+        Record({"tokens": ["#nlp", "# "], "tags": ["O", "O"]}, "a.conll:5", 5, item_lines=[5, 6]),
+        Record({"tokens": ["a\u00a0b"], "tags": ["O"]}, "a.conll:10", 10, item_lines=[10]),
     ]
 
 

@@ -50,7 +50,7 @@ def test_arrays_are_cut_where_a_parser_would(
     for found in (by_spans(content, size, span_bytes), streamed(content, size)):
         assert [record.value for record in found] == values
         assert [record.line for record in found] == list(range(1, len(values) + 1))
-        assert [record.where for record in found] == [f"a.json: item {record.line}" for record in found]
+        assert [record.where for record in found] == [f"a.json: element {record.line}" for record in found]
 
 
 @examples(80)
@@ -81,9 +81,9 @@ def test_lists_become_records_through_columns() -> None:
     for read in (lambda **m: by_spans(content, 5, 1, "train", **m), lambda **m: streamed(content, 5, "train", **m)):
         found = read(columns=("text", "label"))
         assert [record.value for record in found] == [{"text": "a", "label": "b"}, {"text": "e", "label": "f"}]
-        with pytest.raises(BadDataError, match=r"^a\.json: item 1: is a list; name its parts"):
+        with pytest.raises(BadDataError, match=r"^a\.json: element 1: is a list; name its parts"):
             read()
-        with pytest.raises(BadDataError, match=r"^a\.json: item 1: a list of 2, but `columns` names 3"):
+        with pytest.raises(BadDataError, match=r"^a\.json: element 1: a list of 2, but `columns` names 3"):
             read(columns=("a", "b", "c"))
 
 
@@ -114,21 +114,21 @@ def test_arrays_that_are_not_there(content: bytes, key: str | None, words: str) 
         (b'[{"a": 1}] x', "more text behind the end of the JSON value (byte 11)"),
         (b'[{"a": 1}] [{"b": 1}]', "more text behind the end of the JSON value (byte 11)"),
         (b'{"a": 1}\n{"a": 2}\n', "of one object a line: `format: jsonl`"),
-        (b'[{"a": 1} {"a": 2}]', "item 2: not valid JSON: no comma"),
-        (b'[{"a": 1},, {"a": 2}]', "item 2: not valid JSON"),
-        (b'[{"a": 1}, {"a": 2},]', "item 3: not valid JSON"),
-        (b'[,{"a": 1}]', "item 1: not valid JSON (character 1 of the item)"),
-        (b'[{"a": 1}, 5, {"a": 2}]', "item 2: a record is an object"),
-        (b'["a", "b"]', 'item 1: a record is an object such as {"text": ...}, not a text'),
-        (b'[{"a": 1}, {"a": 1, "a": 2}]', "item 2: not valid JSON: key 'a' is given twice"),
-        (b'[{"a": 1}, {"a": NaN}]', "item 2: not valid JSON: NaN"),
-        (b'[{"a": 1}, {"a": 1e999}]', "item 2: not valid JSON: 1e999"),
-        (b'[{"a": 1}, {"a": "\\udc00"}]', "item 2: field 'a' holds half of a surrogate pair"),
-        (b'[{"a": 1}, {"a": "\xff"}]', "item 2: not UTF-8"),
-        (b'[{"a": 1}, {"a": [}}]', "item 2: not valid JSON (character 8 of the item)"),
+        (b'[{"a": 1} {"a": 2}]', "element 2: not valid JSON: no comma"),
+        (b'[{"a": 1},, {"a": 2}]', "element 2: not valid JSON"),
+        (b'[{"a": 1}, {"a": 2},]', "element 3: not valid JSON"),
+        (b'[,{"a": 1}]', "element 1: not valid JSON (character 1 of the element)"),
+        (b'[{"a": 1}, 5, {"a": 2}]', "element 2: a record is an object"),
+        (b'["a", "b"]', 'element 1: a record is an object such as {"text": ...}, not a text'),
+        (b'[{"a": 1}, {"a": 1, "a": 2}]', "element 2: not valid JSON: key 'a' is given twice"),
+        (b'[{"a": 1}, {"a": NaN}]', "element 2: not valid JSON: NaN"),
+        (b'[{"a": 1}, {"a": 1e999}]', "element 2: not valid JSON: 1e999"),
+        (b'[{"a": 1}, {"a": "\\udc00"}]', "element 2: field 'a' holds half of a surrogate pair"),
+        (b'[{"a": 1}, {"a": "\xff"}]', "element 2: not UTF-8"),
+        (b'[{"a": 1}, {"a": [}}]', "element 2: not valid JSON (character 8 of the element)"),
         (b'[{"a": 1}, {"a": [}]}]', "brackets do not match somewhere before byte 21"),
         (b'[{"a": 1}}', "brackets do not match somewhere before byte 10"),
-        (b'[{"a": 1}, {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "item 2: JSON nested too deeply"),
+        (b'[{"a": 1}, {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "element 2: JSON nested too deeply"),
         (b'{"a": [{}], "a": [{}]}', "key 'a' is given twice"),
         (b'{"a": [{}], "n": NaN}', "NaN is not a JSON number"),
         (b'{"a": [{}] "n": 1}', "outside the arrays of records: not valid JSON (column 10)"),
@@ -151,7 +151,7 @@ def test_faults_name_the_item(content: bytes, words: str, size: int) -> None:
 def test_items_beyond_the_limit_are_refused() -> None:
     content = json.dumps([{"a": "x"}, {"a": "x" * 1000}, {"a": "y"}]).encode()
     for size in (10, 300, 1 << 20):
-        with pytest.raises(BadDataError, match=r"^a\.json: item 2: more than 500 bytes are not one record"):
+        with pytest.raises(BadDataError, match=r"^a\.json: element 2: more than 500 bytes are not one record"):
             cut_json(pieces(content, size), "a.json", None, limit_bytes=500)
     assert cut_json(pieces(content, 10), "a.json", None, limit_bytes=1200) == [Span(1, len(content) - 1, 1)]
 
@@ -159,7 +159,7 @@ def test_items_beyond_the_limit_are_refused() -> None:
 def article(**more: Any) -> Record:
     question = {"id": "q1", "question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}], **more}
     value = {"title": "T", "paragraphs": [{"context": "Ann ran.", "qas": [question, {**question, "id": "q2"}]}]}
-    return Record(value, "a.json: item 3", 3)
+    return Record(value, "a.json: element 3", 3)
 
 
 def test_squad_gives_one_record_a_question() -> None:
