@@ -13,9 +13,17 @@ import numpy as np
 
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
-from data_prep.pipeline.build_store import build, discard_work, encode_parts, find_donor, find_store
+from data_prep.pipeline.build_store import (
+    build,
+    check_given_labels,
+    discard_work,
+    encode_parts,
+    find_donor,
+    find_store,
+)
 from data_prep.pipeline.findings import Listing, check_sources
-from data_prep.pipeline.inputs import Group, Preparation, find_groups, order_of_labels, work_dir
+from data_prep.pipeline.inputs import Group, Preparation, find_groups, given_labels, work_dir
+from data_prep.pipeline.labels import KnownLabels, check_labels
 from data_prep.pipeline.store_folder import (
     exclusive,
     remove_leftovers,
@@ -27,7 +35,7 @@ from data_prep.rows.ledger import ledger_table
 from data_prep.shapes.label_names import NO_GOLD
 from data_prep.tasks import TASKS
 from data_prep.tasks.data_task import DataTask
-from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, Rows, TokenStore
+from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, MANIFEST_NAME, Rows, TokenStore
 from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.tokenizer import Tokenizer
 
@@ -93,7 +101,7 @@ def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
 
 
 def _build_all(run: Preparation, groups: Sequence[Group]) -> dict[str, Path]:
-    names: Sequence[str] | None = order_of_labels(run, groups)
+    known = given_labels(run, groups)
     stores = {split.name: find_store(run, split) for group in groups for split in group.splits}
     donors = {
         split.name: find_donor(run.config.store_dir, split)
@@ -102,28 +110,55 @@ def _build_all(run: Preparation, groups: Sequence[Group]) -> dict[str, Path]:
         if stores[split.name] is None
     }
     listing = Listing(run.config)
-    for group in groups:
+    # Where the labels are given, held-out records come first: they are few, and their labels may be unknown.
+    for group in groups if known is None else reversed(groups):
         raw = [split for split in group.splits if stores[split.name] is None and donors[split.name] is None]
         if raw:
             encode_parts(run, group, raw, (0, 1), listing)
+            if known is not None:
+                check_given_labels(run, group, raw, known)
     listing.check()
+    return _build_stores(run, groups, stores, donors, known)
+
+
+def _build_stores(
+    run: Preparation,
+    groups: Sequence[Group],
+    stores: Mapping[str, TokenStore | None],
+    donors: Mapping[str, TokenStore | None],
+    known: KnownLabels | None,
+) -> dict[str, Path]:
+    """Build the stores that are not there from parts or donors; returns the folder of each split.
+
+    `known`: the labels that are given; None: those of the store of train.
+    """
     folders: dict[str, Path] = {}
     for group in groups:
         for split in group.splits:
             store, donor = stores[split.name], donors.get(split.name)
             if store is not None:
-                check_sources(run.config, split.name, store.manifest["sources"])
+                _check_found(run, split.name, store.manifest, known)
                 run.say(f"reusing {split.name} store {store.path}")
             else:
                 if donor is not None:
+                    _check_found(run, split.name, donor.manifest, known)
                     run.say(f"reusing the tokens of {donor.path} for rows of {run.config.row_tokens}")
-                store = build(run, group, split, names, donor)
+                store = build(run, group, split, known, donor)
                 run.say(_summary(split.name, store))
-            names = names or store.label_names or None
+            if known is None and store.label_names:
+                known = KnownLabels(store.label_names, str(store.path / MANIFEST_NAME))
             folders[split.name] = store.path
     for group in groups:
         remove_work(work_dir(run, group))
     return folders
+
+
+def _check_found(run: Preparation, split: str, manifest: Mapping[str, Any], known: KnownLabels | None) -> None:
+    """Raise UnusableError if a store was made with less strict settings than those of this run, and it matters."""
+    check_sources(run.config, split, manifest["sources"])
+    unknown = {name: (count, where) for name, (count, where) in manifest.get("unknown_labels", {}).items()}
+    if known is not None:
+        check_labels(run.config, split, unknown, known)
 
 
 def _write_current(run: Preparation, data_section: Mapping[str, Any], folders: Mapping[str, Path]) -> None:
@@ -170,6 +205,9 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(
             f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task.name} needs"
         )
+    room = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
+    if config.overlong == "truncate" and not task.packs and config.row_tokens <= room:
+        raise DataConfigError(f"data.row_tokens: {config.row_tokens} leaves no room beside {room} special tokens")
     around = [*tokenizer.prefix_ids, *tokenizer.suffix_ids]
     if around and max(around) >= tokenizer.vocab_size:
         raise BadDataError(
@@ -191,13 +229,20 @@ def _check_task(run: Preparation) -> None:
 def _summary(name: str, store: TokenStore) -> str:
     manifest = store.manifest
     lines = [f"{name}: {store.path}", ledger_table(manifest)]
-    if manifest["num_answers"]:
-        share = manifest["num_trained_stops"] / manifest["num_answers"]
-        lines.append(f"answers whose stop token is trained: {share:.2%} of {manifest['num_answers']}")
+    total = manifest["ledger"]["total"]
+    cut, dropped = total.get("answers_cut", 0), total.get("answers_dropped", 0)
+    if answers := manifest["num_answers"] - dropped:
+        trained = max(0, manifest["num_trained_stops"] - dropped - cut)
+        lines.append(f"answers whose stop token is trained: {trained / answers:.2%} of {answers}")
     unknown = manifest["num_unknown"] / max(1, store.num_tokens)
     if manifest["num_unknown"]:
         advice = ": the tokenizer does not know this text; is it the right one?" if unknown > _MUCH_UNKNOWN else ""
         lines.append(f"unknown tokens: {unknown:.2%} of {store.num_tokens}{advice}")
+    if unknown_labels := manifest.get("unknown_labels"):
+        listed = ", ".join(f"{label} {count:,}" for label, (count, _) in list(unknown_labels.items())[:8])
+        lines.append(
+            f"labels that train has not, counted as wrong: {listed}{' ...' if len(unknown_labels) > 8 else ''}"
+        )
     if store.label_names:
         lines.append(f"labels: {', '.join(store.label_names[:8])}{' ...' if len(store.label_names) > 8 else ''}")
         if marks := [name for name in store.label_names if name in NO_GOLD]:

@@ -9,6 +9,10 @@ import numpy as np
 from data_prep.sources.records import Record
 
 _LENGTHS = "_lengths"  # ends the name of the column with the lengths of a ragged one
+#: Columns of parts, not of stores: the tokens and targets that encoding cut off each document.
+CUT_TOKENS, CUT_TARGETS = "cut_tokens", "cut_targets"
+#: The number of a name that is not among those of the store.
+NO_NAME = -1
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,13 @@ def ragged(column: Column, values: Sequence[Sequence[int]], dtype: Any) -> dict[
     lengths = np.array([len(part) for part in values], dtype=np.uint32)
     flat = np.fromiter((value for part in values for value in part), dtype, int(lengths.sum()))
     return {column.name: flat, column.lengths_name: lengths}
+
+
+def cut_columns(tokens: Sequence[int], targets: Sequence[int]) -> dict[str, np.ndarray]:
+    """What encoding cut off each document, as columns of a block; none where it cut nothing."""
+    if not any(tokens) and not any(targets):
+        return {}
+    return {CUT_TOKENS: np.array(tokens, dtype=np.uint32), CUT_TARGETS: np.array(targets, dtype=np.uint32)}
 
 
 def block_of_tokens(

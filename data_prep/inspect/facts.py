@@ -99,7 +99,7 @@ def _sources(store: TokenStore) -> tuple[tuple[str, ...], ...]:
     headings = ("", "source", "shape", "files", "documents", "tokens each", "share of an epoch", "epochs")
     table = [(*headings, "weight") if weighted else headings]
     for index, (source, account) in enumerate(zip(store.manifest["sources"], store.ledger["sources"], strict=True)):
-        documents, tokens = account["documents"], account["tokens"]
+        documents, tokens = account["documents"], account["tokens"] - account.get("tokens_cut_at_encoding", 0)
         line = (
             str(index),
             str(source["name"]),

@@ -1,6 +1,5 @@
 """Makes the store of one split, or finds it made: encode all spans, join their parts, arrange rows, publish."""
 
-import re
 import shutil
 import time
 import uuid
@@ -17,6 +16,7 @@ from data_prep.errors import BadDataError
 from data_prep.pipeline.deduplicate import keep_first
 from data_prep.pipeline.findings import Listing, check_sources, first_of_source
 from data_prep.pipeline.inputs import Group, Input, Preparation, Split, num_bytes, parts_dir, store_path, work_dir
+from data_prep.pipeline.labels import KnownLabels, check_labels, find_labels, unknown_labels
 from data_prep.pipeline.parts import Part, PartAccount, read_account
 from data_prep.pipeline.store_folder import link_content, publish
 from data_prep.pipeline.store_writer import count_id, describe_files, find_largest_id, write_content
@@ -25,6 +25,7 @@ from data_prep.pipeline.worker import encode_spans
 from data_prep.progress import Progress
 from data_prep.rows.arrange import RowPlan, write_rows
 from data_prep.sources.read import check_unchanged
+from data_prep.sources.records import UNITS
 from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import FORMAT_VERSION, MANIFEST_NAME, StoreError, TokenStore, content_digest
 
@@ -69,6 +70,13 @@ def _sealed(job: Job, work: Work) -> dict[str, PartAccount] | None:
 
 def _size(work: Work) -> int:
     return sum(num_bytes(*piece) for piece in work.pieces)
+
+
+def check_given_labels(run: Preparation, group: Group, splits: Sequence[Split], known: KnownLabels) -> None:
+    """Raise UnusableError for labels of finished parts that the given ones lack."""
+    for split in splits:
+        parts = [Part(parts_dir(run, group, split), work.part) for work in group.work]
+        check_labels(run.config, split.name, unknown_labels(parts, known.names, run.task), known)
 
 
 def _start_proof(run: Preparation, now: datetime) -> Proof:
@@ -131,22 +139,19 @@ def find_donor(store_dir: Path, split: Split) -> TokenStore | None:
 
 
 def build(
-    run: Preparation, group: Group, split: Split, label_names: Sequence[str] | None, donor: TokenStore | None
+    run: Preparation, group: Group, split: Split, known: KnownLabels | None, donor: TokenStore | None
 ) -> TokenStore:
     """Join the parts of `split`, or take over the documents of `donor`, arrange rows and publish the store.
 
-    `label_names`: labels in their order; None: those that the parts hold, sorted. Raises PreparationError;
-    then no folder is left behind.
+    `known`: labels in their order; None: those that the parts hold, sorted. Raises PreparationError; then no folder
+    is left behind.
     """
     final = store_path(run, split)
     folder = run.config.store_dir / f".{final.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        if donor is not None:
-            content = link_content(donor, folder)
-        else:
-            content = _join_content(run, group, split, label_names, folder)
+        content = link_content(donor, folder) if donor is not None else _join_content(run, group, split, known, folder)
         plan = _row_plan(run.config, run.task)
         mixture = [one.config for one in group.inputs] if split.name == "train" else None
         total = content["num_documents"]
@@ -169,16 +174,21 @@ def _row_plan(config: DataConfig, task: DataTask) -> RowPlan:
 
 
 def _join_content(
-    run: Preparation, group: Group, split: Split, label_names: Sequence[str] | None, folder: Path
+    run: Preparation, group: Group, split: Split, known: KnownLabels | None, folder: Path
 ) -> dict[str, Any]:
     """The columns of all parts of `split` in `folder`; returns the manifest without rows."""
     tokenizer = run.tokenizer
     parts = [Part(parts_dir(run, group, split), work.part) for work in group.work]
     accounts = [part.account for part in parts]
-    names = _final_names(accounts, label_names, run.task)
+    names = find_labels(accounts, run.task) if known is None else list(known.names)
+    unknown = unknown_labels(parts, names, run.task)
+    if known is not None:
+        check_labels(run.config, split.name, unknown, known)
     kept = keep_first(parts) if run.config.deduplicate else None
     number_of = {name: number for number, name in enumerate(names)}
-    files, columns, remaining = write_content(folder, parts, run.task, tokenizer.id_type, number_of, kept)
+    files, columns, remaining = write_content(
+        folder, parts, run.task, tokenizer.id_type, number_of, kept, run.config.min_targets or 1
+    )
     sources = _account_sources(group, accounts, remaining)
     check_sources(run.config, split.name, sources)
     tokenizer.save(folder / "tokenizer", run.chat_template)
@@ -203,28 +213,9 @@ def _join_content(
         "sources": sources,
         "files": files,
     }
+    if unknown:
+        content["unknown_labels"] = unknown
     return {**content, "digest": content_digest(content)}
-
-
-def _final_names(accounts: Sequence[PartAccount], given: Sequence[str] | None, task: DataTask) -> list[str]:
-    """Labels in the order of their numbers: those given, else those found, numbers by value, texts sorted."""
-    found = {name: where for one in accounts for name, where in zip(one.names, one.first_seen, strict=True)}
-    if given is not None:
-        unknown = next((name for name in found if name not in given), None)
-        if unknown is not None:
-            known = ", ".join(list(given)[:8])
-            raise BadDataError(
-                f"{found[unknown]}: label {unknown!r} is not one of {known} (data.label_names, or those of train)"
-            )
-        return list(given)
-    columns = {name for one in accounts for block in one.blocks for name, _, _ in block}
-    labelled = any(column.name in columns for column in task.columns if column.holds == "label numbers")
-    # A task that marks no tokens may have empty lists of labels only.
-    if labelled and len(found) < 2 and (found or task.marks_tokens):
-        where = next(iter(found.values()), "data.train")
-        raise BadDataError(f"{where}: only {len(found)} different labels in train; classification needs two")
-    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
-    return sorted(found, key=int) if numeric else sorted(found)
 
 
 def _account_sources(
@@ -260,6 +251,9 @@ def _account_sources(
                 "files": files,
             }
         )
+        cut = [sum(getattr(left, name) for _, left in own) for name in ("cut_documents", "cut_tokens", "cut_targets")]
+        if any(cut):
+            result[-1] |= dict(zip(("documents_cut", "tokens_cut", "targets_cut"), cut, strict=True))
         if left_out := first_of_source(one.work, [account.unusable for account, _ in own]):
             result[-1]["unusable"] = left_out
         first_document += num_documents
@@ -276,10 +270,11 @@ def _account_files(one: Input, accounts: Sequence[PartAccount], first_document: 
         if not any(read for read, _ in counts):
             raise BadDataError(f"{file.label}: the file holds no records")
         documents = sum(made for _, made in counts)
+        unit = {"unit": UNITS[file.format]} if file.format in UNITS else {}
         files.append(
             {
                 "path": file.label, "xxh3_128": file.xxh3_128, "size_bytes": file.size_bytes,
-                "first_document": first_document, "num_documents": documents,
+                "first_document": first_document, "num_documents": documents, **unit,
             }
         )  # fmt: skip
         first_document += documents

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from data_prep.encode.blocks import Block, Column, marks_of, values_per_document
+from data_prep.encode.blocks import CUT_TARGETS, CUT_TOKENS, Block, Column, marks_of, values_per_document
 from data_prep.pipeline.parts import Part
 
 _DOCUMENTS_AT_ONCE = 1 << 22
@@ -50,7 +50,9 @@ def document_hashes(block: Block, of_task: Sequence[Column]) -> dict[str, np.nda
     The lengths are hashed with what they count out. Lines and numbers of records are places, not content.
     """
     columns = {**block.columns, "marks": marks_of(block.columns)}
-    left_out = {"lines", "lengths"}.union(column.name for column in of_task if column.holds == "record numbers")
+    left_out = {"lines", "lengths", CUT_TOKENS, CUT_TARGETS}.union(
+        column.name for column in of_task if column.holds == "record numbers"
+    )
     left_out.update(column.lengths_name for column in of_task)
     pieces = []
     for name in (name for name in columns if name not in left_out):

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError
+from data_prep.pipeline.labels import KnownLabels
 from data_prep.pipeline.source_names import source_names
 from data_prep.pipeline.work import HashRange, Work
 from data_prep.shapes.find_label_names import label_field, label_order, with_label_names
@@ -193,10 +194,15 @@ def _with_names(run: Preparation, shape: Shape, first: Sequence[Record], file: S
     return with_label_names(shape, first, run.config.label_names, run.config.label_map, own)
 
 
-def order_of_labels(run: Preparation, groups: Sequence[Group]) -> tuple[str, ...] | None:
+def given_labels(run: Preparation, groups: Sequence[Group]) -> KnownLabels | None:
     """The labels in the order of their numbers, where the run file or the training data says it."""
+    config = run.config
     own = [one.shape.labels.own for one in groups[0].inputs if one.shape.labels is not None]
-    return label_order(run.config.label_names, run.config.label_map, own)
+    names = label_order(config.label_names, config.label_map, own)
+    if names is None:
+        return None
+    key = "data.label_names" if config.label_names is not None else "data.label_map"
+    return KnownLabels(names, key if config.label_names or config.label_map else "the description of the data")
 
 
 def _joining(run: Preparation, shape: Shape) -> str:

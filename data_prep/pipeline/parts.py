@@ -36,6 +36,9 @@ class PartAccount:
     num_answers: int = 0
     num_stops: int = 0
     num_truncated: int = 0
+    cut_documents: int = 0  # documents that encoding cut, of those that a store keeps, with what it cut off
+    cut_tokens: int = 0
+    cut_targets: int = 0
     num_extra: int = 0
     num_moved: int = 0
     dropped: dict[str, int] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
-from data_prep.encode.blocks import Column, marks_of, values_per_document
+from data_prep.encode.blocks import CUT_TARGETS, CUT_TOKENS, NO_NAME, Column, marks_of, values_per_document
 from data_prep.errors import BadDataError
 from data_prep.pipeline.parts import Part, PartAccount
 from data_prep.pipeline.store_folder import sync_file
@@ -106,11 +106,13 @@ def write_content(
     id_type: np.dtype[Any],
     number_of: Mapping[str, int],
     kept: Sequence[np.ndarray] | None,
+    least_targets: int,
 ) -> tuple[dict[str, FileEntry], dict[str, dict[str, str]], list[PartAccount]]:
     """Join the parts into the columns of a store.
 
-    `number_of` gives the final number of every label or tag. `kept`, one bool array [documents] a part,
-    leaves out the others. Returns the manifest's files and columns, and the accounts of what was kept.
+    `number_of` gives the final number of every label or tag; the others become -1. `kept`, one bool array
+    [documents] a part, leaves out the others. Documents with less than `least_targets` will have no row. Returns the
+    manifest's files and columns, and the accounts of what was kept.
     """
     if kept is not None:
         sizes, accounts = _sizes_of_kept(parts, task, kept)
@@ -120,12 +122,45 @@ def write_content(
     columns = [column for column in task.columns if column.name in sizes]
     writers = _open_writers(folder, task, columns, id_type, sizes)
     try:
-        _join(_kept_blocks(parts, task.columns, number_of, kept), columns, writers)
+        cuts = [_Cuts(task, least_targets) for _ in parts]
+        _join(_kept_blocks(parts, task.columns, number_of, kept, cuts), columns, writers)
         files = {f"{name}.npy": writer.finish() for name, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.__exit__(None, None, None)
+    accounts = [
+        replace(one, cut_documents=cut.documents, cut_tokens=cut.tokens, cut_targets=cut.targets)
+        for one, cut in zip(accounts, cuts, strict=True)
+    ]
     return files, {column.name: {"per": column.per} for column in columns}, accounts
+
+
+class _Cuts:
+    """What encoding cut off the documents of a part, summed up."""
+
+    def __init__(self, task: DataTask, least_targets: int):
+        self._task, self._least = task, least_targets
+        self.documents = self.tokens = self.targets = 0
+
+    def add(self, block: Mapping[str, np.ndarray]) -> None:
+        """Count the cut documents of a block; those that will have no row count as dropped, not as cut."""
+        if CUT_TOKENS not in block:
+            return
+        tokens, targets = block[CUT_TOKENS], block[CUT_TARGETS]
+        self.documents += int((((tokens > 0) | (targets > 0)) & self._has_row(block)).sum())
+        self.tokens += int(tokens.sum(dtype=np.int64))
+        self.targets += int(targets.sum(dtype=np.int64))
+
+    def _has_row(self, block: Mapping[str, np.ndarray]) -> np.ndarray:
+        lengths, column = block["lengths"].astype(np.int64), self._task.target_column
+        if column is not None:
+            counts = next(block[one.lengths_name] for one in self._task.columns if one.name == column)
+        elif self._task.marks_tokens:
+            counts = np.add.reduceat(marks_of(block), np.cumsum(lengths) - lengths, dtype=np.int64)
+        else:
+            return np.ones(len(lengths), dtype=bool)  # one label a document
+        enough: np.ndarray = counts >= self._least
+        return enough
 
 
 def _open_writers(
@@ -217,7 +252,7 @@ def _join(
         for column in columns:
             values = block[column.name]
             if column.holds == "label numbers" and len(final):
-                values = np.where(values >= 0, final[values], -1)
+                values = np.where(values >= 0, final[values], NO_NAME)
             elif column.holds == "record numbers":
                 values = values + num_records
                 num_records = int(values[-1]) + 1 if len(values) else num_records
@@ -229,17 +264,20 @@ def _join(
 
 
 def _kept_blocks(
-    parts: Sequence[Part], of_task: Sequence[Column], number_of: Mapping[str, int], kept: Sequence[np.ndarray] | None
-) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    parts: Sequence[Part], of_task: Sequence[Column], number_of: Mapping[str, int],
+    kept: Sequence[np.ndarray] | None, cuts: Sequence[_Cuts],
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:  # fmt: skip
     """Every block with the documents that are kept, and the final number of each of its part's names."""
     for index, part in enumerate(parts):
-        final = np.array([number_of[name] for name in part.account.names], dtype=np.int32)
+        final = np.array([number_of.get(name, NO_NAME) for name in part.account.names], dtype=np.int32)
         first = 0
         for block in part.blocks():
             documents = len(block["lengths"])
             chosen = None if kept is None else kept[index][first : first + documents]
             first += documents
-            yield (block if chosen is None or chosen.all() else _choose(block, chosen, of_task)), final
+            left = block if chosen is None or chosen.all() else _choose(block, chosen, of_task)
+            cuts[index].add(left)
+            yield left, final
 
 
 def _choose(block: dict[str, np.ndarray], chosen: np.ndarray, of_task: Sequence[Column]) -> dict[str, np.ndarray]:

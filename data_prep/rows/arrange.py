@@ -236,9 +236,25 @@ class _Window:
             int(self.lengths.sum(where=in_rows)) - int(segments.lengths.sum(dtype=np.int64)),
             int(self.targets.sum(where=in_rows)) - int(segments.targets.sum(dtype=np.int64)),
         )
+        self._count_lost_answers(segments, np.flatnonzero(~in_rows))
         numbers = segments.documents.astype(unsigned_type(self.store.num_documents))
         numbers += self.first
         return Segments(numbers, segments.starts, segments.lengths, segments.targets, _NO_ROWS)
+
+    def _count_lost_answers(self, segments: Segments, dropped: np.ndarray) -> None:
+        """Tell the account how many answers end behind their row, and how many are in `dropped` documents.
+
+        An answer is a run of targets: its prompt or the next turn's header stands between it and the next one.
+        """
+        if not self.plan.packs or self.source["shape"] == "text":
+            return
+        cut = 0
+        shortened = np.flatnonzero(segments.lengths < self.lengths[segments.documents])
+        for index in shortened.tolist():
+            marks = self.store.targets(self.first + int(segments.documents[index]))
+            cut += len(answer_ends(marks)) - int((answer_ends(marks) <= int(segments.lengths[index])).sum())
+        gone = sum(len(answer_ends(self.store.targets(self.first + number))) for number in dropped.tolist())
+        self.account.lose_answers(cut, gone)
 
     def _poor(self, targets: np.ndarray, placed: np.ndarray) -> np.ndarray:
         if not self.counts_targets:
@@ -266,6 +282,12 @@ class _Window:
                 " data.overlong split is for plain text: the pieces of an answer would be trained without its"
                 " prompt; use truncate or drop"
             )
+
+
+def answer_ends(marks: np.ndarray) -> np.ndarray:
+    """Where runs of targets end in a document of which `marks` (bool [tokens]) says what is a target."""
+    ends: np.ndarray = np.flatnonzero(marks & ~np.append(marks[1:], False)) + 1
+    return ends
 
 
 def _require_text(sources: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,8 @@ These hold for every source and in total, and are asserted when the ledger is ma
     targets      = targets_in_rows + targets_cut + sum(targets_dropped)
 
 Targets are cut with the tokens of truncated documents, and where a piece begins inside a document:
-nothing precedes its first token, so it cannot be predicted.
+nothing precedes its first token, so it cannot be predicted. Where rows hold one document each, encoding cuts what is
+too long: the store lacks those tokens and targets, but they are counted here, as cut, like those that are cut later.
 """
 
 import math
@@ -23,12 +24,14 @@ from data_prep.errors import BadDataError
 from data_prep.token_store import TokenStore
 
 _BLOCK = 1 << 16  # documents that are sorted into the histogram at once
+_SHOWN_PLACES = 3
 REASONS = ("overlong", "too_few_targets")
 _COUNTS = (
     "records_read", "records_of_other_split", "duplicates", "extra_documents", "truncated_at_encoding", "answers_moved",
     "documents", "kept", "split", "truncated", "tokens", "tokens_in_rows", "tokens_cut", "targets", "targets_in_rows",
     "targets_cut", "rows", "rows_per_epoch", "tokens_per_epoch",
 )  # fmt: skip
+_IF_ANY = ("tokens_cut_at_encoding", "targets_cut_at_encoding", "answers_cut", "answers_dropped")
 _BY_REASON = ("dropped_at_encoding", "dropped", "tokens_dropped", "targets_dropped")
 
 
@@ -41,6 +44,7 @@ class SourceAccount:
         self.tokens = self.tokens_in_rows = self.tokens_cut = 0
         self.targets = self.targets_in_rows = self.targets_cut = 0
         self.cut_documents = {"split": 0, "truncated": 0}
+        self.answers_cut = self.answers_dropped = 0
         self.dropped = dict.fromkeys(REASONS, 0)
         self.tokens_dropped = dict.fromkeys(REASONS, 0)
         self.targets_dropped = dict.fromkeys(REASONS, 0)
@@ -76,6 +80,11 @@ class SourceAccount:
         self.tokens_cut += tokens
         self.targets_cut += targets
 
+    def lose_answers(self, cut: int, dropped: int) -> None:
+        """Answers that end behind the end of their row, and those of documents that have no row."""
+        self.answers_cut += cut
+        self.answers_dropped += dropped
+
     def add_rows(self, rows: int, tokens: int, targets: int) -> None:
         """Rows as they are written."""
         self.rows += rows
@@ -85,7 +94,8 @@ class SourceAccount:
     def entry(self, rows_per_epoch: int, row_tokens: int | None) -> dict[str, Any]:
         """The ledger's entry of this source."""
         source = self.source
-        entry = {
+        before = {name: source.get(name, 0) for name in ("documents_cut", "tokens_cut", "targets_cut")}
+        entry: dict[str, Any] = {
             "name": source["name"],
             "records_read": source["records_read"],
             "records_of_other_split": source["records_of_other_split"],
@@ -95,16 +105,17 @@ class SourceAccount:
             "truncated_at_encoding": source["records_truncated"],
             "answers_moved": source["answers_moved"],
             "documents": self.documents,
-            "kept": self.kept,
-            **self.cut_documents,
+            "kept": self.kept - before["documents_cut"],
+            "split": self.cut_documents["split"],
+            "truncated": self.cut_documents["truncated"] + before["documents_cut"],
             "dropped": self.dropped,
-            "tokens": self.tokens,
+            "tokens": self.tokens + before["tokens_cut"],
             "tokens_in_rows": self.tokens_in_rows,
-            "tokens_cut": self.tokens_cut,
+            "tokens_cut": self.tokens_cut + before["tokens_cut"],
             "tokens_dropped": self.tokens_dropped,
-            "targets": self.targets,
+            "targets": self.targets + before["targets_cut"],
             "targets_in_rows": self.targets_in_rows,
-            "targets_cut": self.targets_cut,
+            "targets_cut": self.targets_cut + before["targets_cut"],
             "targets_dropped": self.targets_dropped,
             "rows": self.rows,
             "padding_tokens": None if row_tokens is None else self.rows * row_tokens - self.tokens_in_rows,
@@ -117,6 +128,10 @@ class SourceAccount:
                 if documents
             ],
         }
+        if any(before.values()):
+            entry |= {"tokens_cut_at_encoding": before["tokens_cut"], "targets_cut_at_encoding": before["targets_cut"]}
+        if self.answers_cut or self.answers_dropped:
+            entry |= {"answers_cut": self.answers_cut, "answers_dropped": self.answers_dropped}
         check_identities(entry)
         return entry
 
@@ -132,7 +147,8 @@ def check_identities(entry: Mapping[str, Any]) -> None:
         accounted = entry[f"{unit}_in_rows"] + entry[f"{unit}_cut"] + sum(entry[f"{unit}_dropped"].values())
         assert entry[unit] == accounted and entry[f"{unit}_cut"] >= 0, entry
     for key in ("documents", "tokens"):
-        assert entry[key] == sum(bucket[key] for bucket in entry["lengths"]), entry
+        stored = entry[key] - entry.get(f"{key}_cut_at_encoding", 0)
+        assert stored == sum(bucket[key] for bucket in entry["lengths"]), entry
 
 
 def ledger(
@@ -143,6 +159,9 @@ def ledger(
     total: dict[str, Any] = {"name": "total"}
     for key in _COUNTS:
         total[key] = sum(entry[key] for entry in entries)
+    for key in _IF_ANY:
+        if any(key in entry for entry in entries):
+            total[key] = sum(entry.get(key, 0) for entry in entries)
     for key in _BY_REASON:
         total[key] = {}
         for entry in entries:
@@ -152,9 +171,8 @@ def ledger(
     total["epochs"] = total["rows_per_epoch"] / total["rows"] if total["rows"] else 0.0
     total["lengths"] = _add_histograms(entries)
     check_identities(total)
-    assert (total["documents"], total["tokens"], total["targets"]) == (
-        store.num_documents, store.num_tokens, store.num_targets,
-    )  # fmt: skip
+    stored = [total[key] - total.get(f"{key}_cut_at_encoding", 0) for key in ("documents", "tokens", "targets")]
+    assert stored == [store.num_documents, store.num_tokens, store.num_targets]
     return {"sources": entries, "total": total}
 
 
@@ -192,7 +210,7 @@ def ledger_cells(manifest: Mapping[str, Any]) -> tuple[list[list[str]], list[str
         ("documents", _numbers(lines, "documents")),
         ("kept", _numbers(lines, "kept")),
         ("split", _numbers(lines, "split")),
-        ("truncated", [f"{entry['truncated'] + entry['truncated_at_encoding']:,}" for entry in lines]),
+        ("truncated", [f"{_num_truncated(entry):,}" for entry in lines]),
         ("dropped", [f"{sum(entry['dropped'].values()):,}" for entry in lines]),
         ("tokens", _numbers(lines, "tokens")),
         ("in rows", _numbers(lines, "tokens_in_rows")),
@@ -209,7 +227,13 @@ def ledger_cells(manifest: Mapping[str, Any]) -> tuple[list[list[str]], list[str
         if title in always or any(value != empty.get(title, "0") for value in values)
     ]
     table = [[title for title, _ in shown], *([values[line] for _, values in shown] for line in range(len(lines)))]
-    return table, _missing(total, entries)
+    return table, _missing(total, entries, manifest["sources"])
+
+
+def _num_truncated(entry: Mapping[str, Any]) -> int:
+    """Truncated documents; ledgers of earlier versions had those that encoding cut beside the others."""
+    counted = "tokens_cut_at_encoding" in entry
+    return int(entry["truncated"] + (0 if counted else entry["truncated_at_encoding"]))
 
 
 def _numbers(lines: Sequence[Mapping[str, Any]], key: str) -> list[str]:
@@ -222,13 +246,15 @@ def _filled(entry: Mapping[str, Any]) -> str:
     return f"{entry['tokens_in_rows'] / (entry['tokens_in_rows'] + entry['padding_tokens']):.2%}"
 
 
-def _missing(total: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _missing(
+    total: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], sources: Sequence[Mapping[str, Any]]
+) -> list[str]:
     def by_source(key: str, reason: str) -> str:
         counts = [(entry["name"], entry[key].get(reason, 0)) for entry in entries]
         return "" if len(entries) < 2 else f": {', '.join(f'{name} {count:,}' for name, count in counts if count)}"
 
     lines = [
-        f"unusable: {count:,} {reason}{by_source('dropped_at_encoding', reason)}"
+        f"unusable: {count:,} {reason}{by_source('dropped_at_encoding', reason)}{_places(sources, reason, count)}"
         for reason, count in total["dropped_at_encoding"].items()
         if count
     ]
@@ -239,9 +265,18 @@ def _missing(total: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> 
     ]
     if total["tokens_cut"] or total["targets_cut"]:
         lines.append(f"cut off: {total['tokens_cut']:,} tokens, {total['targets_cut']:,} targets")
+    if total.get("answers_cut"):
+        lines.append(f"answers cut: {total['answers_cut']:,} (their row ends before their stop token)")
     if total["answers_moved"]:
         lines.append(f"moved: {total['answers_moved']:,} answers stand elsewhere in their context than they say")
     return lines
+
+
+def _places(sources: Sequence[Mapping[str, Any]], reason: str, count: int) -> str:
+    """The first places of records that were left out for `reason`."""
+    found = [place for source in sources for why, place, _ in source.get("unusable", ()) if why == reason]
+    shown = found[:_SHOWN_PLACES]
+    return f" ({', '.join(shown)}{' ...' if count > len(shown) else ''})" if shown else ""
 
 
 def rows_per_epoch(num_rows: Sequence[int], num_tokens: Sequence[int], sources: Sequence[SourceConfig]) -> list[int]:

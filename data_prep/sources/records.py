@@ -82,6 +82,10 @@ class SourceFile:
     folder_label: str | None = None  # the label of all its records, where `label_from` takes it from the file's place
 
 
+#: What records are counted in, where it is not the line they begin in.
+UNITS = {"json": "element", "squad": "article", "parquet": "row", "arrow": "row"}
+
+
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.config import ShapeName
-from data_prep.encode.blocks import Block, Column
+from data_prep.encode.blocks import NO_NAME, Block, Column
 from data_prep.encode.content import Context
 from data_prep.shapes.examples import Example
 from data_prep.sources.records import Record
@@ -84,7 +84,9 @@ class DataTask:
 
 
 def name_of(store: TokenStore, label: int) -> str:
-    """The name of a label's number."""
+    """The name of a label's number; held-out labels that train has not have none."""
+    if label == NO_NAME:
+        return "(not a label of train)"
     return store.label_names[label] if 0 <= label < len(store.label_names) else str(label)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_prep.encode.blocks import Block, Column, block_of_documents, ragged
+from data_prep.encode.blocks import Block, Column, block_of_documents, cut_columns, ragged
 from data_prep.encode.content import Context, encode_texts
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example, QuestionExample
@@ -30,14 +30,15 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
     contexts = tokenizer.encode_with_offsets([one.context for one in chosen])
     documents: list[list[int]] = []
     spans: list[list[int]] = []
-    lines, pair_starts, numbers, truncated = [], [], [], 0
+    lines, pair_starts, numbers, cut, truncated = [], [], [], [], 0
     for number, (record, one, question, (ids, offsets)) in enumerate(
         zip(records, chosen, questions, contexts, strict=True)
     ):
         if tokenizer.holds_control_ids(ids):
             raise BadDataError(f"{record.where}: this tokenizer turns part of the text into a control token")
         head, room = _head(record, question, ids, context)
-        truncated += len(head) < len(tokenizer.prefix_ids) + len(question) + len(tokenizer.pair_middle_ids)
+        gone = len(tokenizer.prefix_ids) + len(question) + len(tokenizer.pair_middle_ids) - len(head)
+        truncated += gone > 0
         answers = [_token_span(offsets, start, start + len(text)) for start, text in one.answers]
         for begin, stop in _windows(len(ids), room, room - context.stride_tokens):
             documents.append([*head, *ids[begin:stop], *tokenizer.suffix_ids])
@@ -46,12 +47,14 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
             lines.append(record.line)
             pair_starts.append(len(head))
             numbers.append(number)
+            cut.append(gone)
     block = block_of_documents(documents, lines, context.id_type)
     columns = {
         **block.columns,
         **ragged(_ANSWER_SPANS, spans, np.int32),
         PAIR_STARTS.name: np.array(pair_starts, dtype=np.uint32),
         _QUESTIONS.name: np.array(numbers, dtype=np.uint32),
+        **cut_columns(cut, [0] * len(cut)),
     }
     moved, extra = sum(one.num_moved for one in chosen), len(documents) - len(records)
     return Block(columns, len(documents), num_truncated=truncated, num_extra=extra, num_moved=moved)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.encode.blocks import Block, Column, block_of_documents, ragged
+from data_prep.encode.blocks import Block, Column, block_of_documents, cut_columns, ragged
 from data_prep.encode.content import Context, encode_texts, refuse_untrainable_at
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example, PromptExample
@@ -26,16 +26,19 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
     empty = [index for index, pair in enumerate(zip(sources, targets, strict=True)) if not all(pair)]
     refuse_untrainable_at(empty, records, "the source or the target text is empty")
     around = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
-    documents, outputs, truncated = [], [], 0
+    documents, outputs, cut_tokens, cut_targets = [], [], [], []
     for record, source, target in zip(records, sources, targets, strict=True):
         kept = source if context.limit_tokens is None else source[: context.limit_tokens - around]
         output = _cut_target(record, target, context)
         documents.append([*tokenizer.prefix_ids, *kept, *tokenizer.suffix_ids])
         outputs.append([*output, tokenizer.eos_id])
-        truncated += len(kept) < len(source) or len(output) < len(target)
+        cut_tokens.append(len(source) - len(kept))
+        cut_targets.append(len(target) - len(output))
     block = block_of_documents(documents, [record.line for record in records], context.id_type)
     columns = {**block.columns, **ragged(_TARGET_IDS, outputs, context.id_type)}
-    return Block(columns, num_targets=len(columns[_TARGET_IDS.name]), num_truncated=truncated)
+    columns |= cut_columns(cut_tokens, cut_targets)
+    num_truncated = sum(map(any, zip(cut_tokens, cut_targets, strict=True)))
+    return Block(columns, num_targets=len(columns[_TARGET_IDS.name]), num_truncated=num_truncated)
 
 
 def _cut_target(record: Record, target: list[int], context: Context) -> list[int]:

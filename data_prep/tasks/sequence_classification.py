@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.encode.blocks import Block, Column, block_of_documents, ragged
+from data_prep.encode.blocks import Block, Column, block_of_documents, cut_columns, ragged
 from data_prep.encode.content import Context, encode_texts, refuse_untrainable_at
 from data_prep.shapes.examples import Example, LabelledExample, ScoredExample
 from data_prep.sources.records import Record
@@ -35,17 +35,18 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
     contents = _contents(records, chosen, context)
     empty = [index for index, texts in enumerate(contents) if not any(texts)]
     documents: list[list[int]] = []
-    pair_starts, truncated = [], 0
+    pair_starts, cut = [], []
     for texts in contents:
-        document, pair_start, is_cut = _document(texts, context.tokenizer, context.limit_tokens)
+        document, pair_start, num_cut = _document(texts, context.tokenizer, context.limit_tokens)
         documents.append(document)
         pair_starts.append(pair_start)
-        truncated += is_cut
+        cut.append(num_cut)
     refuse_untrainable_at(empty, records, "the text is empty")
-    counts = {"num_targets": len(documents), "num_truncated": truncated}
+    counts = {"num_targets": len(documents), "num_truncated": len(cut) - cut.count(0)}
     block = block_of_documents(documents, [record.line for record in records], context.id_type, **counts)
     starts = {PAIR_STARTS.name: np.array(pair_starts, dtype=np.uint32)}
-    return Block({**block.columns, **starts, **_learned(records, chosen, context)}, **counts)
+    learned = _learned(records, chosen, context)
+    return Block({**block.columns, **starts, **learned, **cut_columns(cut, [0] * len(cut))}, **counts)
 
 
 def _contents(
@@ -58,16 +59,16 @@ def _contents(
     return [[next(encoded) for _ in own] for own in texts]
 
 
-def _document(texts: list[list[int]], tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], int, bool]:
-    """A document of one or two texts, where its second text begins (0: it has none), and whether it was cut."""
+def _document(texts: list[list[int]], tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], int, int]:
+    """A document of one or two texts, where its second text begins (0: it has none), and the tokens cut off."""
     prefix, middle, suffix = tokenizer.prefix_ids, tokenizer.pair_middle_ids, tokenizer.suffix_ids
     around = len(prefix) + len(suffix) + (len(middle) if len(texts) == 2 else 0)
     first, *second = texts if limit is None else _cut(texts, max(0, limit - around))
-    is_cut = limit is not None and len(first) + sum(map(len, second)) < sum(map(len, texts))
+    num_cut = sum(map(len, texts)) - len(first) - sum(map(len, second))
     if not second:
-        return [*prefix, *first, *suffix], 0, is_cut
+        return [*prefix, *first, *suffix], 0, num_cut
     before = [*prefix, *first, *middle]
-    return [*before, *second[0], *suffix], len(before), is_cut
+    return [*before, *second[0], *suffix], len(before), num_cut
 
 
 def _cut(texts: list[list[int]], room: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.encode.blocks import Block, Column, block_of_documents
+from data_prep.encode.blocks import Block, Column, block_of_documents, cut_columns
 from data_prep.encode.content import Context, refuse_untrainable_at
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example, TaggedExample
@@ -29,25 +29,27 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
     encoded = tokenizer.encode_words([one.words for one in chosen])
     documents: list[list[int]] = []
     tags: list[int] = []
-    truncated = 0
+    cut: list[tuple[int, int]] = []
     for record, one, (ids, words) in zip(records, chosen, encoded, strict=True):
         if tokenizer.holds_control_ids(ids):
             raise BadDataError(f"{record.where}: this tokenizer turns part of the text into a control token")
-        body, marks, is_cut = _body(record, one.tags, ids, words, context)
+        body, marks, gone = _body(record, one.tags, ids, words, context)
         documents.append([*tokenizer.prefix_ids, *body, *tokenizer.suffix_ids])
         tags += [*[_NO_TAG] * len(tokenizer.prefix_ids), *marks, *[_NO_TAG] * len(tokenizer.suffix_ids)]
-        truncated += is_cut
+        cut.append(gone)
     block = block_of_documents(documents, [record.line for record in records], context.id_type)
     column = np.array(tags, dtype=np.int32)
     marked = (column != _NO_TAG).astype(np.uint8)
     columns = {**block.columns, "marks": marked, _TAGS.name: column}
-    return Block(columns, num_targets=int(marked.sum(dtype=np.int64)), num_truncated=truncated)
+    columns |= cut_columns([tokens for tokens, _ in cut], [words for _, words in cut])
+    num_truncated = sum(words > 0 for _, words in cut)
+    return Block(columns, num_targets=int(marked.sum(dtype=np.int64)), num_truncated=num_truncated)
 
 
 def _body(
     record: Record, tags: Sequence[str], ids: Sequence[int], words: Sequence[int | None], context: Context
-) -> tuple[list[int], list[int], bool]:
-    """The tokens of a sentence, the number of a tag at each of them, and whether words were left out at the end.
+) -> tuple[list[int], list[int], tuple[int, int]]:
+    """The tokens of a sentence, the number of a tag at each of them, and the tokens and words left out at the end.
 
     `words` [tokens] has the place of the word that each token belongs to.
     """
@@ -62,10 +64,11 @@ def _body(
         written = number in starts
         pieces = ids[starts[number] : stops[number]] if written else [_unknown(tokenizer.unk_id, record)]
         if room is not None and len(body) + len(pieces) > room:
-            return body, marks, True
+            tokens = sum(stops[word] - starts[word] if word in starts else 1 for word in range(number, len(tags)))
+            return body, marks, (tokens, len(tags) - number)
         body += pieces
         marks += [context.names.number(tag, record, number), *[_NO_TAG] * (len(pieces) - 1)]
-    return body, marks, False
+    return body, marks, (0, 0)
 
 
 def _unknown(unk_id: int | None, record: Record) -> int:
@@ -77,7 +80,7 @@ def _unknown(unk_id: int | None, record: Record) -> int:
 def _view(store: TokenStore, document: int, start: int, stop: int) -> DocumentView:
     learned = store.targets(document, start, stop)
     numbers = store.token_column(_TAGS.name, document, start, stop).tolist()
-    tags = tuple(name_of(store, number) if number >= 0 else None for number in numbers)
+    tags = tuple(name_of(store, number) if is_tag else None for number, is_tag in zip(numbers, learned, strict=True))
     return DocumentView(learned, int(learned.sum()), tags=tags)
 
 

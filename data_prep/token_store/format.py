@@ -58,6 +58,12 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def place_prefix(file: Mapping[str, Any]) -> str:
+    """What the places of records in a file of the manifest begin with: lines are numbered unless `unit` says else."""
+    unit = file.get("unit")
+    return f"{file['path']}: {unit} " if unit else f"{file['path']}:"
+
+
 def whole_number(values: Mapping[str, Any], key: str) -> int:
     value = values[key]
     if type(value) is not int or not 0 <= value < 2**62:

@@ -36,6 +36,7 @@ from data_prep.token_store.format import (
     hash_file,
     identity_of,
     map_array,
+    place_prefix,
     read_manifest,
     whole_number,
 )
@@ -323,14 +324,14 @@ class TokenStore:
 
     @cached_property
     def _file_starts(self) -> tuple[np.ndarray, list[str]]:
-        """First document and path of every input file, in the order of the documents."""
+        """First document of every input file, in the order of the documents, and what its places begin with."""
         files = [file for source in self.manifest["sources"] for file in source["files"]]
-        return np.array([file["first_document"] for file in files], dtype=np.int64), [file["path"] for file in files]
+        return np.array([file["first_document"] for file in files], dtype=np.int64), [*map(place_prefix, files)]
 
     def locate(self, document: int) -> str:
-        """Where the record of a document stands: ``path/to/file.jsonl:123``."""
-        firsts, paths = self._file_starts
-        return f"{paths[int(np.searchsorted(firsts, document, side='right')) - 1]}:{int(self._lines[document])}"
+        """Where the record of a document stands: ``path/to/file.jsonl:123``, or ``file.json: element 123``."""
+        firsts, prefixes = self._file_starts
+        return f"{prefixes[int(np.searchsorted(firsts, document, side='right')) - 1]}{int(self._lines[document])}"
 
 
 def _count_bits(marks: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from engine.model.empty_model import empty_model, initialise, main_type, pretrai
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
-from engine.tasks.task import Output, Task
+from engine.tasks.task import UNKNOWN_LABEL, Output, Task
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class TaskModel(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
-        self._to_model = None if label_numbers is None else torch.tensor(label_numbers)
+        # The last one stands for UNKNOWN_LABEL, which is -1 in the store and in the model.
+        self._to_model = None if label_numbers is None else torch.tensor([*label_numbers, UNKNOWN_LABEL])
         self._to_store = None if label_numbers is None else _inverse(label_numbers, model.config.num_labels)
 
     def forward(self, batch: Batch) -> Output:

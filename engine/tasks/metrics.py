@@ -3,11 +3,18 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.tasks.task import UNKNOWN_LABEL
+
 
 def label_figures(truth: NDArray[np.int64], predicted: NDArray[np.int64], num_labels: int) -> dict[str, float]:
-    """Accuracy and macro F1 of predicted labels, both (N,). A model may have more than the data's `num_labels`."""
-    size = max(num_labels, int(predicted.max(initial=0)) + 1)
-    places = np.bincount(truth * size + predicted, minlength=size**2)
+    """Accuracy and macro F1 of predicted labels, both (N,). A model may have more than the data's `num_labels`.
+
+    A true label that train has not (UNKNOWN_LABEL) is wrong whatever is predicted: it counts as a label of its own,
+    behind all others, that nothing predicts and that is left out of the mean.
+    """
+    size = max(num_labels, int(predicted.max(initial=0)) + 1) + 1
+    rows = np.where(truth == UNKNOWN_LABEL, size - 1, truth)
+    places = np.bincount(rows * size + predicted, minlength=size**2)
     confusion = places.reshape(size, size)
     return {"accuracy": float(np.trace(confusion) / max(1, len(truth))), "macro_f1": macro_f1(confusion, num_labels)}
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import DataError
-from engine.tasks.task import DocumentResult, Output, Task, document_results, target_loss
+from engine.tasks.task import UNKNOWN_LABEL, DocumentResult, Output, Task, document_results, target_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,9 @@ def _loss(model: Any, batch: "Batch") -> Output:
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
     labels, predicted = batch.target_ids.tolist(), output.values["predicted"].tolist()
     details = [{"label": label, "predicted": guess} for label, guess in zip(labels, predicted, strict=True)]
-    return document_results(output.values["losses"], batch.target_positions, len(batch.rows), details)
+    known = batch.target_ids != UNKNOWN_LABEL  # the others have no loss
+    losses, owners = output.values["losses"][known], batch.target_positions[known]
+    return document_results(losses, owners, len(batch.rows), details)
 
 
 def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[str, float]:

@@ -54,8 +54,12 @@ class Task:
     best: str  # the metric that is taken where the run file names none
 
 
+#: The number of a held-out label that train has not: no prediction equals it, and it has no loss.
+UNKNOWN_LABEL = -1
+
+
 def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
-    """The cross-entropy of logits (U, V) for target_ids (U,), computed in fp32.
+    """The cross-entropy of logits (U, V) for target_ids (U,), computed in fp32; 0 for UNKNOWN_LABEL.
 
     Without gradients, as in an evaluation, the values are "losses" (U,), fp32, and "predicted" (U,), the likeliest ids.
     """
@@ -63,10 +67,10 @@ def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
     import torch.nn.functional as F
 
     scores = logits.float()
-    loss_sum = F.cross_entropy(scores, target_ids, reduction="sum")
+    loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     if torch.is_grad_enabled():
         return Output(loss_sum, {})
-    losses = F.cross_entropy(scores, target_ids, reduction="none")
+    losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)
     return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)})
 
 

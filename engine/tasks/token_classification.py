@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.tasks.task import DocumentResult, Output, Task, document_results, target_loss
+from engine.tasks.task import UNKNOWN_LABEL, DocumentResult, Output, Task, document_results, target_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,8 @@ def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
     for owner, tag, predicted in zip(*chosen, strict=True):
         details[owner]["tags"].append(tag)
         details[owner]["predicted"].append(predicted)
-    return document_results(output.values["losses"], owners, len(batch.rows), details)
+    known = batch.target_ids != UNKNOWN_LABEL  # the others have no loss
+    return document_results(output.values["losses"][known], owners[known], len(batch.rows), details)
 
 
 def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[str, float]:

