@@ -8,13 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 from data_prep.config import ShapeName, SourceConfig
-from data_prep.shapes.fields import FIELDS_TO_LEAVE_OUT, known_fields, shown, shown_list
+from data_prep.shapes.fields import FIELDS_TO_LEAVE_OUT, OPTIONAL, dotted_names, known_fields, lookup, shown, shown_list
 from data_prep.shapes.usual_names import folded, names_of
 from data_prep.sources.read_csv import Dialect, other_delimiter
 from data_prep.sources.records import Record
 
 _TAG = re.compile(r"O|[BIES]-\S+|[A-Z$.,:'`]{1,6}")
 _MOST_NEAREST = 3
+_CLOSE = 0.8  # share of letters that a misspelt name has in common with a usual one
 
 
 def nearest_forms(record: Record, shapes: Sequence[ShapeName], given: Mapping[str, str]) -> str:
@@ -24,6 +25,10 @@ def nearest_forms(record: Record, shapes: Sequence[ShapeName], given: Mapping[st
         wanted = [name for name in known_fields(shape) if name not in FIELDS_TO_LEAVE_OUT]
         filled = {ours: theirs for ours in wanted if (theirs := _nearest(record.value, shape, ours, given))}
         lacking = [ours for ours in wanted if ours not in filled]
+        for ours in OPTIONAL.get(shape, {}):
+            theirs = _nearest(record.value, shape, ours, given)
+            if theirs is not None and "." in theirs:  # one that is no field of its own is not found by itself
+                filled[ours] = theirs
         found.append((len(lacking), -len(filled), shape, filled, lacking))
     least = min(found)[:1]
     best = [one for one in sorted(found, key=lambda one: one[:2]) if one[:1] == least and one[3]][:_MOST_NEAREST]
@@ -41,7 +46,7 @@ def _advice(record: Record, shape: ShapeName, filled: Mapping[str, str], lacking
     line = f"`shape: {shape}` with `fields: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in names.items())}}}`"
     if not lacking:
         return line
-    free = [name for name, held in record.value.items() if name not in used and not isinstance(held, dict)]
+    free = [name for name in dotted_names(record.value) if lookup(record.value, name) is not None and name not in used]
     choice = f" (one of {shown_list(free)})" if free else ""
     return f"{line}, which lacks {' and '.join(lacking)}{choice}"
 
@@ -51,14 +56,13 @@ def _nearest(value: Mapping[str, Any], shape: ShapeName, ours: str, given: Mappi
     if ours in given:
         return given[ours] if given[ours] in value else None
     usual = names_of(shape, ours)
-    names = {folded(key): key for key, held in value.items() if held is not None}
+    names = {
+        folded(key.rpartition(".")[2]): key for key in reversed(dotted_names(value)) if lookup(value, key) is not None
+    }
     exact = next((names[name] for name in usual if name in names), None)
     if exact is not None:
         return exact
-    close = next((match[0] for name in names if (match := get_close_matches(name, usual, 1, 0.8))), None)
-    return (
-        None if close is None else next(key for name, key in names.items() if get_close_matches(name, [close], 1, 0.8))
-    )
+    return next((key for name, key in names.items() if get_close_matches(name, usual, 1, _CLOSE)), None)
 
 
 def other_format(records: Sequence[Record], config: SourceConfig, shapes: Sequence[ShapeName]) -> str:
@@ -87,12 +91,16 @@ def other_format(records: Sequence[Record], config: SourceConfig, shapes: Sequen
 
 def other_table(record: Record, config: SourceConfig) -> str:
     """What to write for a table whose first line may be no header, or whose columns are parted by another character."""
-    name = (config.path or "").lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
-    if config.format not in ("csv", "tsv") and not name.endswith((".csv", ".tsv", ".tab")):
+    name = record.where.rpartition(":")[0].lower()
+    ending = next((one for one in (".csv", ".tsv", ".tab") if name.removesuffix(".gz").endswith(one)), "")
+    if config.columns is not None or not (ending or config.format in ("csv", "tsv")):
         return ""
-    usual = "," if config.format == "csv" or name.endswith(".csv") else "\t"
+    usual = "," if config.format == "csv" or ending == ".csv" else "\t"
     dialect = Dialect(config.delimiter or usual, config.quoting)
-    return other_delimiter(list(record.value), dialect) or "; if the file has no header line, name its `columns:`"
+    columns = ", ".join(["..."] * len(record.value))
+    return other_delimiter(list(record.value), dialect) or (
+        f"; if the file has no header line, name its `columns:` ({len(record.value)}: `columns: [{columns}]`)"
+    )
 
 
 def _other_table(lines: Sequence[str]) -> str:

@@ -49,7 +49,6 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
             (
                 ("text", "content"),
                 ("body", "article", "document", "raw_content", "page_content", "markdown", "raw_text", "text_content"),
-                ("paragraph", "passage", "story", "lyrics", "code", "sentence", "abstract"),
             ),
             _is_text,
         ),
