@@ -21,6 +21,7 @@ from data_prep.sources.class_names import class_names
 from data_prep.sources.read import read_records
 from data_prep.sources.records import Record, SourceFile, Span
 from data_prep.sources.scan import find_sources
+from data_prep.sources.source_files import reads_other_ending
 from data_prep.sources.spans import SPAN_BYTES
 from data_prep.tasks import TASKS
 from data_prep.tasks.data_task import DataTask
@@ -175,7 +176,8 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
     for source, name, files in zip(sources, names, found, strict=True):
         first = _first_records(files[0])
         shape = _with_names(run, _recognised(run, first, source), first, files[0])
-        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        read_as = f", read as {files[0].format}" if reads_other_ending(files[0].path) else ""
+        count = ("1 file" if len(files) == 1 else f"{len(files)} files") + read_as
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
     return tuple(inputs)

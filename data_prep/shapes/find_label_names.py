@@ -95,9 +95,11 @@ def _by_position(
     """Numbers 0 to N - 1 for N names. Raises BadDataError for other numbers, with the map to write."""
     positions = {str(number): name for number, name in enumerate(given)}
     outside = sorted((number for number in numbers if number not in positions), key=int)
+    if any("-1" in few for few in labels) and len(numbers) == len(given) - 1 and str(len(given) - 1) not in numbers:
+        outside = ["-1"]  # with it there are as many numbers as names: it is a class, not a label that is missing
     if outside:
         where = _where(records, labels, outside[0])
-        least = 1 if outside == [str(len(given))] and "0" not in numbers else min(map(int, numbers))
+        least = 1 if outside == [str(len(given))] and "0" not in numbers else min(map(int, [*numbers, *outside]))
         line = ", ".join(f"{number}: {shown(name)}" for number, name in enumerate(given[:_SHOWN_LABELS], least))
         more = ", ..." if len(given) > _SHOWN_LABELS else ""
         raise BadDataError(
@@ -106,6 +108,8 @@ def _by_position(
             f" `data.label_map: {{{line}{more}}}`"
         )
     note = f"label numbers are positions in data.label_names: {_numbered(given)}"
+    if "0" not in numbers:
+        note += f"; no 0 among those seen, which are {shown_list(sorted(numbers, key=int))}"
     return LabelNames(positions, frozenset(given), True, note=note)
 
 

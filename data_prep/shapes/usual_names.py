@@ -62,8 +62,8 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
                     "category", "categories", "intent", "intents", "class", "classes", "class_label", "class_name",
                     "class_index", "target", "targets", "sentiment", "sentiment_label", "polarity", "emotion",
                     "emotions", "topic", "topics", "lang", "language", "entailment_judgment", "entailment_label",
-                    "is_duplicate", "is_spam", "spam", "toxic", "stance", "genre", "genres", "fine_label",
-                    "coarse_label", "label_text", "label_name", "label_id", "intent_label", "relation",
+                    "is_duplicate", "is_spam", "spam", "stance", "genre", "genres", "fine_label",
+                    "coarse_label", "label_fine", "label_coarse", "label_text", "label_name", "label_id", "intent_label", "relation",
                     "airline_sentiment", "y", "rating", "stars", "star_rating",
                 ),
             ),
@@ -113,7 +113,7 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
 _TEXTS: Ranks = (
     ("text", "sentence", "content", "text_a"),
     (
-        "utterance", "utt", "query", "question", "review", "review_text", "review_body", "tweet", "tweet_text",
+        "utterance", "utt", "query", "question", "review", "review_text", "reviewtext", "review_body", "tweet", "tweet_text",
         "originaltweet", "headline", "comment", "comment_text", "post", "message", "sms", "passage", "paragraph",
         "document", "article", "body", "statement", "claim", "input", "input_text", "clean_text", "cleaned_text",
         "raw_text", "email", "news", "prompt", "abstract",

@@ -37,6 +37,7 @@ READ: list[tuple[list[Any], dict[str, Any], list[str], str]] = [
     ([0, 5, 1], {"given": EMOTIONS}, ["neutral", "disgusted", "happy"], "positions in data.label_names: 0 = neutral"),
     (["0", "1"], {"given": ["no", "yes"]}, ["no", "yes"], "0 = no, 1 = yes"),
     ([1], {"given": ["no", "yes"]}, ["yes"], "0 = no, 1 = yes"),
+    ([1, 2], {"given": EMOTIONS}, ["happy", "sad"], "no 0 among those seen, which are 1, 2"),
     (["yes", "no"], {"given": ["no", "yes"]}, ["yes", "no"], "agree"),
     (["1", "2"], {"given": ["2", "1"]}, ["1", "2"], "agree"),
     ([[0, 2], []], {"given": EMOTIONS}, ["neutral,sad", ""], "0 = neutral"),
@@ -79,6 +80,7 @@ def test_labels_become_names(labels: list[Any], settings: dict[str, Any], wanted
     [
         ([1, 2, 4, 3], {"given": list("abcd")}, BadDataError, "data.jsonl:3: label 4 is no position in data.label_names, whose 4 names are 0 to 3; say which number is which with `data.label_map: {1: a, 2: b, 3: c, 4: d}`"),
         ([0, 7], {"given": ["a", "b"]}, BadDataError, "label 7 is no position"),
+        ([-1, 0, 1], {"given": ["negative", "neutral", "positive"]}, BadDataError, "data.jsonl:1: label -1 is no position in data.label_names, whose 3 names are 0 to 2; say which number is which with `data.label_map: {-1: negative, 0: neutral, 1: positive}`"),
         ([-2, 2], {"given": ["a", "b"]}, BadDataError, "label -2, 2 is no position"),
         ([0, "happy"], {"given": EMOTIONS}, BadDataError, "data.jsonl:2: labels are numbers and names at once (0; happy)"),
         (["happy", 3], {"given": EMOTIONS}, BadDataError, "data.jsonl:2: labels are numbers and names at once (3; happy)"),

@@ -73,6 +73,16 @@ RECOGNISED: list[tuple[str, dict[str, Any], Example]] = [
         ("token_classification", {"tokens": ["a", "b"], name: ["O", 1]}, TaggedExample(("a", "b"), ("O", "1")))
         for name in TAGS
     ),
+    (
+        "token_classification",
+        {"text": "a b", "tokens": ["a", "b"], "ner_tags": [0, 1]},
+        TaggedExample(("a", "b"), ("0", "1")),
+    ),
+    (
+        "token_classification",
+        {"text": "a b", "tokens": ["a", "b"], "upos": ["N", "V"]},
+        TaggedExample(("a", "b"), ("N", "V")),
+    ),
     ("token_classification", {"seq_in": "a b", "seq_out": "O B"}, TaggedExample(("a", "b"), ("O", "B"))),
     *(
         (
