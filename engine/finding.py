@@ -1,10 +1,11 @@
 """A finding of a check before a run; its verdict never promises more than was seen."""
 
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from engine.errors import ConfigError, FulltuneError
+from engine.errors import SUPERVISED, ConfigError, FulltuneError, MissingInputError
 
 #: error: would break the run; warning: would not, but is worth knowing; skipped: could not be looked at.
 Verdict = Literal["ok", "warning", "error", "skipped"]
@@ -34,8 +35,7 @@ class RefusedError(FulltuneError):
     """Checks found something that would break the run; each error stands in a line of its own."""
 
     def __init__(self, errors: Sequence[Finding]):
-        lines = [errors[0].text] if len(errors) == 1 else [f"{len(errors)} things would break the run"]
-        super().__init__("\n".join([*lines, *(f"  {one.name}: {one.text}" for one in errors if len(errors) > 1)]))
+        super().__init__("\n".join(f"{error.name}: {error.text}" for error in errors))
         self.exit_code = exit_code(errors)
 
 
@@ -62,3 +62,20 @@ def failure(name: str, error: Exception, to_do: str = "") -> Finding:
     if not isinstance(code, int):
         raise error
     return Finding(name, "error", " ".join(str(error).split()), to_do, code=code)
+
+
+def failures(name: str, error: FulltuneError) -> list[Finding]:
+    """A finding for each line of an error."""
+    return [Finding(name, "error", " ".join(line.split()), code=error.exit_code) for line in str(error).splitlines()]
+
+
+def warning_lines(finding: Finding) -> list[str]:
+    """A line for a warning that ranks find; none for ranks of `fulltune`, which has printed it before they started."""
+    is_said = finding.verdict != "warning" or SUPERVISED in os.environ
+    return [] if is_said else [f"warning: {finding.name}: {finding.text}"]
+
+
+def not_there_yet(finding: Finding) -> Finding:
+    """The finding as a plan has it: a missing input is an error for a start, and worth knowing before."""
+    is_missing = finding.verdict == "error" and finding.code == MissingInputError.exit_code
+    return replace(finding, verdict="warning") if is_missing else finding

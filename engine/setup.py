@@ -11,22 +11,23 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
+from data_prep.token_store import Rows
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, StepBatch, list_checkpoints, total_steps
 from engine.checkpoint.reader import CheckpointReader
 from engine.checkpoint.restore import restore_newest
 from engine.checkpoint.save import Owner, finish_replacing
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
-from engine.errors import DataError, MissingInputError, StorageError
+from engine.errors import ConfigError, DataError, StorageError
+from engine.finding import warning_lines
 from engine.fit.model_facts import ModelFacts
 from engine.fit.positions import check_positions
-from engine.model.build import StoreFacts, build_model, label_numbers, model_folder
+from engine.fit.stores import Stores, open_stores
+from engine.model.build import StoreFacts, build_model, label_numbers, model_folder, say
 from engine.model.positions import positions_of
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
@@ -40,47 +41,6 @@ from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config,
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
 from engine.zero.zero_model import ZeroModel
-
-
-@dataclass(frozen=True)
-class Stores:
-    """The token stores of a run and their rows at the run's row length."""
-
-    training: tuple[TokenStore, Rows]
-    validation: tuple[TokenStore, Rows] | None
-
-    @property
-    def opened(self) -> tuple[tuple[TokenStore, Rows], ...]:
-        """Both, or the one there is."""
-        return (self.training,) if self.validation is None else (self.training, self.validation)
-
-    @property
-    def facts(self) -> StoreFacts:
-        """What the model must fit."""
-        store, stores = self.training[0], tuple(store for store, _ in self.opened)
-        return StoreFacts(
-            store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir, stores
-        )
-
-
-def open_stores(config: RunConfig, data_section: dict[str, Any]) -> Stores:
-    """Open and check the stores that `fulltune prepare` made from this run file's data section."""
-    opened: dict[str, tuple[TokenStore, Rows]] = {}
-    for split in ("train", "validation"):
-        path = resolve_store(config.data.store_dir, split, data_section, config.task)
-        if path is not None:
-            store = TokenStore.open(path)
-            if store.task != config.task:
-                raise DataError(f"data.store_dir: {path} was prepared for task {store.task}, not {config.task}")
-            for column, fault in config.trained_task.columns.items():
-                if column not in store.columns:
-                    raise DataError(f"{path}: {fault}")
-            opened[split] = (store, open_rows(store, config.data.row_tokens))
-    if "train" not in opened:
-        raise MissingInputError(
-            f"data.store_dir: {config.data.store_dir} has no training store: run `fulltune prepare`"
-        )
-    return Stores(opened["train"], opened.get("validation"))
 
 
 def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> tuple[Training, Progress, RunLog]:
@@ -144,20 +104,27 @@ def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, 
             model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        model, weights = build_model(config.model, config.trained_task, stores.facts, config.seed, not resumes)
-        _check_lengths(model, config, stores, ranks)
+        model, weights = build_model(config.model, config.trained_task, _facts(stores), config.seed, not resumes)
+        _check_lengths(model, config, stores)
         return model, weights
 
 
-def _check_lengths(model: Any, config: RunConfig, stores: Stores, ranks: Ranks) -> None:
-    """DataError for a document that the model has no positions for; a line for one longer than it was made for."""
-    name = f"model.path: {config.model.path}" if config.model.path else "model.config"
+def _facts(stores: Stores) -> StoreFacts:
+    """What the model must fit."""
+    store, opened = stores.training[0], tuple(store for store, _ in stores.opened)
+    return StoreFacts(
+        store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir, opened
+    )
+
+
+def _check_lengths(model: Any, config: RunConfig, stores: Stores) -> None:
+    """ConfigError for a document that the model has no positions for; a line for one longer than it was made for."""
+    name = f"model.path {config.model.path}" if config.model.path else "model.config"
     rows: int = model.get_input_embeddings().weight.shape[0]
     finding = check_positions(ModelFacts(name, rows, positions_of(model)), stores.opened)
     if finding.verdict == "error":
-        raise DataError(finding.text)
-    if finding.verdict == "warning" and ranks.rank == 0:
-        print(f"warning: {finding.text}", flush=True)
+        raise ConfigError(finding.text)
+    say(warning_lines(finding))
     for store, _ in stores.opened:
         if store.pad_id >= rows:
             store.pad_id = 0  # padding is never looked at, but must have a row

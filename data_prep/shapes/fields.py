@@ -225,19 +225,7 @@ def readings(value: Mapping[str, Any], candidates: Candidates) -> list[Reading]:
             if lookup(value, name) is not None
         }
         found.append(Reading(shape, tuple(names.items()), frozenset(optional.union(names.values()))))
-    found = [one for one in found if not any(one.used < other.used for other in found)]
-    return [one for one in found if not any(_has_words(value, one, other) for other in found)]
-
-
-def _has_words(value: Mapping[str, Any], one: Reading, other: Reading) -> bool:
-    """True if `other` has a list of words where `one` has the text of the sentence, for the same tags."""
-    names, others = dict(one.names), dict(other.names)
-    return (
-        one.shape == other.shape == "tags"
-        and names["tags"] == others["tags"]
-        and isinstance(lookup(value, names["words"]), str)
-        and isinstance(lookup(value, others["words"]), list)
-    )
+    return [one for one in found if not any(one.used < other.used for other in found)]
 
 
 def _chat_shape(value: Mapping[str, Any], names: Form) -> ShapeName:

@@ -63,7 +63,8 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
                     "class_index", "target", "targets", "sentiment", "sentiment_label", "polarity", "emotion",
                     "emotions", "topic", "topics", "lang", "language", "entailment_judgment", "entailment_label",
                     "is_duplicate", "is_spam", "spam", "stance", "genre", "genres", "fine_label",
-                    "coarse_label", "label_fine", "label_coarse", "label_text", "label_name", "label_id", "intent_label", "relation",
+                    "coarse_label", "label_fine", "label_coarse", "label_text", "label_name", "label_id",
+                    "intent_label", "relation",
                     "airline_sentiment", "y", "rating", "stars", "star_rating",
                 ),
             ),
@@ -113,7 +114,8 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
 _TEXTS: Ranks = (
     ("text", "sentence", "content", "text_a"),
     (
-        "utterance", "utt", "query", "question", "review", "review_text", "reviewtext", "review_body", "tweet", "tweet_text",
+        "utterance", "utt", "query", "question", "review", "review_text", "reviewtext", "review_body", "tweet",
+        "tweet_text",
         "originaltweet", "headline", "comment", "comment_text", "post", "message", "sms", "passage", "paragraph",
         "document", "article", "body", "statement", "claim", "input", "input_text", "clean_text", "cleaned_text",
         "raw_text", "email", "news", "prompt", "abstract",
@@ -216,7 +218,9 @@ def candidates_for(shape: ShapeName, ours: str, value: Mapping[str, Any], given:
     if ours == "text" and shape in ("label", "score"):
         return _named(value, _TEXTS, _is_text)
     ranks, fits = next((ranks, fits) for name, ranks, fits in _FIELDS[shape] if name == ours)
-    return _named(value, ranks, fits)
+    found = _named(value, ranks, fits)
+    lists = [name for name in found if ours == "words" and isinstance(value[name], list)]
+    return lists or found  # the words of a sentence come before its text
 
 
 def _named(value: Mapping[str, Any], ranks: Ranks, fits: Callable[[Any], bool]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine.finding import Finding
 
-_NAME = "labels"
+_NAME = "label names"
 _GENERIC = re.compile(r"LABEL_(\d+)")
 _NAMED = 12
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from data_prep.token_store import Rows, TokenStore
-from engine.errors import DataError
 from engine.finding import Finding
 from engine.fit.model_facts import ModelFacts
 
@@ -27,7 +26,7 @@ def check_positions(facts: ModelFacts, stores: Sequence[tuple[TokenStore, Rows]]
             f"set data.row_tokens to at most {positions.count}, with data.overlong: truncate, split or drop, or take a "
             "model with more positions"
         )
-        return Finding(_NAME, "error", found, to_do, code=DataError.exit_code)
+        return Finding(_NAME, "error", found, to_do)
     found = (
         f"the longest document has {longest:,} tokens (record {place}), and {facts.name} was made for "
         f"{positions.count:,} (max_position_embeddings): it has not seen positions beyond"

@@ -25,7 +25,9 @@ def check_vocabulary(name: str, rows: int, num_ids: int, stores: Sequence[TokenS
     if rows >= num_ids:
         return None
     largest = max((largest_id(store) for store in stores), default=num_ids - 1)
-    begin = f"{name}: vocabulary mismatch: the store's tokenizer has {num_ids} tokens, the model {rows} embeddings"
+    begin = (
+        f"{_prefix(name)}: vocabulary mismatch: the store's tokenizer has {num_ids} tokens, the model {rows} embeddings"
+    )
     if largest < rows:
         spare = ", ".join(_named(_texts(stores[0].tokenizer_dir), range(rows, num_ids)))
         found = f"{begin}; no record uses the rest ({spare}; the largest id in use is {largest}), so it trains"
@@ -50,14 +52,19 @@ def check_tokenizer(name: str, rows: int, num_ids: int, folder: Path) -> Finding
     texts = _texts(folder)
     beyond = range(rows, num_ids)
     found = (
-        f"{name}: vocabulary mismatch: the tokenizer has {num_ids} tokens, the model {rows} embeddings: records that "
-        f"use {', '.join(_named(texts, beyond))} will be refused"
+        f"{_prefix(name)}: vocabulary mismatch: the tokenizer has {num_ids} tokens, the model {rows} embeddings: "
+        f"records that use {', '.join(_named(texts, beyond))} will be refused"
     )
     return Finding(_NAME, "warning", found, _advice(name, texts, list(beyond)))
 
 
+def _prefix(name: str) -> str:
+    """The name of a model as the key of the run file and its value."""
+    return name.replace(" ", ": ", 1)
+
+
 def _advice(name: str, texts: dict[int, str], tokens: Sequence[int]) -> str:
-    model = name.removeprefix("model.path: ")
+    model = name.removeprefix("model.path ")
     if model == name:
         return "leave model.config.vocab_size out, or prepare the data with another tokenizer (data.tokenizer)"
     if len(tokens) > _ADDED_BY_HAND or any(token not in texts for token in tokens):

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from engine.arithmetic import is_hub_name
 from engine.batches import Batch
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
+from engine.finding import warning_lines
 from engine.fit.labels import Labels, match_labels, names_of
 from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
@@ -25,6 +26,12 @@ from engine.model.model_files import FileTensor, read_model_files
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks.task import UNKNOWN_LABEL, Output, Task
+
+#: An attention that cannot be replaced, a model type without this task, a configuration it does not take, sizes that
+#: make no tensor: families and torch have an error of their own for each.
+_CANNOT_BUILD = (
+    ValueError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,13 +141,14 @@ def build_model(
         weights = StartingWeights()
     elif pretrained:
         weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed, labels)
-        _say(lines)
+        say(lines)
     else:
         weights = StartingWeights.of(model)
     return model, weights
 
 
-def _say(lines: Sequence[str]) -> None:
+def say(lines: Iterable[str]) -> None:
+    """Print lines once, on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         for line in lines:
             print(line, flush=True)
@@ -177,9 +185,8 @@ def made_model(
     torch.manual_seed(seed)
     try:
         model = make()
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        # An attention that cannot be replaced, a model type without this task, a configuration it does not take.
-        raise DataError(f"model: {section.path or config.model_type}: {' '.join(str(error).split())}") from error
+    except _CANNOT_BUILD as error:
+        raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}") from error
     if task.packs:
         check_isolation(config, task)
     if section.activation_checkpointing:
@@ -190,6 +197,12 @@ def made_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line; a bare name that a table of the family lacks is said to be a value."""
+    text = " ".join(str(error).split())
+    return f"its configuration has the unknown value {text}" if isinstance(error, KeyError) else text
 
 
 def _extension(facts: StoreFacts) -> Extension | None:
@@ -217,7 +230,7 @@ def model_config(
         setattr(config, MADE_ROWS, facts.vocab_size)
     needed = facts.vocab_size if extension is None else extension.base_vocab_size
     if folder is not None or extension is not None:
-        name = "model.config" if folder is None else f"model.path: {folder}"
+        name = "model.config" if folder is None else f"model.path {folder}"
         _check_vocabulary(vocab_size, needed, name, facts)
     if not facts.label_names:
         return config, None
@@ -269,7 +282,7 @@ def _check_vocabulary(vocab_size: int, needed: int, source: str, facts: StoreFac
     if finding is not None:
         if finding.verdict == "error":
             raise DataError(finding.text)
-        _say([f"{finding.verdict}: {finding.text}"])
+        say(warning_lines(finding))
 
 
 def _check_config_keys(given: dict[str, Any], config: Any) -> None:

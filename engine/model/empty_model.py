@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from engine.errors import DataError
+from engine.finding import warning_lines
 from engine.fit.labels import Labels
 from engine.model.model_files import FLOATING_TYPES, FileTensor
 from engine.model.starting_weights import DerivedWeights, StartingWeights, exchange_parameters, read_whole
@@ -78,7 +79,7 @@ def _label_lines(model: Any, names: NameMap, labels: Labels | None) -> list[str]
     """The labels where they are not simply the store's; nothing of a head that the files do not have."""
     if labels is None or labels.finding is None or (labels.is_about_head and not has_head(model, names)):
         return []
-    return [f"{labels.finding.name}: {labels.finding.text}"]
+    return warning_lines(labels.finding)
 
 
 def has_head(model: Any, names: NameMap) -> bool:

@@ -51,7 +51,7 @@ def examine(section: ModelSection, task: Task, needs_weights: bool) -> tuple[Mod
     model = attempt(lambda: made_model(section, folder, config, task, 0, stored, is_empty=True))
     if model is None:
         return None, findings
-    name = "model.config" if folder is None else f"model.path: {section.path}"
+    name = "model.config" if folder is None else f"model.path {section.path}"
     rows = int(model.get_input_embeddings().weight.shape[0])
     facts = ModelFacts(name, rows, positions_of(model), names_of(config.id2label) if task.new_head else ())
     if stored:

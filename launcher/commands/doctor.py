@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from engine.errors import ConfigError
-from engine.finding import Finding, is_bad
+from engine.finding import Finding, failure, is_bad
 from engine.zero.ds_config import resolve_ds_config
 from launcher.doctor.check_job import check_job
 from launcher.doctor.check_node import Needs, check_node
@@ -28,7 +28,17 @@ from launcher.job.job import Job
 from launcher.job.run_config import Run, load_run
 from launcher.start.dry_run import host_memory
 from launcher.start.find_hosts import Hosts, find_hosts
-from launcher.start.preflight import CURRENT_DIR, NVME, RUN_DIR, SHARED, STORE_DIR, check_folders, check_run, folders_of
+from launcher.start.preflight import (
+    CURRENT_DIR,
+    NVME,
+    RUN_DIR,
+    SHARED,
+    STORE_DIR,
+    check_folders,
+    check_in_use,
+    check_run,
+    folders_of,
+)
 from launcher.start.start import plan_job
 
 _COLOURS = {"ok": "32", "warning": "33", "error": "31;1", "skipped": "2"}
@@ -139,7 +149,7 @@ def examine(arguments: argparse.Namespace) -> Checkup:
         _load(checkup, given, arguments.overrides)
     _find_hosts(checkup, arguments)
     if checkup.run is not None:
-        checkup.findings += check_run(checkup.run)
+        checkup.findings += [*check_run(checkup.run), check_in_use(checkup.run.config.run_dir)]
         checkup.folders = folders_of(checkup.run, checkup.ds_config)
     if is_folder and given is not None:
         checkup.folders = {SHARED: given.absolute()}
@@ -161,7 +171,7 @@ def _load(checkup: Checkup, path: Path, overrides: list[str]) -> None:
     try:
         checkup.run = load_run(path, overrides)
     except Exception as error:
-        checkup.findings.append(_failure("run file", error, "correct it: nothing else of the run could be checked"))
+        checkup.findings.append(failure("run file", error, "correct it: nothing else of the run could be checked"))
 
 
 def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
@@ -170,7 +180,7 @@ def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
         checkup.hosts = find_hosts(arguments)
     except Exception as error:
         name = "hosts" if arguments.hostfile or arguments.include or arguments.exclude else "ranks"
-        checkup.findings.append(_failure(name, error))
+        checkup.findings.append(failure(name, error))
         return
     if checkup.run is None:
         return
@@ -181,13 +191,7 @@ def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         checkup.ds_config = resolve_ds_config(checkup.run.config, checkup.job.num_ranks)
     except Exception as error:
-        checkup.findings.append(_failure("job", error))
-
-
-def _failure(name: str, error: Exception, to_do: str = "") -> Finding:
-    if not isinstance(getattr(error, "exit_code", None), int):
-        raise error  # a defect of ours
-    return Finding(name, "error", " ".join(str(error).split()), to_do)
+        checkup.findings.append(failure("job", error))
 
 
 def _pdsh() -> Finding:

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import slurm
-from engine.errors import CannotWriteError, ConfigError, FulltuneError, MissingInputError
+from engine.errors import CannotWriteError, ConfigError, FulltuneError
 from engine.file_modes import FOLDER_MODE, refuse_foreign, umask_for
+from engine.finding import Finding, exit_code, failures, not_there_yet, refuse
 from engine.run_file import dump_yaml
 from engine.zero.ds_config import resolve_ds_config
 from launcher.commands.arguments import add_run_file, checked_run
+from launcher.doctor.check_here import check_here
 from launcher.job import runs
 from launcher.job.run_config import Run
-from launcher.start.preflight import check_run
+from launcher.start.preflight import check_in_use, check_run
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(,[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,15}")
@@ -243,17 +245,19 @@ def _fill(template: str, header: dict[str, str | int | None], request: Request, 
 
 def _submit(run: Run, request: Request, dry_run: bool) -> int:
     """Write the scripts of a run into its folder and submit them; returns the exit code."""
-    run.config.check_trainable()
-    resolve_ds_config(run.config, request.nodes * request.ranks_per_node)
+    findings = _findings(run, request.nodes * request.ranks_per_node)
     run_dir = run.config.run_dir
     scripts = [("prepare.sbatch", preparation_script(request, run_dir))] if request.prepare else []
     scripts.append(("train.sbatch", training_script(request, run_dir)))
     if dry_run:
         for name, text in scripts:
             print(f"# {run_dir / name}\n{text}")
-        return 0
+        findings = [not_there_yet(finding) for finding in findings]
+        _print(findings, "error", "warning", "skipped")
+        return exit_code(findings)
     _refuse_running(run_dir)
-    _refuse_what_is_not_there(run)
+    _print(findings, "warning")
+    refuse(findings)
     refuse_foreign(run_dir, run.config.share_with_group)
     try:
         run_dir.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
@@ -278,12 +282,22 @@ def _submit(run: Run, request: Request, dry_run: bool) -> int:
     return 0
 
 
-def _refuse_what_is_not_there(run: Run) -> None:
-    """MissingInputError for records, a tokenizer or a model that would be missed only after the queue."""
-    wrong = next((finding for finding in check_run(run) if finding.verdict == "error"), None)
-    if wrong is not None:
-        advice = f"; {wrong.to_do}" if wrong.to_do else ""
-        raise MissingInputError(f"{wrong.name}: {wrong.found}{advice} (`fulltune doctor` tells more)")
+def _findings(run: Run, num_ranks: int) -> list[Finding]:
+    """All that would be found out only after the queue, as far as this machine can know it."""
+    found = []
+    try:
+        run.config.check_trainable()
+        resolve_ds_config(run.config, num_ranks)
+    except FulltuneError as error:
+        found += failures("job", error)
+    return [*found, *check_here(run, None), *check_run(run), check_in_use(run.config.run_dir)]
+
+
+def _print(findings: list[Finding], *verdicts: str) -> None:
+    """A line on stderr for each finding of these verdicts."""
+    for finding in findings:
+        if finding.verdict in verdicts:
+            print(f"fulltune: {finding.verdict}: {finding.name}: {finding.text}", file=sys.stderr)
 
 
 def _refuse_running(run_dir: Path) -> None:

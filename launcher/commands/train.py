@@ -4,8 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from engine.errors import FulltuneError
+from engine.finding import Finding, exit_code, failures, not_there_yet, refuse
 from launcher.commands.arguments import add_run_file, checked_run, positive_number
+from launcher.doctor.check_here import check_here
+from launcher.job.job import Job
+from launcher.job.run_config import Run
 from launcher.start.dry_run import describe_plan
+from launcher.start.preflight import check_run
 from launcher.start.start import plan_job, start
 
 
@@ -38,7 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Plan; then print the plan, or prepare and train."""
     run = checked_run(arguments)
-    job = plan_job(
+    try:
+        job = _plan(run, arguments)
+    except FulltuneError as error:
+        others = [*check_here(run, None), *check_run(run)]
+        if arguments.dry_run:
+            _print(others)
+            raise
+        refuse([*failures("job", error), *others])
+        raise
+    if arguments.dry_run:
+        print(describe_plan(run, job) + "\n")
+        return _print([*check_here(run, job), *check_run(run)])
+    code, message = start(run, job, arguments.restarts, arguments.master_port, check_here(run, job))
+    if message:
+        print(f"fulltune: {message}", file=sys.stderr)
+    return code
+
+
+def _plan(run: Run, arguments: argparse.Namespace) -> Job:
+    return plan_job(
         run,
         ranks=arguments.ranks,
         ranks_per_node=arguments.ranks_per_node,
@@ -49,13 +74,18 @@ def run(arguments: argparse.Namespace) -> int:
         engine_flags=[f"--{flag}" for flag in ("fresh", "debug") if getattr(arguments, flag)],
         hang_seconds=arguments.hang_seconds,
     )
-    if arguments.dry_run:
-        print(describe_plan(run, job))
-        return 0
-    code, message = start(run, job, arguments.restarts, arguments.master_port)
-    if message:
-        print(f"fulltune: {message}", file=sys.stderr)
-    return code
+
+
+def _print(findings: list[Finding]) -> int:
+    """Print what was found for a dry run; the exit code is the one that the run would end with.
+
+    Inputs may come to be between a dry run and the run, so those that are missing are warnings.
+    """
+    findings = [not_there_yet(finding) for finding in findings]
+    for finding in findings:
+        if finding.verdict != "ok":
+            print(f"{finding.verdict}: {finding.name}: {finding.text}")
+    return exit_code(findings)
 
 
 def _number(text: str) -> int:

@@ -40,10 +40,10 @@ def check_node(facts: Mapping[str, Any], needs: Needs) -> list[Finding]:
         *_gpus(facts["gpus"], needs, node),
         *_cuda(facts["gpus"], facts["versions"], needs, node),
         *_cores(facts["machine"], needs, node),
-        *_host_memory(facts["memory"], needs, node),
+        *check_memory(facts["memory"], needs, node),
         *_shared_memory(facts["shared_memory"], needs, node),
         *_limits(facts["limits"], facts["machine"], needs, node),
-        *_ops(facts["ops"], node),
+        *check_ops(facts["ops"], node),
     ]
 
 
@@ -130,7 +130,8 @@ def _cores(machine: Mapping[str, Any], needs: Needs, node: str) -> Iterator[Find
         yield Finding("cores", "ok", f"{cores} for {needs.ranks} rank{'s' if needs.ranks > 1 else ''}", node=node)
 
 
-def _host_memory(memory: Mapping[str, Any], needs: Needs, node: str) -> Iterator[Finding]:
+def check_memory(memory: Mapping[str, Any], needs: Needs, node: str) -> Iterator[Finding]:
+    """The host memory of a node against what the rule says the run needs."""
     usable = min(memory["available_bytes"], memory["limit_bytes"])
     free = f"{usable / _GIB:.1f} GiB usable of {memory['total_bytes'] / _GIB:.1f}"
     if memory["cgroup"] and memory["limit_bytes"] < memory["total_bytes"]:
@@ -210,7 +211,8 @@ def _limit(limits: Mapping[str, Any], name: str, least: int, usual: int, option:
     return Finding(name, "ok", "no limit" if have == -1 else f"limit {have}", node=node)
 
 
-def _ops(ops: Mapping[str, Any], node: str) -> Iterator[Finding]:
+def check_ops(ops: Mapping[str, Any], node: str) -> Iterator[Finding]:
+    """DeepSpeed's ops, and what compiling them needs."""
     if ops["folder"] is None:
         return
     missing_tools = [*ops["packages"], *([] if ops["has_ninja"] else ["ninja"])]

@@ -25,8 +25,8 @@ from typing import Any
 
 from engine.errors import FulltuneError
 from engine.zero.direct_io import check_direct_io
-from launcher.doctor.folder_facts import folder_facts, try_file
 from launcher.doctor.node_software import accelerator_facts, link_facts, op_facts, version_facts
+from launcher.start.folder_facts import folder_facts, try_file
 from launcher.supervision.out_of_memory import machine_limit_bytes, memory_cgroup_text
 
 #: The wait for the next line or the end of stdin: the requesting machine is gone if neither comes.
@@ -55,20 +55,20 @@ def look(request: Mapping[str, Any]) -> dict[str, Any]:
             "addresses": _addresses(),
             **link_facts(),
         },
-        "memory": _memory(),
+        "memory": memory_facts(),
         "limits": _limits(),
         "shared_memory": _shared_memory(),
         "gpus": accelerator_facts(),
         "ops": op_facts(bool(request.get("uses_nvme"))),
         "folders": {name: folder_facts(Path(path)) for name, path in request.get("folders", {}).items()},
         "temporary": folder_facts(Path(os.environ.get("TMPDIR") or "/tmp")),  # noqa: S108
-        "direct_error": _direct_error(request.get("nvme")),
+        "direct_error": direct_error(request.get("nvme")),
         "shared": {name: _read_nonce(Path(path)) for name, path in request.get("nonces", {}).items()},
         "ssh_back": _ssh_back(request.get("ssh_back")),
     }
 
 
-def _direct_error(folder: str | None) -> str | None:
+def direct_error(folder: str | None) -> str | None:
     """The reason why DeepSpeed could not keep optimizer states in `folder`; None if it can, and without a folder."""
     if folder is None or not Path(folder).is_dir():
         return None
@@ -103,7 +103,8 @@ def _answers(request: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             Path(answer).unlink(missing_ok=True)
 
 
-def _memory() -> dict[str, Any]:
+def memory_facts() -> dict[str, Any]:
+    """Bytes of memory: of the machine, available, and that a process may use here."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     fields = {key: int(value.split()[0]) * 1024 for key, _, value in (line.partition(":") for line in lines)}
     return {

@@ -15,7 +15,7 @@ from typing import Any
 import engine
 from engine.zero.prebuild import broken_locks, extensions_dir, missing_ops
 from launcher.check_system import missing_optional_packages, missing_packages
-from launcher.doctor.folder_facts import try_file
+from launcher.start.folder_facts import try_file
 
 #: The packages whose versions decide what a run does.
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors", "tokenizers", "pydantic")

@@ -9,12 +9,17 @@ from typing import Any
 from data_prep.config import SourceConfig
 from data_prep.errors import PreparationError
 from data_prep.sources.source_files import find_files
-from data_prep.token_store import StoreError, TokenStore, resolve_store
+from data_prep.token_store import StoreError
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, is_hub_name, list_checkpoints
-from engine.finding import Finding
+from engine.errors import DataError, MissingInputError
+from engine.finding import Finding, failure, is_bad
+from engine.fit.stores import Stores, open_stores
+from engine.tasks import TASKS
 from engine.zero.ds_config import nvme_path
 from launcher.job.run_config import Run
+from launcher.start.compare import compare
 from launcher.start.dry_run import count_parameters
+from launcher.start.model_check import examine_model
 
 _GIB = 2.0**30
 _LEAST_INODES = 64
@@ -34,16 +39,25 @@ def folders_of(run: Run, ds_config: Mapping[str, Any] | None) -> dict[str, Path]
     return found | ({NVME: swap} if swap is not None else {})
 
 
-def check_run(run: Run) -> list[Finding]:
-    """The checks of a valid run file that this machine can do alone."""
-    return [
-        Finding("run file", "ok", f"{run.source} is valid"),
-        *_records(run),
-        _tokenizer(run),
-        _store(run),
-        _model(run),
-        _in_use(run.config.run_dir),
-    ]
+def check_run(run: Run, *, may_download: bool = False) -> list[Finding]:
+    """All that can be known of a run on this machine before it starts: its inputs, and how they fit together.
+
+    With `may_download` a model on the Hub is fetched, as the start would; else it is not looked at.
+    """
+    vocab_size, tokenizer = _tokenizer(run)
+    found = [Finding("run file", "ok", f"{run.source} is valid"), *_records(run), tokenizer]
+    if run.config.task not in TASKS:  # can be prepared, and no more
+        return found
+    stores, store = _stores(run)
+    return [*found, store, *_model(run, vocab_size, stores, may_download)]
+
+
+def check_prepared(run: Run) -> list[Finding]:
+    """The same of the model and the data alone, once the data are prepared."""
+    stores, store = _stores(run)
+    vocab_size = None if stores is None else stores.training[0].vocab_size
+    facts, _ = examine_model(run, vocab_size, may_download=True)
+    return [store, *compare(run, facts, stores, vocab_size)]
 
 
 def _records(run: Run) -> Iterator[Finding]:
@@ -54,12 +68,12 @@ def _records(run: Run) -> Iterator[Finding]:
             for number, source in enumerate(sources):
                 names += _files(source, f"data.{split}[{number}]" if len(sources) > 1 else f"data.{split}")
         except PreparationError as error:
-            yield Finding(
-                f"{split} records", "error", str(error), "correct the path; prepare reads them at every start"
-            )
+            yield failure(f"{split} records", error, "correct the path; prepare reads them at every start")
             continue
         except OSError as error:
-            yield Finding(f"{split} records", "error", f"{error.filename}: {error.strerror}", "make it readable")
+            found = f"{error.filename}: {error.strerror}"
+            code = MissingInputError.exit_code
+            yield Finding(f"{split} records", "error", found, "make it readable", code=code)
             continue
         if hub:
             yield Finding(f"{split} records", "skipped", f"from the Hub: {', '.join(hub)}")
@@ -77,53 +91,65 @@ def _files(source: SourceConfig, key: str) -> list[str]:
     return paths
 
 
-def _tokenizer(run: Run) -> Finding:
+def _tokenizer(run: Run) -> tuple[int | None, Finding]:
+    """Its number of tokens, None where it cannot be opened here."""
     from data_prep.tokenizer.open import is_hub_name as is_tokenizer_on_hub
     from data_prep.tokenizer.open import open_tokenizer
 
     name = run.data.tokenizer
     if not Path(name).expanduser().exists() and is_tokenizer_on_hub(name):
-        return Finding("tokenizer", "skipped", f"{name} is no file or folder here; prepare asks the Hub for it")
+        found = f"{name} is no file or folder here; prepare asks the Hub for it"
+        return None, Finding("tokenizer", "skipped", found)
     try:
         tokenizer = open_tokenizer(name)
     except PreparationError as error:
-        return Finding("tokenizer", "error", str(error), "correct data.tokenizer")
-    return Finding("tokenizer", "ok", f"{tokenizer.vocab_size:,} tokens")
+        return None, failure("tokenizer", error, "correct data.tokenizer")
+    return tokenizer.vocab_size, Finding("tokenizer", "ok", f"{tokenizer.vocab_size:,} tokens")
 
 
-def _store(run: Run) -> Finding:
+def _stores(run: Run) -> tuple[Stores | None, Finding]:
+    """The prepared data, None before they are; what is not known until then is said."""
     config = run.config
     try:
-        folder = resolve_store(config.data.store_dir, "train", run.values["data"], config.task)
-        if folder is None:
-            return Finding("token store", "error", f"{config.data.store_dir} has no train split", "prepare it again")
-        store = TokenStore.open(folder)
-    except StoreError as error:
+        stores = open_stores(config, run.values["data"])
+    except (StoreError, DataError, MissingInputError) as error:
         text = str(error)
         if error.exit_code == 66 or "prepared from other settings" in text or "prepared for task" in text:
-            return Finding("token store", "ok", f"not there yet, made first: {text.partition(';')[0]}")
-        return Finding("token store", "error", text, f"rm -r {config.data.store_dir} and prepare it again")
-    return Finding("token store", "ok", f"{store.num_documents:,} documents, {store.num_tokens:,} tokens")
+            found = f"not there yet, made first: {text.partition(';')[0]}"
+            later = "documents, ids and labels are compared with the model then"
+            return None, Finding("token store", "ok", f"{found}; {later}")
+        return None, failure("token store", error, f"rm -r {config.data.store_dir} and prepare it again")
+    store = stores.training[0]
+    return stores, Finding("token store", "ok", f"{store.num_documents:,} documents, {store.num_tokens:,} tokens")
 
 
-def _model(run: Run) -> Finding:
+def _model(run: Run, vocab_size: int | None, stores: Stores | None, may_download: bool) -> list[Finding]:
+    """The model by itself, and against data and schedule."""
     section = run.config.model
-    if section.path is None:
-        return Finding("model", "ok", "fresh weights from model.config")
-    folder = Path(section.path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            return Finding("model", "error", f"{folder} has no config.json", "correct model.path")
+    folder = Path(section.path) if section.path is not None else None
+    facts, found = None, _model_folder(folder) if folder is not None else []
+    if not found:
+        facts, found = examine_model(run, vocab_size, may_download)
+    if not is_bad(found) and facts is not None:
         parameters = count_parameters(section.path)
-        if parameters is None and section.init == "pretrained":
-            return Finding("model", "error", f"{folder} has no readable safetensors", "convert the weights")
-        return Finding("model", "ok", f"{parameters:,} parameters" if parameters else f"configuration in {folder}")
-    if not is_hub_name(section.path):
-        return Finding("model", "error", f"{section.path}: no such folder", "correct model.path")
-    return Finding("model", "skipped", f"{section.path} comes from the Hub")
+        what = f"configuration in {folder}" if folder is not None else "fresh weights from model.config"
+        found = [Finding("model", "ok", f"{parameters:,} parameters" if parameters else what), *found]
+    return [*found, *compare(run, facts, stores, vocab_size)]
 
 
-def _in_use(run_dir: Path) -> Finding:
+def _model_folder(folder: Path) -> list[Finding]:
+    """An error for a folder that holds no model; its content is looked at elsewhere."""
+    missing = MissingInputError.exit_code
+    if not folder.is_dir():
+        if is_hub_name(str(folder)):
+            return []
+        return [Finding("model", "error", f"{folder}: no such folder", "correct model.path", code=missing)]
+    if not (folder / "config.json").is_file():
+        return [Finding("model", "error", f"{folder} has no config.json", "correct model.path", code=missing)]
+    return []
+
+
+def check_in_use(run_dir: Path) -> Finding:
     """An error if another job holds one of the two locks of a run folder."""
     for name, whose in (("launcher.lock", "`fulltune train`"), ("owner.lock", "job")):
         try:

@@ -5,11 +5,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.arithmetic import newest_checkpoint, step_of
 from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigError, FulltuneError, StorageError
+from engine.finding import Finding, refuse
 from engine.ranks.stop import check_not_held, is_held
 from engine.zero.ds_config import needs_async_io, resolve_ds_config
 from engine.zero.prebuild import extensions_dir, missing_ops
@@ -22,6 +23,7 @@ from launcher.job.job import DEFAULT_PORT, LEAST_SECONDS, Job, free_port, hostfi
 from launcher.job.run_config import DataRun, Run, write_resolved
 from launcher.ssh.check_hosts import check_hosts
 from launcher.start.dry_run import memory_rule
+from launcher.start.preflight import check_prepared, check_run
 from launcher.supervision.run import run_job
 from launcher.supervision.supervisor import Stop
 
@@ -123,10 +125,13 @@ def prepare_store(run: DataRun, part: tuple[int, int] | None = None) -> None:
     prepare(run.data, run.values["data"], run.task, part=part)
 
 
-def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None) -> tuple[int, str]:
+def start(
+    run: Run, job: Job, restarts: int = 0, master_port: int | None = None, here: Sequence[Finding] = ()
+) -> tuple[int, str]:
     """Prepare what is missing, then run `job` to its end, again after crashes; (exit code, one line unless it is 0).
 
-    `master_port`: where ranks of several hosts shall meet, if a person has chosen it.
+    `master_port`: where ranks of several hosts shall meet, if a person has chosen it. `here`: findings about
+    this machine, to be told together with those about the run; RefusedError if anything would break it.
     """
     check_not_held(run.config.run_dir)
     if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):
@@ -135,7 +140,7 @@ def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None)
     with owned_run_dir(run.config.run_dir, run.config.share_with_group):
         runs.record_start(run.config.run_dir, job.starts_through_srun)
         try:
-            code, message = _prepare_and_run(run, job, restarts, master_port)
+            code, message = _prepare_and_run(run, job, restarts, master_port, here)
         except FulltuneError as error:
             runs.record_outcome(run.config.run_dir, error.exit_code, str(error))
             raise
@@ -145,10 +150,15 @@ def start(run: Run, job: Job, restarts: int = 0, master_port: int | None = None)
     return code, message
 
 
-def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None) -> tuple[int, str]:
+def _prepare_and_run(
+    run: Run, job: Job, restarts: int, master_port: int | None, here: Sequence[Finding]
+) -> tuple[int, str]:
     if job.starts_through_ssh:
         job = _on_hosts(job, master_port)
+    before = [*here, *check_run(run, may_download=True)]
+    _tell(before)
     prepare_store(run)
+    _tell([finding for finding in check_prepared(run) if finding not in before])
     write_resolved(run)
     if job.starts_through_srun:
         _print_command(job)
@@ -169,6 +179,14 @@ def _prepare_and_run(run: Run, job: Job, restarts: int, master_port: int | None)
         return run_with_restarts(job, restarts)
     finally:
         (job.run_dir / "deepspeed_env").unlink(missing_ok=True)
+
+
+def _tell(findings: Sequence[Finding]) -> None:
+    """Print a line for each warning. RefusedError with all errors, if there is one."""
+    for finding in findings:
+        if finding.verdict == "warning":
+            print(f"warning: {finding.name}: {finding.text}", flush=True)
+    refuse(findings)
 
 
 def _on_hosts(job: Job, master_port: int | None) -> Job:

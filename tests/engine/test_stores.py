@@ -8,7 +8,7 @@ from data_fixtures import bert_vocabulary, prepared, section, write_jsonl
 
 from engine.config import RunConfig
 from engine.errors import DataError
-from engine.setup import open_stores
+from engine.fit.stores import open_stores
 
 CASES: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "labels": ([{"text": "the river", "label": "a"}, {"text": "a stone", "label": "b"}], True),

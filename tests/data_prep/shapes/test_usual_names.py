@@ -75,11 +75,6 @@ RECOGNISED: list[tuple[str, dict[str, Any], Example]] = [
     ),
     (
         "token_classification",
-        {"text": "a b", "tokens": ["a", "b"], "ner_tags": [0, 1]},
-        TaggedExample(("a", "b"), ("0", "1")),
-    ),
-    (
-        "token_classification",
         {"text": "a b", "tokens": ["a", "b"], "upos": ["N", "V"]},
         TaggedExample(("a", "b"), ("N", "V")),
     ),

@@ -163,7 +163,7 @@ def test_a_pooler_is_left_out_where_the_head_reads_none(folder: Path, capsys: py
     tensors(lambda values: values.update(pooler))(folder / "roberta")
     load(folder, "roberta", "sequence_classification")
     labels, *others = capsys.readouterr().out.splitlines()
-    assert labels.startswith("labels: the model's labels have no names")
+    assert labels.startswith("warning: label names: the model's labels have no names")
     assert others == [f"left out, of another task's head: {', '.join(sorted(pooler))}"]
     tensors(lambda values: values.update({"roberta.extra": torch.ones(2)}))(folder / "roberta")
     with pytest.raises(DataError, match=r"roberta.extra.* has no place in RobertaForSequenceClassification"):

@@ -7,6 +7,7 @@ put words before the command (`unshare`, `prlimit`, `setpriv`), change the envir
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -103,13 +104,28 @@ def make_setting(folder: Path, stack: ExitStack) -> Setting:
 
 
 def model_of(folder: Path, parameters: int) -> str:
-    """A model folder whose one tensor is a hole in a file: its header counts, its data take no room."""
+    """A Llama of about so many parameters whose weights are a hole in a file: headers count, its data take no room."""
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    header = json.dumps({"weight": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 2 * parameters]}})
+    width, layer = 64, "model.layers.0"
+    shapes = {f"{layer}.self_attn.{name}_proj.weight": [width, width] for name in "qkvo"}
+    shapes |= {f"{layer}.mlp.{name}_proj.weight": [width, width] for name in ("gate", "up", "down")}
+    norms = (f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm")
+    shapes |= {f"{name}.weight": [width] for name in norms}
+    rows = max(1000, (parameters - sum(map(math.prod, shapes.values()))) // width)
+    shapes["model.embed_tokens.weight"] = [rows, width]
+    values = {
+        "model_type": "llama", "vocab_size": rows, "hidden_size": width, "intermediate_size": width,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header.encode())
-        file.truncate(8 + len(header) + 2 * parameters)
+        file.truncate(8 + len(header) + end)
     return str(folder)
 
 
