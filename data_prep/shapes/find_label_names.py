@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import zip_longest
 
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.shapes.examples import Example, LabelledExample, TaggedExample
@@ -100,8 +101,12 @@ def _by_position(
     if outside:
         where = _where(records, labels, outside[0])
         least = 1 if outside == [str(len(given))] and "0" not in numbers else min(map(int, [*numbers, *outside]))
-        line = ", ".join(f"{number}: {shown(name)}" for number, name in enumerate(given[:_SHOWN_LABELS], least))
-        more = ", ..." if len(given) > _SHOWN_LABELS else ""
+        most = max(least + len(given) - 1, *map(int, [*numbers, *outside]))
+        every = zip_longest(
+            range(least, min(most, least + _SHOWN_LABELS - 1) + 1), given[:_SHOWN_LABELS], fillvalue="..."
+        )
+        line = ", ".join(f"{number}: {shown(name)}" for number, name in every)
+        more = ", ..." if most - least >= _SHOWN_LABELS else ""
         raise BadDataError(
             f"{where}: label {', '.join(outside[:_SHOWN_LABELS])} is no position in data.label_names, whose"
             f" {len(given)} names are 0 to {len(given) - 1}; say which number is which with"

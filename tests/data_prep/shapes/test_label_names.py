@@ -79,6 +79,7 @@ def test_labels_become_names(labels: list[Any], settings: dict[str, Any], wanted
     ("labels", "settings", "error", "words"),
     [
         ([1, 2, 4, 3], {"given": list("abcd")}, BadDataError, "data.jsonl:3: label 4 is no position in data.label_names, whose 4 names are 0 to 3; say which number is which with `data.label_map: {1: a, 2: b, 3: c, 4: d}`"),
+        ([0, 1, 2], {"given": ["a", "b"]}, BadDataError, "`data.label_map: {0: a, 1: b, 2: ...}`"),
         ([0, 7], {"given": ["a", "b"]}, BadDataError, "label 7 is no position"),
         ([-1, 0, 1], {"given": ["negative", "neutral", "positive"]}, BadDataError, "data.jsonl:1: label -1 is no position in data.label_names, whose 3 names are 0 to 2; say which number is which with `data.label_map: {-1: negative, 0: neutral, 1: positive}`"),
         ([-2, 2], {"given": ["a", "b"]}, BadDataError, "label -2, 2 is no position"),
