@@ -13,6 +13,7 @@ from data_prep.errors import CannotWriteError, DataConfigError, MissingInputErro
 from data_prep.progress import Progress
 from data_prep.sources.archives import is_archive
 from data_prep.sources.class_names import class_labels
+from data_prep.sources.filled_nulls import without_nulls
 from data_prep.sources.read_tables import json_value
 from data_prep.sources.records import Record
 
@@ -106,7 +107,8 @@ def _values(rows: Iterator[Any], label: str, dotted_key: str) -> Iterator[dict[s
             ) from error
         if record is None:
             return
-        yield {key: json_value(item, key, f"{label}: row {row}") for key, item in record.items()}
+        plain = {key: json_value(item, key, f"{label}: row {row}") for key, item in record.items()}
+        yield {key: without_nulls(item)[0] for key, item in plain.items()}
 
 
 def _write(values: Iterable[dict[str, Any]], path: Path, label: str, progress: bool) -> None:

@@ -42,7 +42,9 @@ def check_vocabulary(name: str, rows: int, num_ids: int, stores: Sequence[TokenS
     listed = [f"{_text(texts, token)} (id {token}, in {used[token]:,} documents)" for token in sorted(used)[:_NAMED]]
     more = f" and {len(used) - _NAMED} more" if len(used) > _NAMED else ""
     found = f"{begin}, and the data use {len(used)} tokens beyond them: {', '.join(listed)}{more}"
-    return Finding(_NAME, "error", found, _advice(name, texts, sorted(used)), code=DataError.exit_code)
+    return Finding(
+        _NAME, "error", found, _advice(name, texts, sorted(used), range(rows, num_ids)), code=DataError.exit_code
+    )
 
 
 def check_tokenizer(name: str, rows: int, num_ids: int, folder: Path) -> Finding | None:
@@ -55,7 +57,7 @@ def check_tokenizer(name: str, rows: int, num_ids: int, folder: Path) -> Finding
         f"{_prefix(name)}: vocabulary mismatch: the tokenizer has {num_ids} tokens, the model {rows} embeddings: "
         f"records that use {', '.join(_named(texts, beyond))} will be refused"
     )
-    return Finding(_NAME, "warning", found, _advice(name, texts, list(beyond)))
+    return Finding(_NAME, "warning", found, _advice(name, texts, beyond, beyond))
 
 
 def _prefix(name: str) -> str:
@@ -63,11 +65,12 @@ def _prefix(name: str) -> str:
     return name.replace(" ", ": ", 1)
 
 
-def _advice(name: str, texts: dict[int, str], tokens: Sequence[int]) -> str:
+def _advice(name: str, texts: dict[int, str], tokens: Sequence[int], beyond: range) -> str:
+    """A row for each of `tokens`, where all that are `beyond` the model's rows were added to its own tokenizer."""
     model = name.removeprefix("model.path ")
     if model == name:
         return "leave model.config.vocab_size out, or prepare the data with another tokenizer (data.tokenizer)"
-    if len(tokens) > _ADDED_BY_HAND or any(token not in texts for token in tokens):
+    if len(beyond) > _ADDED_BY_HAND or any(token not in texts for token in beyond):
         return _OWN_TOKENIZER
     words = " ".join(shlex.quote(texts[token]) for token in tokens)
     return (
