@@ -20,6 +20,7 @@ from data_prep.shapes.examples import (
     TextExample,
 )
 from data_prep.shapes.fields import required_field, shown, text_at
+from data_prep.shapes.label_names import LabelNames
 from data_prep.shapes.prompts import alpaca, as_chat, parallel_pair, prompt_pair
 from data_prep.shapes.roles import TurnForm
 from data_prep.sources.records import Record, checked_text, kind
@@ -38,6 +39,7 @@ class Shape:
     as_chat: bool = False  # a prompt and its response are a conversation of two turns
     has_tools: bool = field(default=False, compare=False)  # some of the first records declare tools
     summary: str = field(default="", compare=False)
+    labels: LabelNames | None = None  # label, tags: what the labels in the records are called
 
     @property
     def has_turns(self) -> bool:
@@ -55,7 +57,8 @@ class Shape:
 
     def key(self) -> dict[str, Any]:
         """The parts that change the examples, as JSON values; part of a store's content key."""
-        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many}
+        named = {"labels": self.labels.key()} if self.labels is not None and self.labels.names else {}
+        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many, **named}
 
 
 def to_example(shape: Shape, record: Record) -> Example:
@@ -89,13 +92,17 @@ def _example(shape: Shape, record: Record) -> Example:
         case "parallel":
             return parallel_pair(record, fields)
         case "label":
-            return labelled(record, fields, shape.many)
+            return _named(labelled(record, fields, shape.many), shape, record)
         case "score":
             return scored(record, fields)
         case "tags":
-            return tagged(record, fields)
+            return _named(tagged(record, fields), shape, record)
         case "question":
             return questioned(record, fields)
+
+
+def _named(example: Example, shape: Shape, record: Record) -> Example:
+    return example if shape.labels is None else shape.labels.name_example(example, record.where)
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
