@@ -13,6 +13,9 @@ ShapeName = Literal[
     "text", "prompt", "alpaca", "sharegpt", "messages", "parallel", "label", "score", "tags", "question"
 ]
 
+TurnRole = Literal["system", "developer", "user", "assistant", "tool", "tool_call"]
+PromptShape = Literal["prompt", "alpaca", "parallel"]
+
 #: Keys that say where and how fast, not what: they change no byte of a store.
 PLACE_KEYS = frozenset({"store_dir", "workers", "backend"})
 
@@ -31,6 +34,12 @@ def _sources_from_value(value: Any) -> Any:
     """One source or a list of them; a plain text is the path of one."""
     entries = value if isinstance(value, list | tuple) else [value]
     return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+def _roles_from_value(value: Any) -> Any:
+    if isinstance(value, dict) and any(isinstance(ours, list) for ours in value.values()):
+        raise ValueError("write each role of the records with what it means, as in {model: assistant, asker: user}")
+    return value
 
 
 def _delimiter_from_words(value: Any) -> Any:
@@ -110,13 +119,39 @@ Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources_from_valu
 class ChatConfig(_Section):
     """How conversations and prompts become tokens and targets."""
 
-    template: str | None = Field(None, description="file with a Jinja chat template; null: the tokenizer's own")
+    template: str | None = Field(
+        None,
+        description="file with a Jinja chat template, or the name of one of the tokenizer's own (default, tool_use);"
+        " null: the tokenizer's own",
+    )
+    apply_to: Annotated[tuple[PromptShape, ...], BeforeValidator(_tuple_from_value)] = Field(
+        (), description="shapes of prompts that become conversations: prompt, alpaca, parallel; else they are glued"
+    )
+    roles: Annotated[dict[str, TurnRole], BeforeValidator(_roles_from_value)] = Field(
+        {}, description="role in the records -> system, developer, user, assistant, tool or tool_call"
+    )
+    system: Literal["keep", "fold"] = Field(
+        "keep", description="fold: a system prompt goes before the words of the next user turn, a blank line between"
+    )
+    merge_turns: bool = Field(False, description="join neighbouring turns of one role, a blank line between")
     train_roles: Names = Field(("assistant",), description="roles whose turns are trained")
-    train_turns: Literal["all", "last"] = Field("all", description="train all turns of these roles or only the last")
+    train_turns: Literal["all", "last", "each"] = Field(
+        "all",
+        description="train all turns of these roles, only the last, or each in a document of its own that ends with it",
+    )
     train_on_prompt: bool = Field(False, description="train the tokens of prompts and other turns too")
     allow_untrained_stop: bool = Field(
         False, description="accept that the stop token of some answers is not trained; else it is an error"
     )
+
+    def key(self) -> dict[str, Any]:
+        """The settings as JSON values; those of `_LATER_CHAT_KEYS` only where they change something."""
+        unset = [name for name in _LATER_CHAT_KEYS if getattr(self, name) == type(self).model_fields[name].default]
+        return self.model_dump(mode="json", exclude=set(unset))
+
+
+#: Keys that stores made without them do not have in their own key.
+_LATER_CHAT_KEYS = ("apply_to", "roles", "system", "merge_turns")
 
 
 class DataConfig(_Section):

@@ -6,6 +6,7 @@ preparations each make the parts that are missing, and whoever finds them all jo
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from data_prep.pipeline.build_store import (
     find_store,
 )
 from data_prep.pipeline.findings import Listing, check_sources
-from data_prep.pipeline.inputs import Group, Preparation, find_groups, work_dir
+from data_prep.pipeline.inputs import Group, Input, Preparation, find_groups, find_inputs, work_dir
 from data_prep.pipeline.labels import KnownLabels, check_labels
 from data_prep.pipeline.store_folder import (
     exclusive,
@@ -33,12 +34,13 @@ from data_prep.pipeline.store_folder import (
 )
 from data_prep.rows.ledger import ledger_table
 from data_prep.tasks import TASKS
-from data_prep.tasks.data_task import DataTask
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, MANIFEST_NAME, Rows, TokenStore
+from data_prep.tokenizer.chat_templates import named_templates
 from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.tokenizer import Tokenizer
 
 _MUCH_UNKNOWN = 0.03
+_DEFAULT, _TOOLS = "default", "tool_use"  # names of templates that transformers knows
 
 #: Used, and saved with the tokenizer, when neither the tokenizer nor the run file brings a template.
 #: Plain text that needs no new tokens; the end of an assistant's turn is the tokenizer's eos token.
@@ -72,7 +74,9 @@ def prepare(
     run = _open(config, task, progress)
     with storage_errors(config.store_dir):
         config.store_dir.mkdir(parents=True, exist_ok=True)
-        groups = find_groups(run)
+        inputs = find_inputs(run)
+        run = replace(run, chat_template=_choose_template(run, [one for split in inputs.values() for one in split]))
+        groups = find_groups(run, inputs)
         if part is not None:
             share, shares = part
             listing = Listing(config)
@@ -94,8 +98,12 @@ def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
     if task not in TASKS:
         raise DataConfigError(f"task {task} is none of {', '.join(TASKS)}")
     tokenizer = open_tokenizer(config.tokenizer)
-    run = Preparation(config, TASKS[task], tokenizer, _chat_template(config, tokenizer, TASKS[task]), progress)
+    templates = named_templates(config.tokenizer)
+    given = None if config.chat.template is None else _given_template(config.chat.template, templates)
+    run = Preparation(config, TASKS[task], tokenizer, templates, given, progress)
     _check_task(run)
+    for line in tokenizer.notes:
+        run.say(line)
     return run
 
 
@@ -165,22 +173,38 @@ def _write_current(run: Preparation, data_section: Mapping[str, Any], folders: M
     write_text_atomically(run.config.store_dir / CURRENT_NAME, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
 
 
-def _chat_template(config: DataConfig, tokenizer: Tokenizer, task: DataTask) -> str | None:
-    """The template that travels with the store: the run file's, the tokenizer's own, or the built-in one."""
-    if config.chat.template is not None:
-        path = Path(config.chat.template).expanduser()
-        template: str | None
-        try:
-            template = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise MissingInputError(f"{path}: no such file (data.chat.template)") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadDataError(f"{path}: cannot be read (data.chat.template): {error}") from error
-    elif tokenizer.chat_template is not None or not task.takes_chats or tokenizer.eos_id is None:
-        template = tokenizer.chat_template
-    else:
-        template = _plain_template(tokenizer)
-    return template
+def _given_template(given: str, templates: Mapping[str, str]) -> str:
+    """The template that `data.chat.template` names: a file, or one of the tokenizer's own."""
+    path = Path(given).expanduser()
+    if given in templates and not path.is_file():
+        return templates[given]
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        own = f"; the tokenizer's own templates are {', '.join(templates)}" if templates else ""
+        raise MissingInputError(f"{path}: no such file (data.chat.template){own}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadDataError(f"{path}: cannot be read (data.chat.template): {error}") from error
+
+
+def _choose_template(run: Preparation, inputs: Sequence[Input]) -> str | None:
+    """The template that travels with the store: the run file's, one of the tokenizer's own, or the built-in one."""
+    own, chats = run.templates, any(one.shape.gives_chats for one in inputs)
+    if run.chat_template is not None:
+        return run.chat_template
+    if (chats and len(own) > 1) or (chats and own and _DEFAULT not in own):
+        name = _TOOLS if _TOOLS in own and any(one.shape.has_tools for one in inputs) else _DEFAULT
+        if name not in own:
+            raise DataConfigError(
+                f"the tokenizer has no chat template named default, but {', '.join(own)}; write which, as in"
+                f" data.chat.template: {next(iter(own))}"
+            )
+        why = "records have tools" if name == _TOOLS else "no source has tools" if _TOOLS in own else "as its name says"
+        run.say(f"chat template: {name} of {', '.join(own)} ({why}; data.chat.template names another)")
+        return own[name]
+    if run.tokenizer.chat_template is None and run.task.takes_chats and run.tokenizer.eos_id is not None:
+        return _plain_template(run.tokenizer)
+    return run.tokenizer.chat_template
 
 
 def _plain_template(tokenizer: Tokenizer) -> str:
@@ -214,6 +238,8 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(f"data.overlong: split would cut the examples of task {task.name}; use truncate or drop")
     if config.packing != "best_fit" and not task.packs:
         raise DataConfigError(f"data.packing: rows of task {task.name} hold one document each; leave it out")
+    if config.chat.apply_to and not task.takes_chats:
+        raise DataConfigError(f"data.chat.apply_to: task {task.name} takes no conversations; leave it out")
     if config.deduplicate and task.makes_windows:
         raise DataConfigError("data.deduplicate: windows of one context are not duplicates; leave it out")
 

@@ -65,7 +65,7 @@ class Places:
 
 
 def _names(message: str, dotted: str) -> bool:
-    return dotted in (word.strip("`,.;:()") for word in message.split())
+    return any(f"{word.strip('`,.;:()')}.".startswith(f"{dotted}.") for word in message.split())
 
 
 def describe_faults(

@@ -28,6 +28,7 @@ from engine.fit.model_facts import ModelFacts
 from engine.fit.positions import check_positions
 from engine.fit.stores import Stores, open_stores
 from engine.model.build import StoreFacts, build_model, label_numbers, model_folder, say
+from engine.model.model_folder import write_model_folder
 from engine.model.positions import positions_of
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import from_rank_0
@@ -104,17 +105,15 @@ def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, 
             model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        model, weights = build_model(config.model, config.trained_task, _facts(stores), config.seed, not resumes)
+        model, weights = build_model(
+            config.model,
+            config.trained_task,
+            StoreFacts.of(*(store for store, _ in stores.opened)),
+            config.seed,
+            not resumes,
+        )
         _check_lengths(model, config, stores)
         return model, weights
-
-
-def _facts(stores: Stores) -> StoreFacts:
-    """What the model must fit."""
-    store, opened = stores.training[0], tuple(store for store, _ in stores.opened)
-    return StoreFacts(
-        store.vocab_size, store.pad_id, store.bos_id, store.eos_id, store.label_names, store.tokenizer_dir, opened
-    )
 
 
 def _check_lengths(model: Any, config: RunConfig, stores: Stores) -> None:
@@ -265,9 +264,7 @@ def _write_records(run_file: RunFile, config: RunConfig, ds_config: dict[str, An
             command, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     write_json(config.run_dir / "versions.json", versions | {"store_digest": store.digest, "rows_digest": rows.digest})
-    model.config.save_pretrained(config.run_dir / "model")
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(config.run_dir / "model")
+    write_model_folder(model, model_folder(config.model), config.run_dir / "model")
 
 
 def _put_aside(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ of the verb in use is imported, so that ``fulltune --help`` answers at once; the
 """
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ from importlib import import_module
 from keyword import iskeyword
 from typing import Any, NoReturn
 
-from engine.errors import INTERNAL, ConfigError
+from engine.errors import INTERNAL, ConfigError, MissingInputError
 from engine.file_modes import set_umask
 
 COMMANDS = {
@@ -30,7 +31,7 @@ COMMANDS = {
     "verify": "read a run's checkpoints and say whether they are what was written",
     "tensorboard": "show runs side by side in TensorBoard, on localhost",
     "generate": "continue prompts with a Hugging Face folder",
-    "tokenizer": "train a tokenizer, or add pieces to one",
+    "tokenizer": "train a tokenizer, add pieces to one, or special tokens to a model",
     "demo": "train a small model from nothing on this machine, start to finish",
     "schema": "print the JSON schema of a run file, for editors",
 }
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. A failure is an exit code and one line on stderr for each finding."""
     words = sys.argv[1:] if argv is None else list(argv)
     umask_before = set_umask(False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows something
     try:
         arguments = parse(words or ["--help"])
         set_umask(getattr(arguments, "share_with_group", False))
@@ -68,9 +72,24 @@ def _report(error: Exception, debug: bool) -> int:
             print(f"fulltune: error: {' '.join(line.split())}", file=sys.stderr)
         return code
     text = " ".join(str(error).split())
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
+        what = "the name of a file or folder is no text in this locale: set PYTHONUTF8=1, or rename what is not UTF-8"
+        print(f"fulltune: error: {what}", file=sys.stderr)
+        return ConfigError.exit_code
+    if isinstance(error, FileNotFoundError) and not _current_folder():
+        print("fulltune: error: the current folder is gone: cd to one that is there", file=sys.stderr)
+        return MissingInputError.exit_code
     hint = "" if debug else " (--debug shows where)"
     print(f"fulltune: error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
     return INTERNAL
+
+
+def _current_folder() -> str:
+    """The current folder; "" if somebody has removed it."""
+    try:
+        return os.getcwd()  # noqa: PTH109 (Path.cwd says no more)
+    except OSError:
+        return ""
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

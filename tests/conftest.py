@@ -10,7 +10,7 @@ import ssh_hosts
 from slurm_cluster import SlurmCluster, running_cluster, why_not
 from ssh_hosts import SshHosts
 
-CLUSTER = Path(__file__).parent / "cluster"
+CLUSTER, COMPAT = (Path(__file__).parent / name for name in ("cluster", "compat"))
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -28,19 +28,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """tests/cluster is `cluster`; drawn examples are `long` where all of them are drawn; most of the rest is `unit`.
+    """tests/cluster is `cluster`, tests/compat `compat`; drawn examples are `long` where all of them are drawn; most of the rest is `unit`.
 
     Tests with ranks stay with their file when several processes share the tests: its fixtures are dear.
     """
     for item in items:
         if item.path.is_relative_to(CLUSTER):
             item.add_marker("cluster")
+        if item.path.is_relative_to(COMPAT):
+            item.add_marker("compat")
         if getattr(item.function, "is_hypothesis_test", False) and examples.IS_LONG:
             item.add_marker("long")
         if item.get_closest_marker("ranks"):
             if is_worker(item.config):
                 item.add_marker(pytest.mark.xdist_group(item.path.name))
-        elif not any(item.get_closest_marker(name) for name in ("cluster", "faults", "long")):
+        elif not any(item.get_closest_marker(name) for name in ("cluster", "compat", "faults", "long")):
             item.add_marker("unit")
 
 

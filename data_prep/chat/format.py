@@ -5,18 +5,22 @@ proof.py; what a template may do, sandbox.py.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.chat.marks import BLOCK_MARKS, BREAK, Turn, find_turns, read_blocks, split_at_turns, without_marks
 from data_prep.chat.messages import ControlText, prepare_messages
 from data_prep.chat.proof import Plan, prove
+from data_prep.chat.reasoning import lost_reasoning
 from data_prep.chat.render import ChatTemplate
 from data_prep.chat.sandbox import limits, limits_active
 from data_prep.chat.spans import block_spans, find_fault, last_words, turn_span
+from data_prep.chat.turns import arrange, trained_turns
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.shapes.examples import ChatExample, Message
+from data_prep.tokenizer.chat_templates import missing_tokens
 
 if TYPE_CHECKING:  # it brings pydantic, which the process that proves templates does without
     from data_prep.config import ChatConfig
@@ -30,7 +34,8 @@ class Rendered(NamedTuple):
 
     spans: characters [start, stop) that are trained, ascending. num_answers: trained turns; num_stops: those
     whose span ends with a control string. literal_spans: characters that spell a control string but came from
-    the conversation's content; they must be encoded as text, apart from what is around them.
+    the conversation's content; they must be encoded as text, apart from what is around them. notes: what happened to
+    the conversation that people should know, counted.
     """
 
     text: str
@@ -38,6 +43,7 @@ class Rendered(NamedTuple):
     num_answers: int
     num_stops: int
     literal_spans: list[tuple[int, int]]
+    notes: Mapping[str, int]
 
 
 class ChatFormat:
@@ -64,6 +70,8 @@ class ChatFormat:
         self.plan = plan or prove(template, special_tokens, control_strings, added_strings, now)
         if self.plan.unproven and not chat.train_on_prompt:
             raise DataConfigError(f"chat template: what it trains cannot be known: {self.plan.unproven}")
+        if not self.plan.unproven and not self.plan.stops and not chat.allow_untrained_stop:
+            _refuse_missing_tokens(template, {*control_strings, *added_strings, *self.plan.control})
         self._marked = ChatTemplate(template, special_tokens, now, marked=True)
         self._unmarked: ChatTemplate | None = None
         self._arguments = (template, special_tokens, now)
@@ -86,25 +94,35 @@ class ChatFormat:
         messages, tools, broken, plain = prepare_messages(
             example.messages, example.tools, self._forms, self._control, where
         )
-        pieces = self._marked.pieces(messages, tools, False, where)
-        trained = self._trained(example, messages)
+        try:
+            pieces = self._marked.pieces(messages, tools, False, where)
+        except BadDataError as error:
+            raise BadDataError(f"{error}{_way_out(example.messages, self._chat)}", "template_refuses") from error
+        trained = trained_turns(example, self._chat)
         self._num_rendered += 1
         check = self._num_rendered % _CHECKED_EVERY == 0 or (not plain and bool(self.plan.failed))
-        spans: list[tuple[int, int]] = []
+        spans: list[tuple[int, int]]  # one for each trained turn, in their order
         num_stops = 0
         if self.plan.unproven:
             text = without_marks(split_at_turns(pieces))
+            spans = [(0, len(text))] * len(trained)
         elif self.plan.blocks:
             text, spans, num_stops = self._block_spans(pieces, messages, trained, where)
             if check:
                 self._check_text(text, messages, tools, where)
         else:
             text, spans, num_stops = self._turn_spans(split_at_turns(pieces), messages, tools, trained, check, where)
+        notes = _notes(text, messages, dict(zip(trained, spans, strict=True)))
+        spans = [span for span in spans if span[0] < span[1]]
         if self._chat.train_on_prompt:
             spans = [(0, len(text))] if text else []
         if broken:
-            return self._with_literals(text, spans, len(trained), num_stops)
-        return Rendered(text, spans, len(trained), num_stops, [])
+            return self._with_literals(Rendered(text, spans, len(trained), num_stops, [], notes))
+        return Rendered(text, spans, len(trained), num_stops, [], notes)
+
+    def documents(self, example: ChatExample, where: str) -> tuple[list[ChatExample], Mapping[str, int]]:
+        """The conversations to render for a record, as the settings have it, and counts of what was changed."""
+        return arrange(example, self._chat, where)
 
     def prompt_text(
         self, messages: Sequence[Message], add_generation_prompt: bool, where: str, tools: Sequence[Any] | None = None
@@ -115,18 +133,6 @@ class ChatFormat:
             raise BadDataError(f"{where}: the conversation holds the string of a control token")
         with limits():
             return without_marks(self._marked.render(messages, tools, add_generation_prompt, where))
-
-    def _trained(self, example: ChatExample, messages: Sequence[Message]) -> list[int]:
-        """The trained turns: what the record says of each, else the settings."""
-        roles = self._chat.train_roles
-        chosen = [index for index, message in enumerate(messages) if message["role"] in roles]
-        if self._chat.train_turns == "last":
-            chosen = chosen[-1:]
-        if example.trained is None:
-            return chosen
-        default = set(chosen)
-        said = [*example.trained, *[None] * len(messages)][: len(messages)]
-        return [index for index, trained in enumerate(said) if (index in default if trained is None else trained)]
 
     def _turn_spans(
         self,
@@ -154,8 +160,7 @@ class ChatFormat:
             num_stops += stopped
             if spans and start < spans[-1][1]:
                 raise BadDataError(f"{where}: the chat template writes messages[{index}] before an earlier turn")
-            if stop > start:
-                spans.append((start, stop))
+            spans.append((start, stop))
             if role == "assistant":
                 answers.append((turn, start, stop))
         if check:
@@ -202,8 +207,7 @@ class ChatFormat:
                 self._check_words(message, text[start:stop], index, where)
             stops = self._headers.stops
             num_stops += text.endswith(stops, start, stop) or self._headers.stop_of(text[start:stop].rstrip())
-            if stop > start:
-                spans.append((start, stop))
+            spans.append((start, stop))
         return text, spans, num_stops
 
     def _check_words(self, message: Message, span: str, index: int, where: str) -> bool:
@@ -239,8 +243,9 @@ class ChatFormat:
 
         return render
 
-    def _with_literals(self, text: str, spans: list[tuple[int, int]], num_answers: int, num_stops: int) -> Rendered:
+    def _with_literals(self, rendered: Rendered) -> Rendered:
         """Take the marks inside of control strings out again, and say where these strings stand."""
+        text, spans = rendered.text, rendered.spans
         places = [place for place, character in enumerate(text) if character == BREAK]
         clean = text.replace(BREAK, "")
         moved = [(start - bisect_left(places, start), stop - bisect_left(places, stop)) for start, stop in spans]
@@ -250,4 +255,37 @@ class ChatFormat:
             stop = self._control.at(clean, start) if start >= 0 else None
             if stop is not None:
                 literal.append((start, stop))
-        return Rendered(clean, moved, num_answers, num_stops, literal)
+        return rendered._replace(text=clean, spans=moved, literal_spans=literal)
+
+
+def _refuse_missing_tokens(template: str, known: Collection[str]) -> None:
+    """DataConfigError if what a template ends its answers with may be a token that the tokenizer lacks."""
+    if missing := missing_tokens(template, known):
+        named = " and ".join(filter(None, (", ".join(map(repr, missing[:-1])), repr(missing[-1]))))
+        special = " ".join(f"--special '{text}'" for text in missing)
+        raise DataConfigError(
+            "chat template: it ends answers with text and not with a token, so the model would not learn to stop:"
+            f" {named} {'is no token' if len(missing) == 1 else 'are no tokens'} of the tokenizer; add them to a model"
+            f" with `fulltune tokenizer add MODEL OUT {special}` and use OUT, or set data.chat.allow_untrained_stop"
+        )
+
+
+def _notes(text: str, messages: Sequence[Message], trained: Mapping[int, tuple[int, int]]) -> Mapping[str, int]:
+    """Counts of trained turns (with their spans) whose reasoning the template does not write."""
+    lost = [index for index, (start, stop) in trained.items() if lost_reasoning(messages[index], text[start:stop])]
+    if not lost:
+        return {}
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return {"reasoning_lost": len(lost), "last_reasoning_lost": int(last in lost)}
+
+
+def _way_out(messages: Sequence[Message], chat: "ChatConfig") -> str:
+    """The settings that may make a conversation fit for a template that refuses it."""
+    roles = [message["role"] for message in messages]
+    ways = []
+    if chat.system == "keep" and not {"system", "developer"}.isdisjoint(roles):
+        ways.append("`data.chat.system: fold` puts a system prompt into the user's next turn")
+    if not chat.merge_turns and any(one == other != "tool" for one, other in pairwise(roles)):
+        ways.append("`data.chat.merge_turns: true` joins neighbouring turns of one role")
+    ways.append("`data.unusable: drop` leaves such records out and counts them")
+    return f"; {', '.join(ways)}"

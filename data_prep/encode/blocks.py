@@ -1,8 +1,8 @@
 """Encoded documents as flat arrays: what encoding makes and the store keeps, with no Python object a token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 import numpy as np
 
@@ -42,6 +42,17 @@ class Column:
         return f"{self.name}_ends"
 
 
+class Counts(TypedDict, total=False):
+    """The counts of a block, as `Block` has them."""
+
+    num_targets: int
+    num_answers: int
+    num_stops: int
+    num_truncated: int
+    num_extra: int
+    num_moved: int
+
+
 @dataclass(frozen=True)
 class Block:
     """Consecutive documents. `columns` holds input_ids and marks [tokens], lengths and lines [documents], and the
@@ -57,6 +68,8 @@ class Block:
     num_truncated: int = 0  # records cut at encoding
     num_extra: int = 0  # documents beyond the first of a record
     num_moved: int = 0  # answers found elsewhere than their record says
+    notes: Mapping[str, int] = field(default_factory=dict)  # what people should know of the records, counted
+    owners: np.ndarray | None = None  # [documents]: the number of each document's record; None: one a record
 
     @property
     def num_documents(self) -> int:
@@ -71,15 +84,21 @@ def join_blocks(blocks: Sequence[Block]) -> Block:
     """One block of all documents of `blocks`, which have the same columns."""
     if len(blocks) == 1:
         return blocks[0]
-    counts = {
-        name: sum(getattr(block, name) for block in blocks)
-        for name in ("num_targets", "num_answers", "num_stops", "num_truncated", "num_extra", "num_moved")
-    }
+    counts = cast(Counts, {name: sum(getattr(block, name) for block in blocks) for name in Counts.__annotations__})
     given = [block.columns for block in blocks]
     if any("marks" in columns for columns in given):
         given = [{**columns, "marks": marks_of(columns)} for columns in given]
     columns = {name: np.concatenate([one[name] for one in given]) for name in given[0]}
-    return Block(columns, **counts)
+    return Block(columns, **counts, notes=add_counts(block.notes for block in blocks))
+
+
+def add_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums of counts by their names."""
+    total: dict[str, int] = {}
+    for one in counts:
+        for name, count in one.items():
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 def marks_of(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -121,7 +140,7 @@ class Names:
 
 
 def block_of_documents(
-    documents: Sequence[Sequence[int]], lines: Sequence[int], id_type: np.dtype[Any], **counts: int
+    documents: Sequence[Sequence[int]], lines: Sequence[int], id_type: np.dtype[Any], **counts: Unpack[Counts]
 ) -> Block:
     """A block whose documents have no marks and no task columns yet."""
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
@@ -150,13 +169,15 @@ def cut_columns(tokens: Sequence[int], targets: Sequence[int]) -> dict[str, np.n
 
 
 def block_of_tokens(
-    ids: np.ndarray, marks: np.ndarray | None, lengths: np.ndarray, lines: Sequence[int], **counts: int
+    ids: np.ndarray, marks: np.ndarray | None, lengths: np.ndarray, lines: Sequence[int], **counts: Unpack[Counts]
 ) -> Block:
     """A block of the tokens of all documents, one document after the other; None as Block has it: no marks."""
     columns = {"input_ids": ids, "lengths": lengths.astype(np.uint32), "lines": np.array(lines, dtype=np.uint32)}
     if marks is None:
-        return Block(columns, num_targets=len(ids) - len(lengths), **counts)
-    return Block({**columns, "marks": marks}, num_targets=int(np.count_nonzero(marks)), **counts)
+        counts["num_targets"] = len(ids) - len(lengths)
+        return Block(columns, **counts)
+    counts["num_targets"] = int(np.count_nonzero(marks))
+    return Block({**columns, "marks": marks}, **counts)
 
 
 def spans_to_marks(length: int, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

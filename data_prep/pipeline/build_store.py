@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.chat.child import Proof, start_proof
 from data_prep.config import DataConfig
+from data_prep.encode.blocks import add_counts
 from data_prep.errors import BadDataError
 from data_prep.pipeline.deduplicate import keep_first
 from data_prep.pipeline.findings import Listing, check_sources, first_of_source
@@ -194,7 +195,7 @@ def _join_content(
     sources = _account_sources(group, accounts, remaining)
     check_sources(run.config, split.name, sources)
     tokenizer.save(folder / "tokenizer", run.chat_template)
-    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.files(run.chat_template))])
+    files |= describe_files(folder, [f"tokenizer/{name}" for name in sorted(tokenizer.all_files(run.chat_template))])
     content = {
         "format": FORMAT_VERSION,
         "task": run.task.name,
@@ -250,6 +251,7 @@ def _account_sources(
                 "extra_documents": sum(account.num_extra for account, _ in own),
                 "records_truncated": sum(account.num_truncated for account, _ in own),
                 "answers_moved": sum(account.num_moved for account, _ in own),
+                **_notes_of([account for account, _ in own]),
                 "files": files,
             }
         )
@@ -260,6 +262,12 @@ def _account_sources(
             result[-1]["unusable"] = left_out
         first_document += num_documents
     return result
+
+
+def _notes_of(accounts: Sequence[PartAccount]) -> dict[str, dict[str, int]]:
+    """What people should know of a source, counted; without an entry where there is nothing, as in older stores."""
+    notes = {name: count for name, count in add_counts(account.notes for account in accounts).items() if count}
+    return {"notes": notes} if notes else {}
 
 
 def _account_files(one: Input, accounts: Sequence[PartAccount], first_document: int) -> list[dict[str, Any]]:

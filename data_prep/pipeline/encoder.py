@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.encode.blocks import Block, Names
-from data_prep.encode.content import Context
+from data_prep.encode.content import Context, refuse_untrainable_at
 from data_prep.errors import OVERLONG, BadDataError, FatalDataError, UntrainableError, overlong_message
 from data_prep.pipeline.work import Job
 from data_prep.shapes.examples import Example
-from data_prep.shapes.shape import Shape, to_example
+from data_prep.shapes.shape import Shape, says_untrained, to_example
 from data_prep.sources.records import Record
 from data_prep.tokenizer.backends import open_backend
 from data_prep.tokenizer.open import open_tokenizer
@@ -73,7 +73,7 @@ class Encoder:
         """
         num_names = len(context.names.index)
         try:
-            block = self._encode(records, [to_example(shape, record) for record in records], context)
+            block = self._encode(records, [_example(shape, record) for record in records], context)
         except FatalDataError:
             raise
         except BadDataError:
@@ -89,7 +89,7 @@ class Encoder:
         chosen = [records[index] for index in kept]
         if not kept:
             return None, kept
-        return self._encode(chosen, [to_example(shape, record) for record in chosen], context), kept
+        return self._encode(chosen, [_example(shape, record) for record in chosen], context), kept
 
     def _faults(self, records: Sequence[Record], shape: Shape, context: Context) -> dict[int, BadDataError]:
         """What is wrong with each record that cannot be used: batches that fail are tried in halves."""
@@ -97,7 +97,7 @@ class Encoder:
         examples: dict[int, Example] = {}
         for index, record in enumerate(records):
             try:
-                examples[index] = to_example(shape, record)
+                examples[index] = _example(shape, record)
             except BadDataError as fault:
                 faults[index] = fault
         pending = [list(examples)]
@@ -140,3 +140,10 @@ class Encoder:
 
     def _encode(self, records: Sequence[Record], examples: Sequence[Example], context: Context) -> Block:
         return self.job.task.encode(records, examples, context)
+
+
+def _example(shape: Shape, record: Record) -> Example:
+    """`to_example`; UntrainableError where the record itself says that it is not trained."""
+    if says_untrained(shape, record):
+        refuse_untrainable_at([0], [record], "a field of the record says that it is not trained")
+    return to_example(shape, record)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -14,6 +14,7 @@ from data_prep.errors import BadDataError
 from data_prep.pipeline.work import HashRange, Work
 from data_prep.shapes.recognise import recognise
 from data_prep.shapes.shape import Shape
+from data_prep.shapes.turns import refuse_unknown_roles
 from data_prep.sources.read import read_records
 from data_prep.sources.records import Record, SourceFile, Span
 from data_prep.sources.scan import find_sources
@@ -41,7 +42,8 @@ class Preparation:
     config: DataConfig
     task: DataTask
     tokenizer: Tokenizer
-    chat_template: str | None
+    templates: Mapping[str, str]  # the tokenizer's own chat templates by their names
+    chat_template: str | None  # the one that is used; None: not yet chosen, or there is none
     progress: bool  # whether people read along
 
     def say(self, line: str) -> None:
@@ -143,11 +145,19 @@ def num_bytes(file: SourceFile, span: Span) -> int:
     return file.size_bytes * (span.stop - span.start) // max(1, whole)
 
 
-def find_groups(run: Preparation) -> tuple[Group, ...]:
-    """The splits of a run with their inputs, hashed and recognised. Raises PreparationError."""
+def find_inputs(run: Preparation) -> dict[str, tuple[Input, ...]]:
+    """The inputs of every split that has its own, hashed and recognised. Raises PreparationError."""
+    found = {"train": _inputs(run, run.config.train, "train")}
+    if run.config.validation is not None:
+        found["validation"] = _inputs(run, run.config.validation, "validation")
+    return found
+
+
+def find_groups(run: Preparation, inputs: Mapping[str, tuple[Input, ...]]) -> tuple[Group, ...]:
+    """The splits of a run with their inputs. `run` has the chat template that goes with these."""
     config = run.config
     encoded = _encoding_key(run)
-    train = _inputs(run, config.train, "train")
+    train = inputs["train"]
     whole = _input_key(encoded, train, "")
     share = config.validation_fraction
     if share is not None:
@@ -156,7 +166,7 @@ def find_groups(run: Preparation) -> tuple[Group, ...]:
         return (Group(tuple(_split(config, *one, whole, train) for one in ranges.items()), train, encoded),)
     groups = [Group((_split(config, "train", None, whole, train),), train, encoded)]
     if config.validation is not None:
-        held_out = _inputs(run, config.validation, "validation")
+        held_out = inputs["validation"]
         # Labels are numbered as in train, so a store of held-out records belongs to its training records.
         key = _input_key(encoded, held_out, "" if run.task.packs else whole)
         groups.append(Group((_split(config, "validation", None, key, held_out),), held_out, encoded))
@@ -169,7 +179,10 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        shape = recognise(_first_records(files[0]), source, run.task.name, shapes_of, _told_later)
+        chat, first = run.config.chat, _first_records(files[0])
+        shape = recognise(first, source, run.task.name, shapes_of, _told_later, chat.roles, chat.apply_to)
+        if run.config.unusable == "error":
+            refuse_unknown_roles(shape, first)
         count = "1 file" if len(files) == 1 else f"{len(files)} files"
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
@@ -181,10 +194,12 @@ def _joining(run: Preparation, shape: Shape) -> str:
     if not run.task.takes_chats or shape.name == "text":
         return ""
     if not shape.gives_chats:
-        return "; prompt and response are joined as they stand, without a chat template"
-    if run.config.chat.template is None and run.tokenizer.chat_template is None:
-        return "; the tokenizer has no chat template: the built-in User/Assistant one is used (data.chat.template)"
-    return ""
+        how = f"`data.chat.apply_to: [{shape.name}]` renders them with it"
+        return f"; prompt and response are joined as they stand, without a chat template ({how})"
+    how = "; prompt and response are turns that the chat template renders" if shape.as_chat else ""
+    if run.config.chat.template is None and not run.templates:
+        how += "; the tokenizer has no chat template: the built-in User/Assistant one is used (data.chat.template)"
+    return how
 
 
 def _told_later(_fault: BadDataError, _line: int) -> None:
@@ -229,12 +244,13 @@ def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[Sour
 def _encoding_key(run: Preparation) -> str:
     """Identity of how records become documents, whatever the records are."""
     settings = run.config.model_dump(mode="json", include=set(_CONTENT_KEYS))
+    settings["chat"] = run.config.chat.key()
     if run.task.packs:
         del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
     else:
         settings["row_tokens"] = run.config.row_tokens
-    files = run.tokenizer.files(run.chat_template)
-    tokenizer = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    files = run.tokenizer.all_files(run.chat_template)
+    tokenizer = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     return _key({"format": FORMAT_VERSION, "task": run.task.name, "tokenizer": tokenizer, "settings": settings})
 
 

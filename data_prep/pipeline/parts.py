@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_prep.encode.blocks import Block, Names
+from data_prep.encode.blocks import Block, Names, add_counts
 from data_prep.errors import Finding, StorageError
 
 _BITS = "|b1"  # the type of columns of zeros and ones, which take one bit a value
@@ -42,6 +42,7 @@ class PartAccount:
     num_extra: int = 0
     num_moved: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     unusable: list[Finding] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     first_seen: list[str] = field(default_factory=list)
@@ -93,6 +94,7 @@ class PartWriter:
             num_truncated=account.num_truncated + block.num_truncated,
             num_extra=account.num_extra + block.num_extra,
             num_moved=account.num_moved + block.num_moved,
+            notes=add_counts((account.notes, block.notes)),
         )
         self._account.blocks.append(shapes)
 

@@ -31,6 +31,11 @@ _COUNTS = (
     "documents", "kept", "split", "truncated", "tokens", "tokens_in_rows", "tokens_cut", "targets", "targets_in_rows",
     "targets_cut", "rows", "rows_per_epoch", "tokens_per_epoch",
 )  # fmt: skip
+_NOTES = {
+    "nulls_left_out": "nulls left out: {count} fields of objects are null in a table, which gives each all fields",
+    "systems_folded": "folded: {count} system prompts stand in the user turn that follows them",
+    "turns_merged": "merged: {count} turns are part of the turn of the same role before them",
+}
 _IF_ANY = ("tokens_cut_at_encoding", "targets_cut_at_encoding", "answers_cut", "answers_dropped")
 _BY_REASON = ("dropped_at_encoding", "dropped", "tokens_dropped", "targets_dropped")
 
@@ -104,6 +109,7 @@ class SourceAccount:
             "extra_documents": source["extra_documents"],
             "truncated_at_encoding": source["records_truncated"],
             "answers_moved": source["answers_moved"],
+            **({"notes": dict(source["notes"])} if "notes" in source else {}),
             "documents": self.documents,
             "kept": self.kept - before["documents_cut"],
             "split": self.cut_documents["split"],
@@ -162,11 +168,13 @@ def ledger(
     for key in _IF_ANY:
         if any(key in entry for entry in entries):
             total[key] = sum(entry.get(key, 0) for entry in entries)
-    for key in _BY_REASON:
+    for key in (*_BY_REASON, "notes"):
         total[key] = {}
         for entry in entries:
-            for reason, count in entry[key].items():
+            for reason, count in entry.get(key, {}).items():
                 total[key][reason] = total[key].get(reason, 0) + count
+    if not total["notes"]:
+        del total["notes"]
     total["padding_tokens"] = None if row_tokens is None else sum(entry["padding_tokens"] for entry in entries)
     total["epochs"] = total["rows_per_epoch"] / total["rows"] if total["rows"] else 0.0
     total["lengths"] = _add_histograms(entries)
@@ -269,6 +277,24 @@ def _missing(
         lines.append(f"answers cut: {total['answers_cut']:,} (their row ends before their stop token)")
     if total["answers_moved"]:
         lines.append(f"moved: {total['answers_moved']:,} answers stand elsewhere in their context than they say")
+    return lines + _note_lines(total.get("notes", {}))
+
+
+def _note_lines(notes: Mapping[str, int]) -> list[str]:
+    """A line for everything that was counted of the records and that people should know."""
+    lines = []
+    if lost := notes.get("reasoning_lost", 0):
+        last = notes.get("last_reasoning_lost", 0)
+        advice = "`data.chat.train_turns: each` makes a document of each trained turn, `last` trains the last alone"
+        if last:
+            advice = f"{last:,} are last turns, so give a template that writes it; for the others {advice}"
+        lines.append(
+            f"reasoning lost: {lost:,} trained turns, whose reasoning the chat template does not write, are trained"
+            f" without it: {advice}"
+        )
+    for name, words in _NOTES.items():
+        if notes.get(name):
+            lines.append(words.format(count=f"{notes[name]:,}"))
     return lines
 
 

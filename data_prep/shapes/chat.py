@@ -1,63 +1,88 @@
-"""Conversations: turns of OpenAI's and of ShareGPT's form become messages for a chat template.
+"""Conversations: turns of every usual form become messages for a chat template.
 
 What comes out is always the same, whatever came in: `role` is one of system, developer, user, assistant and
 tool; `content` is text (empty where a turn only calls tools, since templates write None as a word);
 `reasoning_content` is what was thought before it; `tool_calls` is a list of
 ``{"type": "function", "function": {"name", "arguments": {...}}}``. Any other field of an OpenAI turn is left to
-the template, nulls left out.
+the template, nulls left out. ms-swift's `tool_call` turns become calls of the assistant's turn before them, or of one
+turn; a `function_call` turn is a turn of its own.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from data_prep.errors import BadDataError
+from data_prep.shapes.calls import read_calls, read_tools
 from data_prep.shapes.examples import ChatExample, Message
-from data_prep.shapes.fields import checked_json, is_sound, lookup, required_field, shown
+from data_prep.shapes.fields import checked_json, is_sound, lookup, required_field, shown, shown_list
+from data_prep.shapes.roles import ROLES, TurnForm, roles_to_map, unknown_roles
 from data_prep.sources.records import Record, checked_text, kind
-from data_prep.sources.strict_json import parse_value
 
-#: What may stand as the role of a turn (`role` or `from`), and what it means.
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",  # its text is the call, as JSON
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-_PLAIN_ROLES = {given: role for given, role in ROLES.items() if given != "function_call"}
+_PLAIN_ROLES: dict[str, str] = {given: role for given, role in ROLES.items() if role != "tool_call"}
 _WITH_WORDS = frozenset({"user", "assistant"})  # a turn of theirs says something
-_TRAIN_FIELDS = ("loss_weight", "weight", "train")
 #: Fields of a turn that are understood; describe() names the others that were seen.
 TURN_FIELDS = frozenset(
     {"role", "content", "from", "value", "name", "tool_call_id", "tool_calls", "function_call", "reasoning_content"}
-).union(_TRAIN_FIELDS)
+)
 _PART_ORDER = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}
 
 
-def chat_from_messages(record: Record, fields: Mapping[str, str]) -> ChatExample:
-    """A conversation of ``role``/``content`` turns. Raises BadDataError naming the place in the record."""
-    return _chat(record, fields, fields["messages"], "role", "content")
+class Marked(NamedTuple):
+    """A message, what its turn or its record says about its training, and whether it continues the turn before it."""
+
+    message: Message
+    trained: bool | None
+    joins: bool = False
 
 
-def chat_from_sharegpt(record: Record, fields: Mapping[str, str]) -> ChatExample:
-    """A conversation of ``from``/``value`` turns. Raises BadDataError naming the place in the record."""
-    return _chat(record, fields, fields["conversations"], "from", "value")
-
-
-def _chat(record: Record, fields: Mapping[str, str], name: str, role_field: str, content_field: str) -> ChatExample:
+def chat_from_turns(record: Record, fields: Mapping[str, str], name: str, form: TurnForm) -> ChatExample:
+    """The conversation in field `name` of a record. Raises BadDataError naming the place in the record."""
     value = record.value
-    messages = _plain_messages(value.get(name), role_field, content_field, record.sound)
-    trained = None
+    messages, trained = None, None
+    if value.keys().isdisjoint(form.flags.of_record):
+        messages = plain_messages(value.get(name), form, record.sound)
     if messages is None:
-        messages, trained = _careful_messages(record, name, role_field, content_field)
+        turns = read_turns(record, name, form)
+        whole = form.flags.of_a_record(value, len(turns), record.where)
+        messages, trained = _messages_and_marks(_with_flags(turns, whole), record.where)
     if _get(value, fields, "system") is None and _get(value, fields, "tools") is None:
         return ChatExample(messages, None, trained)
     return _with_surroundings(record, fields, messages, trained)
+
+
+def chat_from_two_lists(record: Record, fields: Mapping[str, str], form: TurnForm) -> ChatExample:
+    """TRL's prompt and completion, both lists of turns: only turns of the completion are trained."""
+    prompt = read_turns(record, fields["prompt"], form)
+    answer = read_turns(record, fields["response"], form)
+    whole = form.flags.of_a_record(record.value, len(prompt) + len(answer), record.where)
+    turns = _with_flags([*(turn._replace(trained=bool(turn.trained)) for turn in prompt), *answer], whole)
+    return _with_surroundings(record, {"tools": "tools"}, *_messages_and_marks(turns, record.where))
+
+
+def _with_flags(turns: list[Marked], whole: bool | list[bool | None] | None) -> list[Marked]:
+    """The turns with the flags of their record where they have none. A record's true changes nothing."""
+    if whole is None or whole is True:
+        return turns
+    flags = whole if isinstance(whole, list) else [whole] * len(turns)
+    return [
+        turn._replace(trained=flag) if turn.trained is None else turn for turn, flag in zip(turns, flags, strict=True)
+    ]
+
+
+def _messages_and_marks(turns: Sequence[Marked], where: str) -> tuple[list[Message], tuple[bool | None, ...] | None]:
+    """The messages, calls joined to the assistant's turn before them, and the flags if there are any."""
+    messages: list[Message] = []
+    marks: list[bool | None] = []
+    for message, mark, joins in turns:
+        if not (joins and messages and messages[-1]["role"] == "assistant"):
+            messages.append(message)
+            marks.append(mark)
+            continue
+        if mark != marks[-1] and False in (mark, marks[-1]):
+            raise BadDataError(f"{where}: a tool call and the assistant's turn before it are one turn: flag both alike")
+        messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
+        marks[-1] = marks[-1] if mark is None else mark
+    return messages, tuple(marks) if any(mark is not None for mark in marks) else None
 
 
 def _get(value: Mapping[str, Any], fields: Mapping[str, str], ours: str) -> Any:
@@ -65,16 +90,20 @@ def _get(value: Mapping[str, Any], fields: Mapping[str, str], ours: str) -> Any:
     return None if name is None else lookup(value, name)
 
 
-def _plain_messages(turns: Any, role_field: str, content_field: str, sound: bool = False) -> list[Message] | None:
+def plain_messages(turns: Any, form: TurnForm, sound: bool = False) -> list[Message] | None:
     """The messages of turns about which nothing needs a second look, as in most conversations; else None."""
     if type(turns) is not list:
         return None
+    roles = _PLAIN_ROLES
+    if form.roles:
+        roles = {given: role for given, role in {**roles, **form.roles}.items() if role != "tool_call"}
+    role_field, content_field = form.role, form.content
     messages: list[Message] = []
     for turn in turns:
         if type(turn) is not dict or len(turn) != 2:
             return None
         try:
-            role, content = _PLAIN_ROLES[turn[role_field]], turn[content_field]
+            role, content = roles[turn[role_field]], turn[content_field]
         except (KeyError, TypeError):
             return None
         if type(content) is not str or not (sound or content.isascii() or is_sound(content)):
@@ -85,20 +114,17 @@ def _plain_messages(turns: Any, role_field: str, content_field: str, sound: bool
     return messages or None
 
 
-def _careful_messages(
-    record: Record, name: str, role_field: str, content_field: str
-) -> tuple[list[Message], tuple[bool | None, ...] | None]:
-    """The messages of any turns, and what the turns themselves say about training."""
+def read_turns(record: Record, name: str, form: TurnForm) -> list[Marked]:
+    """The messages of any turns, and what the turns themselves say about training. Raises BadDataError."""
     turns = required_field(record.value, name, record.where)
     name = shown(name)
     if not isinstance(turns, list) or not turns:
         state = "an empty list" if isinstance(turns, list) else kind(turns)
         raise BadDataError(f"{record.where}: field {name!r} must be a list of turns, not {state}")
-    found = [
-        _message(turn, f"{name}[{index}]", record.where, role_field, content_field) for index, turn in enumerate(turns)
-    ]
-    marks = tuple(mark for _, mark in found)
-    return [message for message, _ in found], marks if any(mark is not None for mark in marks) else None
+    if unknown := unknown_roles(turns, form):
+        index = next(i for i, turn in enumerate(turns) if isinstance(turn, dict) and turn.get(form.role) in unknown)
+        raise BadDataError(f"{record.where}: {name}[{index}].{form.role}: {roles_to_map(unknown)}", "unknown_role")
+    return [_message(turn, f"{name}[{index}]", record.where, form) for index, turn in enumerate(turns)]
 
 
 def _with_surroundings(
@@ -115,72 +141,69 @@ def _with_surroundings(
         messages = [{"role": "system", "content": text}, *messages]
         trained = None if trained is None else (None, *trained)
     tools = _get(record.value, fields, "tools")
-    found = None if tools is None else _tools(tools, shown(fields["tools"]), record.where)
+    found = None if tools is None else read_tools(tools, shown(fields["tools"]), record.where)
     return ChatExample(messages, found, trained)
 
 
-def _message(turn: Any, what: str, where: str, role_field: str, content_field: str) -> tuple[Message, bool | None]:
+def _message(turn: Any, what: str, where: str, form: TurnForm) -> Marked:
     """One turn as a message, and whether the record itself says that it is (not) trained."""
-    if not isinstance(turn, dict):
-        raise BadDataError(f"{where}: {what} must be an object, not {kind(turn)}")
-    if role_field not in turn:
-        raise BadDataError(f"{where}: {what} lacks {role_field!r}")
-    given = checked_text(turn[role_field], f"{what}.{role_field}", where)
-    role = ROLES.get(given)
-    if role is None:
-        raise BadDataError(f"{where}: {what}.{role_field} is {shown(given)!r}; known are {', '.join(ROLES)}")
-    own_fields = (role_field, content_field)
-    rest = {name: value for name, value in turn.items() if value is not None and name not in own_fields}
-    mark = _train_mark(rest, what, where) if rest else None
+    given, role = _role(turn, what, where, form)
+    rest = {name: value for name, value in turn.items() if value is not None and name not in (form.role, form.content)}
+    mark = form.flags.of_a_turn(rest, what, where) if rest else None
     if rest:
         checked_json(rest, what, where)
-    reasoning, text, calls = _content(turn, rest, f"{what}.{content_field}", where, content_field)
-    if given == "function_call":
-        calls, text = _calls(text, f"{what}.{content_field}", where), ""
+    reasoning, text, calls = _content(turn, rest, f"{what}.{form.content}", where, form)
+    joins = role == "tool_call" and given != "function_call"
+    if role == "tool_call":
+        calls, text, role = read_calls(text, f"{what}.{form.content}", where), "", "assistant"
     if rest:
         for name in ("tool_calls", "function_call"):
-            calls = [*calls, *_calls(rest.pop(name, []), f"{what}.{name}", where)]
+            calls = [*calls, *read_calls(rest.pop(name, []), f"{what}.{name}", where)]
         reasoning = _rest_texts(rest, what, where) or reasoning
     if (calls or reasoning) and role != "assistant":
         raise BadDataError(f"{where}: {what}: {'tool calls' if calls else 'reasoning'} in a turn of {given!r}")
     if not calls and role in _WITH_WORDS and (not text or text.isspace()):
-        raise BadDataError(f"{where}: {what}.{content_field} is empty: a turn of {given!r} must say something")
+        raise BadDataError(
+            f"{where}: {what}.{form.content} is empty: a turn of {given!r} must say something", "empty_turn"
+        )
     message: Message = {"role": role, "content": text}
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = calls
-    return {**message, **rest}, mark
+    return Marked({**message, **rest}, mark, joins)
+
+
+def _role(turn: Any, what: str, where: str, form: TurnForm) -> tuple[str, str]:
+    """The role of a turn as it is given, and what it means."""
+    if not isinstance(turn, dict):
+        raise BadDataError(f"{where}: {what} must be an object, not {kind(turn)}")
+    if form.role not in turn:
+        raise BadDataError(
+            f"{where}: {what} lacks {form.role!r} (its fields: {shown_list(turn)});"
+            " name the two that it should have with `fields: {role: ..., content: ...}`"
+        )
+    given = checked_text(turn[form.role], f"{what}.{form.role}", where)
+    role = form.role_of(given)
+    assert role is not None  # read_turns has looked at all roles
+    return given, role
 
 
 def _content(
-    turn: dict[str, Any], rest: dict[str, Any], what: str, where: str, content_field: str
+    turn: dict[str, Any], rest: dict[str, Any], what: str, where: str, form: TurnForm
 ) -> tuple[str, str, list[Any]]:
     """Reasoning, text and tool calls that stand in a turn's content. OpenAI leaves it null beside tool calls."""
-    content = turn.get(content_field)
+    content = turn.get(form.content)
     if isinstance(content, list):
         return _parts(content, what, where)
     if content is None and ("tool_calls" in rest or "function_call" in rest):
         return "", "", []
-    if content_field not in turn:
-        raise BadDataError(f"{where}: {what} is missing")
+    if form.content not in turn:
+        raise BadDataError(
+            f"{where}: {what} is missing (fields of the turn: {shown_list(turn)});"
+            " another name for it is written `fields: {content: ...}`"
+        )
     return "", checked_text(content, what, where), []
-
-
-def _train_mark(rest: dict[str, Any], what: str, where: str) -> bool | None:
-    """Takes the turn's own training mark out of `rest`: loss_weight or weight (0 or 1), or train."""
-    marks = {}
-    for name in _TRAIN_FIELDS:
-        if name in rest:
-            value = rest.pop(name)
-            if name == "train" and not isinstance(value, bool):
-                raise BadDataError(f"{where}: {what}.train must be true or false")
-            if not isinstance(value, bool | int | float) or value not in (0, 1):
-                raise BadDataError(f"{where}: {what}.{name} must be 0 or 1: fractions are not supported")
-            marks[name] = bool(value)
-    if len(set(marks.values())) > 1:
-        raise BadDataError(f"{where}: {what}: {' and '.join(marks)} contradict each other")
-    return next(iter(marks.values()), None)
 
 
 def _rest_texts(rest: dict[str, Any], what: str, where: str) -> str:
@@ -220,65 +243,7 @@ def _parts(content: list[Any], what: str, where: str) -> tuple[str, str, list[An
             raise BadDataError(f"{where}: {place} lacks 'text' or 'value'")
         inner, place = part[names[0]], f"{place}.{names[0]}"
         if order == _PART_ORDER["tool_call"]:
-            calls += _calls(checked_json(inner, place, where), place, where)
+            calls += read_calls(checked_json(inner, place, where), place, where)
         else:
             texts[order].append(checked_text(inner, place, where))
     return "".join(texts[0]), "".join(texts[1]), calls
-
-
-def _calls(value: Any, what: str, where: str) -> list[Any]:
-    """One tool call or a list of them, or JSON text of either, in OpenAI's form.
-
-    A call is ``{"name", "arguments"}`` or ``{"type": "function", "function": {"name", "arguments"}}``.
-    """
-    if isinstance(value, str):
-        value = parse_value(checked_text(value, what, where), f"{where}: {what}")
-    if not isinstance(value, list):
-        return [_call(value, what, where)]
-    return [_call(call, f"{what}[{index}]", where) for index, call in enumerate(value)]
-
-
-def _call(call: Any, what: str, where: str) -> dict[str, Any]:
-    if not isinstance(call, dict):
-        raise BadDataError(f"{where}: {what} must be an object with a function's name, not {kind(call)}")
-    if call.get("type") not in (None, "function"):
-        raise BadDataError(f"{where}: {what}.type must be 'function'")
-    wrapped = call.get("function") is not None
-    function = call["function"] if wrapped else call
-    inside = f"{what}.function" if wrapped else what
-    if not isinstance(function, dict):
-        raise BadDataError(f"{where}: {inside} must be an object, not {kind(function)}")
-    name = checked_text(function.get("name"), f"{inside}.name", where)
-    if not name:
-        raise BadDataError(f"{where}: {inside}.name is empty")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = parse_value(arguments, f"{where}: {inside}.arguments") if arguments.strip() else {}
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise BadDataError(f"{where}: {inside}.arguments must be an object, not {kind(arguments)}")
-    # The rest of a call (OpenAI's id, a position) is kept: some templates read it.
-    understood = ("type", "function") if wrapped else ("type", "name", "arguments")
-    rest = {key: value for key, value in call.items() if value is not None and key not in understood}
-    return {**rest, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _tools(value: Any, what: str, where: str) -> list[Any] | None:
-    """The tools of a conversation, a list or JSON text of one; each in OpenAI's wrapping. None if there are none."""
-    if isinstance(value, str):
-        checked_text(value, what, where)
-        value = parse_value(value, f"{where}: {what}") if value.strip() else []
-    else:
-        checked_json(value, what, where)
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise BadDataError(f"{where}: {what} must be a list of tools, not {kind(value)}")
-    tools = []
-    for index, tool in enumerate(value):
-        if not isinstance(tool, dict):
-            raise BadDataError(f"{where}: {what}[{index}] must be an object, not {kind(tool)}")
-        bare = "name" in tool and "function" not in tool and "type" not in tool
-        tools.append({"type": "function", "function": tool} if bare else tool)
-    return tools or None

@@ -207,7 +207,8 @@ def readings(value: Mapping[str, Any], candidates: Candidates) -> list[Reading]:
     for shape, names in candidates.forms:
         if any(lookup(value, theirs) is None for theirs in names.values()):
             continue
-        if not candidates.on_request and shape in ("sharegpt", "messages") and _chat_shape(value, names) != shape:
+        asked = candidates.on_request or not names.keys().isdisjoint(candidates.given)
+        if not asked and shape in ("sharegpt", "messages") and _chat_shape(value, names) != shape:
             continue
         optional = {
             name

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from data_prep.config import ShapeName, SourceConfig
+from data_prep.config import ShapeName, SourceConfig, TurnRole
 from data_prep.errors import BadDataError, DataConfigError
 from data_prep.shapes.chat import TURN_FIELDS
 from data_prep.shapes.examples import ChatExample, Example, QuestionExample
@@ -36,7 +36,17 @@ from data_prep.shapes.fields import (
     shown,
     shown_list,
 )
+from data_prep.shapes.flags import FLAG_NAMES
 from data_prep.shapes.shape import Shape, number_of, to_example
+from data_prep.shapes.turns import (
+    FIELDS_OF_TURNS,
+    TurnsAsked,
+    flags_seen,
+    of_records,
+    refuse_unknown_roles,
+    turn_fields,
+    with_turns,
+)
 from data_prep.sources.lines import OnFault, raise_fault
 from data_prep.sources.records import Record
 
@@ -44,12 +54,19 @@ TaskShapes = Mapping[str, Sequence[ShapeName]]
 
 
 def recognise(
-    records: Sequence[Record], config: SourceConfig, task: str, shapes_of: TaskShapes, on_fault: OnFault = raise_fault
+    records: Sequence[Record],
+    config: SourceConfig,
+    task: str,
+    shapes_of: TaskShapes,
+    on_fault: OnFault = raise_fault,
+    roles: Mapping[str, TurnRole] | None = None,
+    apply_to: Sequence[str] = (),
 ) -> Shape:
     """The one shape that all of `records`, the first of a source, have among those that `task` takes.
 
     `shapes_of` has the shapes that each task takes; those of other tasks are hints for a record that fits none.
-    ``shape:`` and ``fields:`` of the source decide over what the records look like. The records are also
+    ``shape:`` and ``fields:`` of the source decide over what the records look like. `roles` gives the meaning of
+    roles that the records have, `apply_to` the shapes of prompts that become conversations. The records are also
     read as examples; `on_fault` gets those that cannot be. Raises BadDataError naming file:line (nothing fits,
     two shapes fit, records differ, every record is faulty), DataConfigError for a ``shape:`` or ``fields:`` that
     cannot be meant.
@@ -57,9 +74,10 @@ def recognise(
     shapes = _shapes_asked(config, task, shapes_of[task])
     if not records:
         raise BadDataError(f"{config.path or config.hub or config.name or 'a source'}: holds no records")
-    candidates = candidates_of(shapes, config.fields, config.shape is not None)
+    candidates = candidates_of(shapes, of_records(config.fields), config.shape is not None)
+    asked = TurnsAsked(config.fields, roles or {}, apply_to, "messages" in shapes_of[task])
     fits = [readings(record.value, candidates) for record in records]
-    usable = [any(_reads(one, record) for one in own) for record, own in zip(records, fits, strict=True)]
+    usable = [any(_reads(one, record, asked) for one in own) for record, own in zip(records, fits, strict=True)]
     first = usable.index(True) if any(usable) else next((index for index, own in enumerate(fits) if own), 0)
     found = fits[first]
     if len(found) != 1:
@@ -71,8 +89,10 @@ def recognise(
                 f" {records[first].where} is {_said(found)}; split the source, or say which with `shape:` and `fields:`"
             )
     seen = [record for record, is_usable in zip(records, usable, strict=True) if is_usable] or [records[first]]
-    shape = _shape_of(found[0], seen, config, task, shapes_of[task])
+    shape = with_turns(_shape_of(found[0], seen, config, task, shapes_of[task]), seen, asked)
     read, examples, faults = _examples(shape, records)
+    if not examples:
+        refuse_unknown_roles(shape, records)
     for fault, line in faults:
         on_fault(fault, line)
     if not examples:
@@ -96,11 +116,11 @@ def _examples(
     return read, examples, faults
 
 
-def _reads(reading: Reading, record: Record) -> bool:
+def _reads(reading: Reading, record: Record, asked: TurnsAsked) -> bool:
     """True if a record can be read so, not only has the fields for it."""
     many = reading.shape == "label" and isinstance(lookup(record.value, dict(reading.names)["label"]), list)
     try:
-        to_example(Shape(reading.shape, dict(reading.names), many), record)
+        to_example(with_turns(Shape(reading.shape, dict(reading.names), many), [record], asked), record)
     except BadDataError:
         return False
     return True
@@ -110,19 +130,23 @@ def _shapes_asked(config: SourceConfig, task: str, of_task: Sequence[ShapeName])
     """The shapes to look for: the one asked for, else those of the task that have all the given fields."""
     given = list(config.fields)
     for ours, theirs in config.fields.items():
-        if not theirs and ours not in FIELDS_TO_LEAVE_OUT:
+        if not theirs and ours not in FIELDS_TO_LEAVE_OUT | FLAG_NAMES:
             raise DataConfigError(f"fields: {shown(ours)} must be the name of a field, not empty")
     if config.shape is not None:
         if config.shape not in of_task:
             raise DataConfigError(f"shape: {config.shape} does not go with task {task}, which takes {_or(of_task)}")
-        known = known_fields(config.shape)
-        if unknown := [name for name in given if name not in known]:
+        known = [*known_fields(config.shape), *FIELDS_OF_TURNS.get(config.shape, ())]
+        if unknown := [name for name in given if name not in FLAG_NAMES.union(known)]:
             raise DataConfigError(
                 f"fields: {shown(unknown[0])!r} is not a field of shape {config.shape};"
                 f" its fields are {', '.join(known)}"
             )
         return (config.shape,)
-    shapes = tuple(shape for shape in of_task if set(given) <= set(known_fields(shape)))
+    shapes = tuple(
+        shape
+        for shape in of_task
+        if set(given) <= FLAG_NAMES.union(known_fields(shape), FIELDS_OF_TURNS.get(shape, ()))
+    )
     if not shapes:
         listed = "; ".join(f"{shape}: {', '.join(known_fields(shape))}" for shape in of_task)
         raise DataConfigError(f"fields: no shape of task {task} has {shown_list(given)} (known are {listed})")
@@ -134,7 +158,7 @@ def _shape_of(
 ) -> Shape:
     """The shape of records that all have `reading`: optional fields, and what only values tell."""
     name, fields = reading.shape, dict(reading.names)
-    optional, refused = _optional_fields(name, records, config.fields)
+    optional, refused = _optional_fields(name, records, of_records(config.fields))
     takes_chats = "messages" in of_task
     if not takes_chats and (later := [ours for ours in ("system", "history") if ours in optional]):
         raise DataConfigError(
@@ -202,15 +226,18 @@ def _summary(shape: Shape, records: Sequence[Record], examples: Sequence[Example
     notes = [f"{len(records)} records seen agree" if len(records) > 1 else "1 record seen", *_notes(shape, records)]
     if num_unusable:
         notes.insert(1, f"{num_unusable} more cannot be used")
-    if any(isinstance(example, ChatExample) and example.trained for example in examples):
-        notes.append("some turns say themselves whether they are trained")
+    flags = flags_seen(shape, records)
+    if any(isinstance(example, ChatExample) and example.trained for example in examples) and not shape.two_lists:
+        notes.append(f"some turns say themselves whether they are trained: {shown_list(flags)}")
+    elif flags:
+        notes.append(f"some records say themselves whether they are trained: {shown_list(flags)}")
     if moved := sum(example.num_moved for example in examples if isinstance(example, QuestionExample)):
         notes.append(f"answers that stand elsewhere than they say: {moved}")
     present = dict.fromkeys(name for record in records for name in record.value)
     heads = {name if name in present else name.split(".")[0] for name in fields.values()}
-    if others := [name for name in present if name not in heads]:
+    if others := [name for name in present if name not in heads.union(flags)]:
         notes.append(f"not used: {shown_list(others)}")
-    return f"{_mapping_line(shape.name, fields)} ({'; '.join(notes)})"
+    return f"{_mapping_line(shape, fields)} ({'; '.join(notes)})"
 
 
 def _notes(shape: Shape, records: Sequence[Record]) -> list[str]:
@@ -226,17 +253,16 @@ def _notes(shape: Shape, records: Sequence[Record]) -> list[str]:
             notes.append("the sentences of a source are joined with blanks")
         if any(isinstance(value, list) and len(value) > 1 for value in values["target"]):
             notes.append("of several targets the first is taken")
-    for ours in ("messages", "conversations"):
-        fields = dict.fromkeys(name for turns in values.get(ours, ()) for turn in turns for name in turn)
-        if others := [name for name in fields if name not in TURN_FIELDS]:
-            notes.append(f"left to the template: {shown_list(others)}")
+    if others := [name for name in turn_fields(shape, records) if name not in TURN_FIELDS]:
+        notes.append(f"left to the template: {shown_list(others)}")
     return notes
 
 
-def _mapping_line(name: ShapeName, names: Mapping[str, str]) -> str:
+def _mapping_line(shape: Shape, names: Mapping[str, str]) -> str:
     """Where the parts of an example come from."""
     theirs = {ours: shown(name) for ours, name in names.items()}
-    match name:
+    turns = f" ({shown(shape.turns.role)}, {shown(shape.turns.content)})"
+    match shape.name:
         case "alpaca":
             prompt = " + ".join(theirs[ours] for ours in ("instruction", "input") if ours in theirs)
             before = [f"{ours} = {theirs[ours]}" for ours in ("system", "history") if ours in theirs]
@@ -244,9 +270,11 @@ def _mapping_line(name: ShapeName, names: Mapping[str, str]) -> str:
         case "parallel":
             return f"prompt = {theirs['source']}, response = {theirs['target']}"
         case "messages":
-            theirs["messages"] += " (role, content)"
+            theirs["messages"] += turns
         case "sharegpt":
-            theirs["conversations"] += " (from, value)"
+            theirs["conversations"] += turns
+        case "prompt" if shape.two_lists:
+            theirs = {ours: name + turns for ours, name in theirs.items()}
     return ", ".join(f"{ours.replace('conversations', 'messages')} = {name}" for ours, name in theirs.items())
 
 

@@ -3,25 +3,25 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.config import ShapeName
 from data_prep.errors import BadDataError
-from data_prep.shapes.chat import chat_from_messages, chat_from_sharegpt
+from data_prep.shapes.chat import chat_from_turns, chat_from_two_lists
 from data_prep.shapes.examples import (
-    ChatExample,
     Example,
     LabelledExample,
-    Message,
     PromptExample,
     QuestionExample,
     ScoredExample,
     TaggedExample,
     TextExample,
 )
-from data_prep.shapes.fields import lookup, required_field, shown, text_at
+from data_prep.shapes.fields import required_field, shown, text_at
+from data_prep.shapes.prompts import alpaca, as_chat, parallel_pair, prompt_pair
+from data_prep.shapes.roles import TurnForm
 from data_prep.sources.records import Record, checked_text, kind
 
 
@@ -33,12 +33,21 @@ class Shape:
     fields: Mapping[str, str] = field(hash=False)
     many: bool = False  # label: each record has a list of them
     refused: tuple[str, ...] = ()  # alpaca: fields that no first record had, but that would change its reading
+    turns: TurnForm = field(default_factory=TurnForm)  # where records hold turns
+    two_lists: bool = False  # prompt: prompt and response are lists of turns
+    as_chat: bool = False  # a prompt and its response are a conversation of two turns
+    has_tools: bool = field(default=False, compare=False)  # some of the first records declare tools
     summary: str = field(default="", compare=False)
+
+    @property
+    def has_turns(self) -> bool:
+        """True if its records hold lists of turns."""
+        return self.two_lists or self.name in ("messages", "sharegpt")
 
     @property
     def gives_chats(self) -> bool:
         """True if its records may be conversations, which need a chat template."""
-        return self.name in ("messages", "sharegpt") or bool({"system", "history"} & set(self.fields))
+        return self.has_turns or self.as_chat or bool({"system", "history"} & set(self.fields))
 
     def describe(self) -> str:
         """A line for people: what the records were taken for."""
@@ -51,17 +60,30 @@ class Shape:
 
 def to_example(shape: Shape, record: Record) -> Example:
     """The example that a record means. Raises BadDataError naming file:line and the place in the record."""
+    example = _example(shape, record)
+    return as_chat(example, record.where) if shape.as_chat and isinstance(example, PromptExample) else example
+
+
+def says_untrained(shape: Shape, record: Record) -> bool:
+    """True if a record that holds no turns says itself that it is not trained. Raises BadDataError."""
+    flags = shape.turns.flags
+    if shape.has_turns or record.value.keys().isdisjoint(flags.of_record):
+        return False
+    return flags.of_a_record(record.value, 0, record.where) is False
+
+
+def _example(shape: Shape, record: Record) -> Example:
     fields = shape.fields
     match shape.name:
         case "messages":
-            return chat_from_messages(record, fields)
+            return chat_from_turns(record, fields, fields["messages"], shape.turns)
         case "text":
             text = record.value.get(fields["text"]) if record.sound else None
             return TextExample(text if type(text) is str else text_at(record.value, fields["text"], record.where))
         case "prompt":
-            return prompt_pair(record, fields)
+            return chat_from_two_lists(record, fields, shape.turns) if shape.two_lists else prompt_pair(record, fields)
         case "sharegpt":
-            return chat_from_sharegpt(record, fields)
+            return chat_from_turns(record, fields, fields["conversations"], shape.turns)
         case "alpaca":
             return alpaca(record, fields, shape.refused)
         case "parallel":
@@ -74,85 +96,6 @@ def to_example(shape: Shape, record: Record) -> Example:
             return tagged(record, fields)
         case "question":
             return questioned(record, fields)
-
-
-def prompt_pair(record: Record, fields: Mapping[str, str]) -> PromptExample:
-    """A prompt and its response. Raises BadDataError."""
-    value, where = record.value, record.where
-    return PromptExample(text_at(value, fields["prompt"], where), text_at(value, fields["response"], where))
-
-
-def alpaca(record: Record, fields: Mapping[str, str], refused: Sequence[str]) -> PromptExample | ChatExample:
-    """An instruction with an optional input, and its output; a conversation where system or history are mapped.
-
-    `refused` names fields that would have changed this, had one of the first records had them.
-    Raises BadDataError.
-    """
-    value, where = record.value, record.where
-    for name in refused:
-        if lookup(value, name) not in (None, "", []):
-            raise BadDataError(
-                f"{where}: field {name!r} is filled here, but in none of the first records of this source;"
-                f" map it, or leave it out with an empty name, in `fields:`"
-            )
-    prompt = text_at(value, fields["instruction"], where)
-    answer = text_at(value, fields["output"], where)
-    extra = _optional_text(record, fields.get("input"))
-    if extra and not extra.isspace():
-        prompt = f"{prompt}\n\n{extra}"
-    if "system" not in fields and "history" not in fields:
-        return PromptExample(prompt, answer)
-    system = _optional_text(record, fields.get("system"))
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for question, reply in _history(record, fields.get("history")):
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    for message in messages:
-        if not message["content"] or message["content"].isspace():
-            raise BadDataError(f"{where}: the conversation of this record has an empty turn of the {message['role']}")
-    return ChatExample(messages)
-
-
-def _optional_text(record: Record, name: str | None) -> str:
-    found = None if name is None else lookup(record.value, name)
-    return "" if name is None or found is None else checked_text(found, f"field {shown(name)!r}", record.where)
-
-
-def _history(record: Record, name: str | None) -> Iterable[tuple[str, str]]:
-    """Earlier turns: a list of [user, assistant]."""
-    found = None if name is None else lookup(record.value, name)
-    if name is None or found is None or found == "":
-        return
-    if not isinstance(found, list):
-        raise BadDataError(f"{record.where}: field {shown(name)!r} must be a list of turns, not {kind(found)}")
-    for index, turn in enumerate(found):
-        what = f"field {shown(name)!r}[{index}]"
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise BadDataError(f"{record.where}: {what} must be a list of two texts, of the user and the assistant")
-        yield checked_text(turn[0], f"{what}[0]", record.where), checked_text(turn[1], f"{what}[1]", record.where)
-
-
-def parallel_pair(record: Record, fields: Mapping[str, str]) -> PromptExample:
-    """A source and its target. A source may be a list of sentences, which blanks join; of a list of targets the
-    first is taken. Raises BadDataError."""
-    return PromptExample(_source(record, fields["source"]), _target(record, fields["target"]))
-
-
-def _source(record: Record, name: str) -> str:
-    found = required_field(record.value, name, record.where)
-    if not isinstance(found, list):
-        return text_at(record.value, name, record.where)
-    what = f"field {shown(name)!r}"
-    return " ".join(checked_text(text, f"{what}[{index}]", record.where) for index, text in enumerate(found))
-
-
-def _target(record: Record, name: str) -> str:
-    found = required_field(record.value, name, record.where)
-    if not isinstance(found, list):
-        return text_at(record.value, name, record.where)
-    if not found:
-        raise BadDataError(f"{record.where}: field {shown(name)!r} is an empty list")
-    return checked_text(found[0], f"field {shown(name)!r}[0]", record.where)
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)

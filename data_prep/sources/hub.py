@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.config import SourceConfig
 from data_prep.errors import CannotWriteError, MissingInputError
 from data_prep.progress import Progress
+from data_prep.sources.filled_nulls import without_nulls
 from data_prep.sources.read_tables import json_value
 
 
@@ -61,7 +62,8 @@ def _write(records: Iterable[dict[str, Any]], path: Path, label: str, dotted_key
             row = 0
             while (record := _next(rows, label, dotted_key)) is not None:
                 row += 1
-                value = {key: json_value(item, key, f"{label}: row {row}") for key, item in record.items()}
+                plain = {key: json_value(item, key, f"{label}: row {row}") for key, item in record.items()}
+                value = {key: without_nulls(item)[0] for key, item in plain.items()}
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
                 bar.advance(1)
             file.flush()

@@ -10,6 +10,7 @@ from typing import IO, Any
 from data_prep.errors import BadDataError, StorageError
 from data_prep.sources.archives import split_member
 from data_prep.sources.decompress import Compression, all_blocks, open_binary, stat_file
+from data_prep.sources.filled_nulls import has_filled_nulls, without_nulls
 from data_prep.sources.inflate import RATIO_FREE_BYTES, RATIO_LIMIT
 from data_prep.sources.lines import LINE_LIMIT_BYTES, OnFault, raise_fault
 from data_prep.sources.records import WHOLE_FILE, Record, Span
@@ -182,24 +183,29 @@ def _names(schema: Any, columns: Sequence[str] | None, path: str) -> list[str]:
 def _records(batches: Iterator[Any], names: list[str], path: str, row: int, on_fault: OnFault) -> Iterator[Record]:
     for batch in _bounded(batches, path, row):
         plain = all(_is_plain(field.type) for field in batch.schema)
+        filled = [name for name, column in zip(names, batch.columns, strict=True) if has_filled_nulls(column)]
         for values in _rows(batch):
             where = f"{path}: row {row}"
+            num_nulls = 0
             try:
                 if isinstance(values, UnicodeDecodeError):
                     raise BadDataError(f"{where}: not UTF-8: {values.reason}", "not_utf8")
                 value = dict(zip(names, values, strict=True))
                 value = value if plain else {name: json_value(value[name], name, where) for name in names}
+                for name in filled:
+                    value[name], num_left_out = without_nulls(value[name])
+                    num_nulls += num_left_out
             except BadDataError as fault:
                 on_fault(fault, row)
             else:
-                yield Record(value, where, row)
+                yield Record(value, where, row, num_nulls=num_nulls)
             row += 1
 
 
 def _rows(batch: Any) -> Iterator[tuple[Any, ...] | UnicodeDecodeError]:
     """The Python values of each row, or the fault of a row with a text that is not UTF-8."""
     try:
-        columns = [column.to_pylist() for column in batch.columns]
+        columns = [column.to_pylist(maps_as_pydicts="strict") for column in batch.columns]
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
             yield error

@@ -13,7 +13,8 @@ class Record(NamedTuple):
     """One input object, where it stands for people (``file:line``), and the line, row or element as a number from 1.
 
     `num_characters`: roughly what its texts take in memory, where the reader knows. `sound`: the reader has seen to
-    it that UTF-8 can hold all its texts. `item_lines`: the line of each word, where a record has a word a line.
+    it that UTF-8 can hold all its texts. `num_nulls`: nulls inside of its fields that a table has and the record may
+    not have had, which are left out. `item_lines`: the line of each word, where a record has a word a line.
     """
 
     value: dict[str, Any]
@@ -21,6 +22,7 @@ class Record(NamedTuple):
     line: int
     num_characters: int = 0
     sound: bool = False
+    num_nulls: int = 0
     item_lines: Sequence[int] = ()
 
     def place(self, item: int) -> str:

@@ -7,12 +7,13 @@ do not add up to its text (a normaliser changed it), its character offsets are u
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.encode.blocks import Block, block_of_tokens, join_blocks, spans_to_marks
+from data_prep.encode.blocks import Block, add_counts, block_of_tokens, join_blocks, spans_to_marks
 from data_prep.encode.content import Context, check_content, check_range, refuse_untrainable
 from data_prep.errors import BadDataError, FatalDataError, UntrainableError
 from data_prep.shapes.examples import ChatExample, Example, PromptExample, TextExample
@@ -24,6 +25,7 @@ from data_prep.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:  # with its template engine, which most data does without
     from data_prep.chat.format import Rendered
 
+_NO_TURN = "no turn of a trained role"
 _LONG_TOKENS = 512  # documents that are longer on average are copied one by one
 
 
@@ -34,11 +36,13 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
     the response and its eos are targets. Conversations: the turns that the chat settings train, with
     their stop tokens. The first token of a document is never a target. Raises BadDataError.
     """
-    blocks = []
+    blocks: list[Block] = []
+    starts: list[int] = []
     start = 0
     for kind, run in groupby(examples, key=type):
         chosen: list[Any] = list(run)
         theirs = records[start : start + len(chosen)]
+        starts.append(start)
         start += len(chosen)
         try:
             if kind is TextExample:
@@ -49,9 +53,14 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
                 assert kind is ChatExample
                 blocks.append(_chats(theirs, chosen, context))
         except UntrainableError as error:
-            before = start - len(chosen)
-            raise UntrainableError(str(error), tuple(index + before for index in error.indices)) from error
-    return join_blocks(blocks)
+            raise UntrainableError(str(error), tuple(index + starts[-1] for index in error.indices)) from error
+    if all(block.owners is None for block in blocks):
+        return join_blocks(blocks)
+    owners = [
+        first + (np.arange(block.num_documents) if block.owners is None else block.owners)
+        for first, block in zip(starts, blocks, strict=True)
+    ]
+    return replace(join_blocks(blocks), owners=np.concatenate(owners))
 
 
 def _texts(records: Sequence[Record], examples: Sequence[TextExample], context: Context) -> Block:
@@ -114,6 +123,28 @@ def _chats(records: Sequence[Record], examples: Sequence[ChatExample], context: 
 
     Raises BadDataError.
     """
+    chat = context.chat
+    assert chat is not None
+    found = [chat.documents(example, record.where) for record, example in zip(records, examples, strict=True)]
+    counts = [len(documents) for documents, _ in found]
+    refuse_untrainable(np.array(counts) == 0, records, _NO_TURN)
+    notes = add_counts(one for _, one in found)
+    notes["nulls_left_out"] = sum(record.num_nulls for record in records)
+    owners = np.repeat(np.arange(len(records)), counts)
+    try:
+        block = _rendered_chats(
+            [records[owner] for owner in owners.tolist()], [one for documents, _ in found for one in documents], context
+        )
+    except UntrainableError as error:
+        raise UntrainableError(str(error), tuple(sorted({int(owners[index]) for index in error.indices}))) from error
+    notes = add_counts((notes, block.notes))
+    if len(owners) == len(records):
+        return replace(block, notes=notes)
+    return replace(block, notes=notes, owners=owners, num_extra=len(owners) - len(records))
+
+
+def _rendered_chats(records: Sequence[Record], examples: Sequence[ChatExample], context: Context) -> Block:
+    """A document of each of `examples`, which `records` [examples] hold."""
     from data_prep.chat.sandbox import limits
 
     chat, tokenizer = context.chat, context.tokenizer
@@ -133,11 +164,10 @@ def _chats(records: Sequence[Record], examples: Sequence[ChatExample], context: 
     check_range(tokenizer, ids, ends, records)
     marks = _mark_rendered(rendered, ids, ends, tokenizer)
     marks[ends - lengths] = 0
-    refuse_untrainable(
-        np.add.reduceat(marks, ends - lengths, dtype=np.int64) == 0, records, "no turn of a trained role"
-    )
+    refuse_untrainable(np.add.reduceat(marks, ends - lengths, dtype=np.int64) == 0, records, _NO_TURN)
     lines = [record.line for record in records]
-    return block_of_tokens(ids, marks, lengths, lines, num_answers=answers, num_stops=stops)
+    block = block_of_tokens(ids, marks, lengths, lines, num_answers=answers, num_stops=stops)
+    return replace(block, notes=add_counts(one.notes for one in rendered))
 
 
 def _encode_rendered(rendered: "Sequence[Rendered]", context: Context) -> tuple[np.ndarray, np.ndarray]:

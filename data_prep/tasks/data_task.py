@@ -78,7 +78,7 @@ class DataTask:
     def records_of(self, block: Block) -> np.ndarray:
         """[documents]: the number of each document's record among those that the block was made of."""
         numbers = next(
-            (block.columns[column.name] for column in self.columns if column.holds == "record numbers"), None
+            (block.columns[column.name] for column in self.columns if column.holds == "record numbers"), block.owners
         )
         return np.arange(block.num_documents) if numbers is None else numbers
 

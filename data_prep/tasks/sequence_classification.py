@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.encode.blocks import Block, Column, block_of_documents, cut_columns, ragged
+from data_prep.encode.blocks import Block, Column, Counts, block_of_documents, cut_columns, ragged
 from data_prep.encode.content import Context, encode_texts, refuse_untrainable_at
 from data_prep.shapes.examples import Example, LabelledExample, ScoredExample
 from data_prep.sources.records import Record
@@ -42,7 +42,7 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
         pair_starts.append(pair_start)
         cut.append(num_cut)
     refuse_untrainable_at(empty, records, "the text is empty")
-    counts = {"num_targets": len(documents), "num_truncated": len(cut) - cut.count(0)}
+    counts: Counts = {"num_targets": len(documents), "num_truncated": len(cut) - cut.count(0)}
     block = block_of_documents(documents, [record.line for record in records], context.id_type, **counts)
     starts = {PAIR_STARTS.name: np.array(pair_starts, dtype=np.uint32)}
     learned = _learned(records, chosen, context)

@@ -21,7 +21,8 @@ import tokenizers
 from data_prep.errors import DataConfigError, PreparationError
 from data_prep.tokenizer.base_model import BaseModel
 from data_prep.tokenizer.extension_pieces import NewPieces, learn_pieces
-from data_prep.tokenizer.open import locate_tokenizer, open_tokenizer, read_tokenizer_config
+from data_prep.tokenizer.folder_files import PLAIN_CLASS
+from data_prep.tokenizer.open import open_tokenizer
 from data_prep.tokenizer.texts import LearningTexts
 from data_prep.tokenizer.tokenizer import EXTENSION_NAME, Tokenizer
 from data_prep.tokenizer.train import Density, measure, require_new_folder, write_folder
@@ -29,15 +30,6 @@ from data_prep.tokenizer.train import Density, measure, require_new_folder, writ
 _FORMAT = 1
 _MOST_WORDS = 4_000_000
 _BLANK_WORDS = re.compile("▁+[^▁]*|[^▁]+")
-#: What travels from the base's tokenizer_config.json besides the names of special tokens.
-_CONFIG_KEYS = (
-    "model_max_length",
-    "padding_side",
-    "truncation_side",
-    "model_input_names",
-    "additional_special_tokens",
-    "extra_special_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,9 @@ def extend_tokenizer(base_name: str, inputs: Iterable[str | Path], out_dir: Path
     """
     require_new_folder(out_dir)
     base = open_tokenizer(base_name)
-    pipeline = json.loads(base.files(None)["tokenizer.json"])
+    saved = json.loads(base.files(None)["tokenizer.json"])
+    limits = {name: saved[name] for name in ("truncation", "padding")}
+    pipeline = {**json.loads(base.pipeline_json), **limits}
     model = BaseModel(pipeline)
     model.require_support()
     texts = LearningTexts(inputs, progress=True)
@@ -71,7 +65,7 @@ def extend_tokenizer(base_name: str, inputs: Iterable[str | Path], out_dir: Path
         raise DataConfigError("the texts hold no piece that occurs twice and that the tokenizer does not have")
     files = {
         "tokenizer.json": json.dumps(_extended(model, pieces, base.vocab_size), ensure_ascii=False),
-        "tokenizer_config.json": _config(base, read_tokenizer_config(locate_tokenizer(base_name).parent)),
+        "tokenizer_config.json": _config(base),
         EXTENSION_NAME: _spelling(model, pieces, base),
     }
     if base.chat_template is not None:
@@ -127,9 +121,9 @@ def _extended(model: BaseModel, new: NewPieces, first: int) -> dict[str, Any]:
     return {**model.pipeline, "model": values}
 
 
-def _config(base: Tokenizer, own: dict[str, Any]) -> str:
-    values = json.loads(base.files(None)["tokenizer_config.json"])
-    values |= {key: own[key] for key in _CONFIG_KEYS if own.get(key) is not None}
+def _config(base: Tokenizer) -> str:
+    """The base's tokenizer_config.json; its class may cut text in its own way, so the plain one takes its place."""
+    values = json.loads(base.files(None)["tokenizer_config.json"]) | {"tokenizer_class": PLAIN_CLASS}
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -144,7 +138,7 @@ def _spelling(model: BaseModel, new: NewPieces, base: Tokenizer) -> str:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    model = BaseModel(json.loads(tokenizer.files(None)["tokenizer.json"]))
+    model = BaseModel(json.loads(tokenizer.pipeline_json))
     return {**model.vocabulary, **model.added}
 
 

@@ -1,6 +1,5 @@
 """Opens tokenizers: folders and files of every usual kind, or a name on the Hub."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,26 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from data_prep.errors import BadDataError, MissingInputError, PreparationError, StorageError
 from data_prep.tokenizer.bpe_files import find_bpe_files, is_rank_file, open_bpe_files, open_rank_file
+from data_prep.tokenizer.ends import follow_settings
+from data_prep.tokenizer.folder_files import (
+    PLAIN_CLASS,
+    SPECIAL_NAMES,
+    FolderFiles,
+    content_of,
+    named_values,
+    read_json,
+    read_others,
+)
 from data_prep.tokenizer.sentencepiece_model import convert_sentencepiece, protect_pieces
-from data_prep.tokenizer.tokenizer import EXTENSION_NAME, SPECIAL_NAMES, Tokenizer
+from data_prep.tokenizer.tokenizer import EXTENSION_NAME, Tokenizer
 
 _BERT_SPECIALS = {name: f"[{name.removesuffix('_token').upper()}]" for name in SPECIAL_NAMES[2:]}
 _HUB_FILES = [
     "tokenizer*.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    "chat_template.j*",
+    "additional_chat_templates/*.jinja",
+    "tekken.json",
     "added_tokens.json",
     "*.model",
     "vocab.txt",
@@ -36,30 +47,53 @@ def open_tokenizer(name: str) -> Tokenizer:
     file = locate_tokenizer(name)
     folder = file.parent
     config = read_tokenizer_config(folder)
+    whole = file.suffix == ".json" and find_bpe_files(file) is None
     try:
-        if (pair := find_bpe_files(file)) is not None:
-            backend, specials = _with_named_tokens(*open_bpe_files(*pair, config), folder, config)
-        elif file.suffix == ".json":
-            backend, specials = _with_named_tokens(tokenizers.Tokenizer.from_file(str(file)), {}, folder, config)
-        elif is_rank_file(content := file.read_bytes()):
-            backend, specials = _with_named_tokens(*open_rank_file(file, content, config), folder, config)
-        elif file.suffix == ".model":
-            backend, specials = convert_sentencepiece(content, config)
-        else:
-            backend, specials = _open_wordpiece(file, config)
+        backend, specials = _open_backend(file, config)
+        specials = _add_named_tokens(backend, specials, folder, config)
+        settings, note = follow_settings(backend, specials, config, whole)
+        unigram = type(backend.model).__name__ == "Unigram"
+        limited = backend.truncation is not None or backend.padding is not None
+        pipeline = backend.to_str() if limited or (unigram and whole) else None
+        if unigram:
+            protect_pieces(backend)
+        backend.no_truncation()
+        backend.no_padding()
+        others = read_others(folder, file)
     except PreparationError:
         raise
     except OSError as error:
         raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the tokenizers and protobuf libraries raise bare Exception
         raise BadDataError(f"{file}: not a tokenizer: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
     extension = folder / EXTENSION_NAME
     spelling = extension.read_text(encoding="utf-8") if extension.is_file() else None
-    names = config.get("model_input_names")
-    apart = "token_type_ids" in names if isinstance(names, list) else file.suffix == ".txt"
-    return Tokenizer(backend, specials, _read_chat_template(folder, config), spelling, apart)
+    own = config if whole else _config_of_converted(config, file)
+    files = FolderFiles(own | settings, others, pipeline)
+    notes = [note, "its own code (auto_map) is never run, and does not travel" if config.get("auto_map") else None]
+    said = tuple(f"tokenizer: {line}" for line in notes if line)
+    return Tokenizer(backend, specials, _read_chat_template(folder, config), spelling, files, said)
+
+
+def _open_backend(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The pipeline of a vocabulary file, and the special tokens that it names itself."""
+    if (pair := find_bpe_files(file)) is not None:
+        return open_bpe_files(*pair, config)
+    if file.suffix == ".json":
+        return tokenizers.Tokenizer.from_file(str(file)), {}
+    if is_rank_file(content := file.read_bytes()):
+        return open_rank_file(file, content, config)
+    if file.suffix == ".model":
+        return convert_sentencepiece(content, config)
+    return _open_wordpiece(file, config)
+
+
+def _config_of_converted(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The config beside a pipeline that was made here of an older file."""
+    made: dict[str, Any] = {"tokenizer_class": PLAIN_CLASS}
+    if file.suffix == ".txt":  # BERT kinds tell the texts of a pair apart
+        made["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    return made | config
 
 
 def locate_tokenizer(name: str) -> Path:
@@ -72,7 +106,7 @@ def locate_tokenizer(name: str) -> Path:
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The values of a folder's tokenizer_config.json; none where there is no such file."""
-    return _read_json(folder / "tokenizer_config.json")
+    return read_json(folder / "tokenizer_config.json")
 
 
 def _main_file(folder: Path) -> Path:
@@ -109,18 +143,6 @@ def _download(name: str) -> Path:
         raise MissingInputError(f"{missing}, and the Hub does not give it: {reason}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadDataError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BadDataError(f"{path}: not a JSON object")
-    return value
-
-
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -130,12 +152,6 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _content_of(token: Any) -> str | None:
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
 def _added_token(value: Any) -> AddedToken:
     if not isinstance(value, dict):
         return AddedToken(value, special=True, normalized=False)
@@ -143,31 +159,32 @@ def _added_token(value: Any) -> AddedToken:
     return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
 
 
-def _with_named_tokens(
+def _add_named_tokens(
     backend: tokenizers.Tokenizer, specials: dict[str, str], folder: Path, config: dict[str, Any]
-) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+) -> dict[str, str]:
     """Add the tokens that only the files beside the vocabulary name; these files' names go before `specials`."""
-    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    named = {**read_json(folder / "special_tokens_map.json"), **config}
+    declared = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda pair: int(pair[0]))
+    values = [*(value for _, value in declared), *named_values(named)]
+    if not declared:  # as transformers reads folders from before it had that key
+        special = {content_of(value) for value in values}
+        older = sorted(read_json(folder / "added_tokens.json").items(), key=lambda pair: int(pair[1]))
+        flags = [{"content": text, "special": text in special, "normalized": text not in special} for text, _ in older]
+        values = [*flags, *values]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = [value for _, value in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda p: int(p[0]))]
-    extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
-    wanted = [*declared, *(named.get(name) for name in SPECIAL_NAMES), *extra]
-    for value in wanted:
-        text = _content_of(value)
+    for value in values:
+        text = content_of(value)
         if text is not None and text not in known:
             backend.add_tokens([_added_token(value)])
             known.add(text)
-    specials = specials | {name: text for name in SPECIAL_NAMES if (text := _content_of(named.get(name))) is not None}
-    if type(backend.model).__name__ == "Unigram":
-        protect_pieces(backend)
-    return backend, specials
+    return specials | {name: text for name in SPECIAL_NAMES if (text := content_of(named.get(name))) is not None}
 
 
 def _open_wordpiece(file: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     # Pieces may hold U+2028 and other line separators, so only \n ends one.
     pieces = file.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     vocabulary = {piece.removesuffix("\r"): index for index, piece in enumerate(pieces)}
-    specials = {name: _content_of(config.get(name)) or text for name, text in _BERT_SPECIALS.items()}
+    specials = {name: content_of(config.get(name)) or text for name, text in _BERT_SPECIALS.items()}
     absent = [text for text in specials.values() if text not in vocabulary]
     if absent:
         raise BadDataError(f"{file}: not a BERT vocabulary: it has no piece {absent[0]}")

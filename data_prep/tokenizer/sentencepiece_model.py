@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from data_prep.errors import BadDataError
+from data_prep.tokenizer.ends import surround
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _UNIGRAM, _BPE = 1, 2
@@ -79,7 +80,7 @@ def convert_sentencepiece(model: bytes, config: Mapping[str, Any]) -> tuple[toke
             backend.add_tokens([AddedToken(text, special=True, normalized=False)])
     if trainer.model_type == _UNIGRAM:
         protect_pieces(backend)
-    backend.post_processor = _surround(
+    backend.post_processor = surround(
         backend,
         specials.get("bos_token") if config.get("add_bos_token", "bos_token" in specials) else None,
         specials.get("eos_token") if config.get("add_eos_token", "bos_token" not in specials) else None,
@@ -146,10 +147,3 @@ def _special_tokens(proto: Any, config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             specials[name] = value
     return specials
-
-
-def _surround(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
-    single = [part for part in (bos, "$A", eos) if part]
-    pair = [*single, *(part.replace("$A", "$B") + ":1" for part in single)]
-    ids = {text: backend.token_to_id(text) for text in (bos, eos) if text}
-    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(ids.items()))

@@ -15,10 +15,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
+from data_prep.tokenizer.folder_files import FolderFiles
+
 #: How new tokens are spelled in older ones: written by `extend_tokenizer`, read by the engine.
 EXTENSION_NAME = "extension.json"
-#: Named special tokens, in the order in which Hugging Face gives them ids.
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _JOINT = "\ufdef"  # a noncharacter: no text holds it
 _REMEMBERED_WORDS = 200_000  # some 30 MB
 _SUB_BATCH_TEXTS = 64  # the library keeps all results of a call: larger calls cost memory and time
@@ -30,8 +30,8 @@ FlatIds = tuple[np.ndarray, np.ndarray]
 class Tokenizer:
     """A tokenizer with its special ids and chat template. Made by `open_tokenizer`.
 
-    prefix_ids and suffix_ids are what the tokenizer itself puts around a single text; tells_pairs_apart: its
-    models take token types (BERT kinds), which its folder says.
+    prefix_ids and suffix_ids are what the tokenizer itself puts around a single text; notes: lines about what opening
+    decided.
     """
 
     def __init__(
@@ -40,9 +40,11 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: str | None,
         extension: str | None = None,
-        tells_pairs_apart: bool = False,
+        folder_files: FolderFiles | None = None,
+        notes: tuple[str, ...] = (),
     ):
-        self.tells_pairs_apart = tells_pairs_apart
+        self._folder_files = folder_files or FolderFiles()
+        self.notes = notes
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         self.extension = extension
@@ -255,18 +257,10 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def files(self, chat_template: str | None) -> dict[str, str]:
-        """The files (name -> text) of a Hugging Face folder of this tokenizer with the given chat template."""
-        config: dict[str, Any] = {
-            # The class that takes tokenizer.json as it is, under both the old and the new name.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": int(1e30),
-            **self.special_tokens,
-        }
-        if self.tells_pairs_apart:
-            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        """The pipeline, config, template and extension (name -> text) of a folder of this tokenizer."""
+        config = self._folder_files.settings(self.special_tokens, chat_template)
         files = {
-            "tokenizer.json": self.pipeline_json,
+            "tokenizer.json": self._folder_files.pipeline or self.pipeline_json,
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         if chat_template is not None:
@@ -275,11 +269,16 @@ class Tokenizer:
             files[EXTENSION_NAME] = self.extension
         return files
 
+    def all_files(self, chat_template: str | None) -> dict[str, bytes]:
+        """Every file (name in the folder -> content) of a Hugging Face folder with the given chat template."""
+        own = {name: text.encode() for name, text in self.files(chat_template).items()}
+        return {**dict(self._folder_files.template_files()), **self._folder_files.others, **own}
+
     def save(self, folder: Path, chat_template: str | None = None) -> None:
         """Write a complete Hugging Face tokenizer folder; AutoTokenizer reads it to the same ids."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in self.files(chat_template or self.chat_template).items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        for name, content in self.all_files(chat_template or self.chat_template).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
 
 
 def id_type(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:

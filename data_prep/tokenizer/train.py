@@ -2,8 +2,9 @@
 
 import io
 import json
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from data_prep.errors import CannotWriteError, DataConfigError
 from data_prep.tokenizer.bpe_files import cut_words
+from data_prep.tokenizer.chatml import CHAT_TEMPLATE, CHAT_TOKENS
 from data_prep.tokenizer.texts import CHUNK_CHARACTERS, LearningTexts
 
 if TYPE_CHECKING:
@@ -44,24 +46,33 @@ def measure(tokenizer: "Tokenizer", sample: tuple[list[str], bool]) -> Density:
 
 
 def train_tokenizer(
-    inputs: Iterable[str | Path], out_dir: Path, vocab_size: int, kind: Kind, num_threads: int = 1
+    inputs: Iterable[str | Path],
+    out_dir: Path,
+    vocab_size: int,
+    kind: Kind,
+    num_threads: int = 1,
+    chat: bool = False,
 ) -> Density:
     """Train a tokenizer with `vocab_size` ids and write it to `out_dir`; returns how densely it encodes held-out text.
 
-    Every text can be encoded and decoded exactly, and the same inputs give the same tokenizer.
+    Every text can be encoded and decoded exactly, and the same inputs give the same tokenizer. With `chat` it has the
+    special tokens and the template of ChatML.
     Raises CannotWriteError for an `out_dir` that holds something, and as `train_sentencepiece` does.
     """
     require_new_folder(out_dir)
     from data_prep.tokenizer.open import open_tokenizer
 
     texts = LearningTexts(inputs, progress=True)
+    controls = CHAT_TOKENS if chat else ()
     match kind:
         case "byte-bpe":
-            files = _train_byte_bpe(texts, vocab_size)
+            files = _train_byte_bpe(texts, vocab_size, controls)
         case "sentencepiece-bpe":
-            files = _train_sentencepiece(texts, vocab_size, "bpe", num_threads)
+            files = _train_sentencepiece(texts, vocab_size, "bpe", num_threads, controls)
         case "sentencepiece-unigram":
-            files = _train_sentencepiece(texts, vocab_size, "unigram", num_threads)
+            files = _train_sentencepiece(texts, vocab_size, "unigram", num_threads, controls)
+    if chat:
+        files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     write_folder(out_dir, files)
     return measure(open_tokenizer(str(out_dir)), texts.sample())
 
@@ -85,7 +96,11 @@ def train_sentencepiece(
 
 
 def _train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, kind: Literal["unigram", "bpe"], num_threads: int
+    texts: Iterable[str],
+    vocab_size: int,
+    kind: Literal["unigram", "bpe"],
+    num_threads: int,
+    controls: Sequence[str] = (),
 ) -> dict[str, bytes]:
     import sentencepiece
 
@@ -108,19 +123,33 @@ def _train_sentencepiece(
             bos_id=1,
             eos_id=2,
             pad_id=3,
+            control_symbols=list(controls),
             num_threads=num_threads,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).rpartition("] ")[2].strip()
-        raise DataConfigError(f"sentencepiece cannot train {vocab_size} pieces from these texts: {reason}") from error
+        raise DataConfigError(_training_fault(str(error), vocab_size)) from error
     config = {"add_bos_token": True, "add_eos_token": False}
     return {"tokenizer_config.json": json.dumps(config).encode() + b"\n", "tokenizer.model": model.getvalue()}
 
 
-def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
-    """Special tokens bos 0, eos 1, pad 2, then the 256 bytes, then what is merged from them."""
-    bos, eos, pad = specials = ("<s>", "</s>", "<pad>")
+def _training_fault(text: str, vocab_size: int) -> str:
+    """Our words for an error of the sentencepiece library; its own where it is another."""
+    if match := re.search(r"value <= ([0-9]+)", text):
+        return f"--vocab-size {vocab_size} is too large: these texts give at most {match[1]} pieces; write {match[1]}"
+    if match := re.search(r"smaller than required_chars[^0-9]*[0-9]+ vs ([0-9]+)", text):
+        return f"--vocab-size {vocab_size} is too small for the characters of these texts: write {match[1]} or more"
+    if "Vocabulary size" in text and (match := re.search(r"([0-9]+)\D*$", text)):
+        return f"--vocab-size {vocab_size} does not suit these texts, which need {match[1]}"
+    if "sentences_.empty" in text or "Input corpus" in text:
+        return "the files hold no text to learn from"
+    return f"no tokenizer of {vocab_size} ids can be trained on these texts: {text.rpartition('] ')[2].strip() or text}"
+
+
+def _train_byte_bpe(texts: Iterable[str], vocab_size: int, controls: Sequence[str]) -> dict[str, bytes]:
+    """Special tokens bos 0, eos 1, pad 2, then `controls`, the 256 bytes, and what is merged from them."""
+    bos, eos, pad = ("<s>", "</s>", "<pad>")
+    specials = (bos, eos, pad, *controls)
     backend = tokenizers.Tokenizer(models.BPE())
     cut_words(backend)
     backend.decoder = decoders.ByteLevel()
@@ -132,8 +161,9 @@ def _train_byte_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
     )
     backend.train_from_iterator(iter(texts), trainer)
     if (found := backend.get_vocab_size()) != vocab_size:
-        fault = "at least 259 are needed" if vocab_size < found else f"they fill only {found}"
-        raise DataConfigError(f"cannot train {vocab_size} byte-level pieces from these texts: {fault}")
+        least = 256 + len(specials)
+        fault = f"at least {least} are needed" if vocab_size < found else f"they fill only {found}: write {found}"
+        raise DataConfigError(f"--vocab-size {vocab_size} does not suit these texts: {fault}")
     backend.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, 0)]
     )

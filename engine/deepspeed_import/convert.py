@@ -21,15 +21,15 @@ from engine.deepspeed_import.stored_tensors import Flat, StoredTensor, joined_so
 from engine.errors import DataError, MissingInputError, RefusedForSecurityError
 from engine.export.folder import (
     check_free,
-    copy_files,
     empty_model,
     model_shapes,
     new_folder,
     read_config,
     weight_dtype,
-    write_config,
     write_weights,
 )
+from engine.export.settings import copy_files, write_config
+from engine.export.taught import Taught
 from engine.tensor_files.reader import read_file
 from engine.tensor_files.writer import TensorSource
 
@@ -99,8 +99,8 @@ def import_checkpoint(
     checkpoint.verify()
     with new_folder(out_dir) as folder:
         write_weights(model, weights, folder, target, max_shard_bytes)
-        write_config(values, folder, architectures[0], dtype)
-        copy_files(model_dir, model_dir, folder)
+        write_config(values, folder, model, dtype)
+        copy_files(model_dir, model_dir, folder, model, Taught())
     return checkpoint
 
 

@@ -13,13 +13,16 @@ from engine.tasks import TASKS
 _VERSIONS = ("torch", "deepspeed", "transformers")
 
 
-def model_card(run_dir: Path, config: Mapping[str, Any], state: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def model_card(
+    run_dir: Path, config: Mapping[str, Any], state: Mapping[str, Any] | None, manifest: Mapping[str, Any]
+) -> str:
     """The text of the card.
 
     `config` is the resolved run file, `state` the training state of the exported step (see
-    `engine.train.save`), `manifest` that of the training store. Evaluations come from `run_dir`'s metrics.
+    `engine.train.save`; None: nothing was trained yet), `manifest` that of the training store.
+    Evaluations come from `run_dir`'s metrics.
     """
-    step = int(state["step"])
+    step = int(state["step"]) if state is not None else 0
     base = _base_model(config["model"])
     head = ["---", "library_name: transformers", f"pipeline_tag: {TASKS[config['task']].pipeline}"]
     if base is not None and "/" in base:
@@ -28,11 +31,8 @@ def model_card(run_dir: Path, config: Mapping[str, Any], state: Mapping[str, Any
     sections = [
         f"# {run_dir.absolute().name}, step {step}",
         "",
-        _origin(config, base),
-        "",
-        "## Training",
-        "",
-        *_table(_training(config, state)),
+        _origin(config, base) if state is not None else _untrained(base),
+        *(["", "## Training", "", *_table(_training(config, state))] if state is not None else []),
         "",
         "## Data",
         "",
@@ -59,6 +59,10 @@ def _origin(config: Mapping[str, Any], base: str | None) -> str:
     task = str(config["task"]).replace("_", " ")
     start = f"starting from {base}" if base is not None else "starting from random weights"
     return f"Every weight trained for {task}, {start}."
+
+
+def _untrained(base: str | None) -> str:
+    return f"The starting weights of a run{f' from {base}' if base is not None else ''}: nothing is trained yet."
 
 
 def _training(config: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:

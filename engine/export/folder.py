@@ -36,11 +36,6 @@ from engine.tensor_files.writer import TensorSource, fsync_folder, write_file, w
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt",
-)  # fmt: skip
-_TOKENIZER_SUFFIXES = (".model", ".spm", ".jinja")
 
 
 def weight_dtype(name: str) -> torch.dtype:
@@ -277,28 +272,6 @@ def _save_in_memory(
     model.save_pretrained(folder, max_shard_size=max_shard_bytes)
 
 
-def write_config(values: Mapping[str, Any], folder: Path, architecture: str, dtype: str) -> None:
-    """Write config.json: `values` with this architecture and dtype, without links to code or places."""
-    kept = {key: value for key, value in values.items() if key not in ("torch_dtype", "auto_map", "_name_or_path")}
-    (folder / "config.json").unlink(missing_ok=True)
-    write_json_file(folder / "config.json", kept | {"architectures": [architecture], "dtype": dtype})
-
-
 def write_json_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write readable JSON for others to read."""
     write_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
-
-
-def copy_files(model_dir: Path, tokenizer_dir: Path | None, folder: Path) -> None:
-    """Copy generation_config.json and tokenizer files by name: a folder may also hold code, which must not travel."""
-    wanted = [model_dir / "generation_config.json"]
-    if tokenizer_dir is not None:
-        wanted += [
-            path
-            for path in sorted(tokenizer_dir.iterdir())
-            if path.name in _TOKENIZER_FILES or path.suffix in _TOKENIZER_SUFFIXES
-        ]
-    for path in wanted:
-        if path.is_file():
-            (folder / path.name).unlink(missing_ok=True)
-            write_file(folder / path.name, path.read_bytes())

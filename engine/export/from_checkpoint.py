@@ -6,7 +6,7 @@ engine computes with.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from engine.checkpoint.reader import CheckpointReader
 from engine.errors import DataError, MissingInputError, StorageError
 from engine.export.folder import (
     check_free,
-    copy_files,
     empty_model,
     model_shapes,
     new_folder,
     read_config,
     weight_dtype,
-    write_config,
     write_weights,
 )
+from engine.export.settings import copy_files, write_config
+from engine.export.taught import Taught
 from engine.tensor_files.writer import TensorSource, write_file
 
 _CHUNK_ELEMENTS = 8 * 2**20
@@ -62,16 +62,17 @@ def export_checkpoint(
     dtype: str = "bfloat16",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     card: str | None = None,
+    taught: Taught | None = None,
 ) -> None:
     """Write the checkpoint as a folder that `from_pretrained` loads alone.
 
-    `model_dir` holds config.json and perhaps generation_config.json; the tokenizer's files are
-    copied. `dtype` is bfloat16, float16 or float32, `card` the text of README.md. The folder appears
-    when it is complete and has been read back.
+    `model_dir` holds the run's model folder (see `write_model_folder`); the tokenizer's files are
+    copied. `dtype` is bfloat16, float16 or float32, `card` the text of README.md, `taught` what the data
+    taught beyond weights. The folder appears when it is complete and has been read back.
     Raises CannotWriteError for an `out_dir` that holds something, DataError for a damaged
     checkpoint or one that is not of this model, StorageError when writing fails.
     """
-    target = weight_dtype(dtype)
+    weight_dtype(dtype)
     check_free(out_dir)
     reader = CheckpointReader(checkpoint_dir)
     reader.verify_rest()
@@ -80,13 +81,22 @@ def export_checkpoint(
     model = empty_model(config, architecture, reader.path)
     _check_names(reader, model)
     weights = {name: _source(reader, name) for name in reader.weights}
+    write_export(out_dir, model, weights, values, model_dir, tokenizer_dir, dtype, max_shard_bytes, card, taught)
+
+
+def write_export(
+    out_dir: Path, model: Any, weights: Mapping[str, TensorSource], values: Mapping[str, Any], model_dir: Path,
+    tokenizer_dir: Path | None, dtype: str, max_shard_bytes: int, card: str | None, taught: Taught | None,
+) -> None:  # fmt: skip
+    """Write the folder of an empty `model` with `weights`; `values` are those of its config.json."""
+    target = weight_dtype(dtype)
     with new_folder(out_dir) as folder:
         write_weights(model, weights, folder, target, max_shard_bytes)
-        write_config(values, folder, architecture, dtype)
-        copy_files(model_dir, tokenizer_dir, folder)
+        write_config(values, folder, model, dtype)
+        copy_files(model_dir, tokenizer_dir, folder, model, taught or Taught())
         if card is not None:
             write_file(folder / "README.md", card.encode())
-        check_forward(folder, reader, model, target)
+        check_forward(folder, weights, model, target)
 
 
 def _check_names(reader: CheckpointReader, model: Any) -> None:
@@ -122,13 +132,13 @@ _TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def check_forward(folder: Path, reader: CheckpointReader, model: Any, dtype: torch.dtype) -> None:
-    """StorageError unless the folder opens as the checkpoint's masters rounded to `dtype`, and computes what they do.
+def check_forward(folder: Path, weights: Mapping[str, TensorSource], model: Any, dtype: torch.dtype) -> None:
+    """StorageError unless the folder opens as `weights` rounded to `dtype`, and computes what they do.
 
     `model` is the empty one. Weights must be equal bit by bit; logits up to rounding, which depends
     on where in memory a weight lies. Left out, with a line that says so, for models of more than 150 MB.
     """
-    size_bytes = sum(math.prod(entry.shape) for entry in reader.weights.values()) * dtype.itemsize
+    size_bytes = sum(math.prod(source.shape) for source in weights.values()) * dtype.itemsize
     if size_bytes > MAX_CHECKED_BYTES:
         _LOG.info("%s: forward pass not compared: %d MB of weights", folder.name, size_bytes // 10**6)
         return
@@ -138,16 +148,16 @@ def check_forward(folder: Path, reader: CheckpointReader, model: Any, dtype: tor
     written, opened = _logits(theirs), dict((*theirs.named_parameters(), *theirs.named_buffers()))
     ours = kind._from_config(model.config)  # as from_pretrained makes it, with the same attention
     for name, value in (*ours.named_parameters(), *ours.named_buffers()):
-        if name in reader.weights:
-            values = reader.read_weight(name, 0, value.numel()).view(value.shape)
+        if name in weights:
+            values = torch.cat([chunk.reshape(-1) for chunk in weights[name].chunks()]).view(value.shape)
             stored = values.to(dtype) if isinstance(value, torch.nn.Parameter) else values
             # What is opened in a type of its own (buffers, some modules in fp32) computes in that.
             value.data = stored.to(opened[name].dtype)
             if not torch.equal(opened[name], value):
-                raise StorageError(f"{folder}: {name} opens as something else than what the checkpoint holds")
+                raise StorageError(f"{folder}: {name} opens as something else than the weights of the run")
     ours.tie_weights()
     if not torch.allclose(_logits(ours), written, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]):
-        raise StorageError(f"{folder}: the written model computes something else than the checkpoint; not published")
+        raise StorageError(f"{folder}: computes something else than the weights of the run; not published")
 
 
 def _logits(model: Any) -> Tensor:

@@ -30,17 +30,17 @@ from engine.export.folder import (
     Shard,
     check_free,
     check_shard,
-    copy_files,
     empty_model,
     num_bytes,
     plan_shards,
     read_config,
     stored_names,
     weight_dtype,
-    write_config,
     write_index,
 )
 from engine.export.from_checkpoint import export_checkpoint, resolve_checkpoint
+from engine.export.settings import copy_files, write_config
+from engine.export.taught import Taught, taught_by
 from engine.ranks.agreement import agree, all_gather_json, from_rank_0, num_ranks, this_rank
 from engine.tensor_files.reader import drop_cache, opened, read_into
 from engine.tensor_files.slices import LiveSlice
@@ -91,7 +91,7 @@ def export_end(
         checkpoint = resolve_checkpoint(config.run_dir, int(state["step"]))
         export_checkpoint(
             checkpoint, config.run_dir / "model", store.tokenizer_dir, out_dir,
-            config.export.dtype, config.export.max_shard_size, card,
+            config.export.dtype, config.export.max_shard_size, card, taught_by(store, config.trained_task),
         )  # fmt: skip
 
     from_rank_0(from_checkpoint)
@@ -105,7 +105,7 @@ def _export(
     card = model_card(config.run_dir, config.model_dump(mode="json"), state, store.manifest)
     written = export_live(
         zero, config.run_dir / "model", store.tokenizer_dir, out_dir.absolute(), config.export.dtype,
-        config.export.max_shard_size, card, check_owner, replace=True,
+        config.export.max_shard_size, card, check_owner, replace=True, taught=taught_by(store, config.trained_task),
     )  # fmt: skip
     if written:
         say(f"weights after step {state['step']} written to {out_dir} in {time.perf_counter() - started:.1f} s")
@@ -122,7 +122,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 def export_live(
     zero: ZeroModel, model_dir: Path, tokenizer_dir: Path | None, out_dir: Path, dtype: str, max_shard_bytes: int,
-    card: str, check_owner: Callable[[], None] = lambda: None, replace: bool = False,
+    card: str, check_owner: Callable[[], None] = lambda: None, replace: bool = False, taught: Taught | None = None,
 ) -> bool:  # fmt: skip
     """Write the weights as they are now as a folder that `from_pretrained` loads alone, whole or not at all.
 
@@ -144,8 +144,8 @@ def export_live(
         for shard in shards:
             check_shard(folder / shard.file, shard)
         write_index(folder, shards)
-        write_config(values, folder, architecture, dtype)
-        copy_files(model_dir, tokenizer_dir, folder)
+        write_config(values, folder, model, dtype)
+        copy_files(model_dir, tokenizer_dir, folder, model, taught or Taught())
         write_file(folder / "README.md", card.encode())
         fsync_folder(folder)
         check_owner()

@@ -23,6 +23,7 @@ from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.model.model_files import FileTensor, read_model_files
+from engine.model.model_folder import CARRIED_PATTERNS
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks.task import UNKNOWN_LABEL, Output, Task
@@ -46,6 +47,12 @@ class StoreFacts:
     tokenizer_dir: Path | None = None
     stores: tuple[TokenStore, ...] = ()  # asked for the ids they use where the vocabulary is larger than the model
 
+    @classmethod
+    def of(cls, store: TokenStore, *others: TokenStore) -> "StoreFacts":
+        """The facts of a training store; `others` are used with the same model."""
+        named = store.label_names, store.tokenizer_dir
+        return cls(store.vocab_size, store.pad_id, store.bos_id, store.eos_id, *named, stores=(store, *others))
+
 
 def model_folder(section: ModelSection) -> Path | None:
     """The local folder of a pretrained or configured model; downloads a Hub name (safetensors only).
@@ -64,7 +71,7 @@ def model_folder(section: ModelSection) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json"] if section.init == "random" else ["*.json", "*.safetensors"]
+    patterns = ["*.json", *CARRIED_PATTERNS, *(["*.safetensors"] if section.init != "random" else [])]
     try:
         return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -239,6 +246,8 @@ def model_config(
     # Both maps at once: num_labels follows from id2label.
     config.id2label = dict(enumerate(labels.names))
     config.label2id = {name: index for index, name in enumerate(labels.names)}
+    if config.problem_type is not None:  # else a head of several labels or of scores would be served
+        config.problem_type = "single_label_classification"
     if config.get_text_config().pad_token_id is None and (extension is not None or facts.pad_id < vocab_size):
         config.pad_token_id = facts.pad_id
     return config, labels

@@ -7,7 +7,7 @@ each other's threads, and their memory, from one to the other. Imports without t
 import os
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SYSTEM = Path("/sys")
@@ -22,7 +22,10 @@ LEAST_CORES = 2
 
 @dataclass(frozen=True)
 class Placement:
-    """The ranks of this machine and the cores of each, in local order; none if they are not bound, and why not."""
+    """The ranks of this machine and the cores of each, in local order; none if they are not bound, and why not.
+
+    `refused_threads` is what OMP_NUM_THREADS said where no rank can follow it.
+    """
 
     local_index: int
     cores: tuple[tuple[int, ...], ...]
@@ -30,6 +33,7 @@ class Placement:
     num_cores: int
     num_nodes: int
     reason: str = ""
+    refused_threads: str = ""
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -70,8 +74,12 @@ def place_rank(environment: MutableMapping[str, str]) -> Placement:
     if placement.own:
         os.sched_setaffinity(0, placement.own)
     share = len(placement.own) or max(1, placement.num_cores // _sharing(placement))
-    threads = environment.get("OMP_NUM_THREADS", "")
-    if not threads or (placement.own and threads.isdecimal() and int(threads) > len(placement.own)):
+    asked = environment.get("OMP_NUM_THREADS", "").strip()
+    is_number = re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", asked) is not None  # a list is for nested loops
+    threads = int(asked.partition(",")[0]) if is_number else 0
+    if (asked and not threads) or threads > (os.cpu_count() or 1):
+        placement = replace(placement, refused_threads=asked)
+    if not threads or placement.refused_threads or (placement.own and threads > len(placement.own)):
         environment["OMP_NUM_THREADS"] = str(share)
     if _gpu_addresses() and environment.get("DS_ACCELERATOR") != "cpu" and "PYTORCH_CUDA_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_ALLOC_CONF", PINNED_MEMORY)
@@ -90,7 +98,9 @@ def describe(placement: Placement, environment: Mapping[str, str], ops_dir: Path
     nodes = f"{placement.num_nodes} NUMA node{'s' if placement.num_nodes > 1 else ''}"
     pinned = environment.get("PYTORCH_ALLOC_CONF") or environment.get("PYTORCH_CUDA_ALLOC_CONF")
     pinned = f", pinned memory {pinned}" if pinned else ""
-    return f"{told}, {nodes}, OMP_NUM_THREADS={environment.get('OMP_NUM_THREADS')}{pinned}, ops in {ops_dir}"
+    refused = placement.refused_threads
+    threads = f"{environment.get('OMP_NUM_THREADS')}{f' (not {refused}: no number of threads here)' if refused else ''}"
+    return f"{told}, {nodes}, OMP_NUM_THREADS={threads}{pinned}, ops in {ops_dir}"
 
 
 def numa_nodes(mask: set[int]) -> list[list[int]]:

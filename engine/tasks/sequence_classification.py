@@ -110,4 +110,5 @@ TASK = Task(
     figures=_figures,
     metrics={"accuracy": "max", "macro_f1": "max", "loss": "min"},
     best="accuracy",
+    second_texts="pair_starts",
 )

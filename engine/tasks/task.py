@@ -52,6 +52,7 @@ class Task:
     figures: Callable[[Sequence[DocumentResult], Sequence[str]], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
+    second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
 
 
 #: The number of a held-out label that train has not: no prediction equals it, and it has no loss.

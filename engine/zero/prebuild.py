@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.errors import ConfigError, FulltuneError
+from engine.errors import CannotWriteError, ConfigError, FulltuneError
 
 # Builder of DeepSpeed -> the folder and library it leaves.
 _CPU_OPS = {"ShareMemCommBuilder": "deepspeed_shm_comm", "CPUAdamBuilder": "cpu_adam"}
@@ -38,7 +38,14 @@ def extensions_dir() -> Path:
         return Path(given)
     versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return Path.home() / ".cache" / "fulltune" / f"{python}-{versions}-{_build_key()}"
+    try:
+        home = Path.home().absolute()
+    except RuntimeError:
+        raise ConfigError(
+            "the home folder of this user is not known, and compiled ops are kept below it: set HOME, or "
+            "TORCH_EXTENSIONS_DIR to a folder of yours"
+        ) from None
+    return home / ".cache" / "fulltune" / f"{python}-{versions}-{_build_key()}"
 
 
 def tool_environment() -> dict[str, str]:
@@ -95,9 +102,9 @@ def missing_ops(folder: Path, uses_gpus: bool, uses_nvme: bool = False) -> list[
 def prebuild(folder: Path, uses_gpus: bool, uses_nvme: bool = False) -> None:
     """Build what `missing_ops` names; one process of a node at a time, others wait.
 
-    Prints progress; silent when there is nothing to do.
+    Prints progress; silent when there is nothing to do. CannotWriteError as `make_ops_dir`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_ops_dir(folder)
     with (folder / "prebuild.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,6 +116,21 @@ def prebuild(folder: Path, uses_gpus: bool, uses_nvme: bool = False) -> None:
             _check_libaio()
         for builder in builders:
             _build(builder, folder / (_CPU_OPS | _NVME_OPS)[builder])
+
+
+def make_ops_dir(folder: Path) -> None:
+    """Make the folder for compiled ops. CannotWriteError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        where = "" if os.environ.get("TORCH_EXTENSIONS_DIR") else ", below HOME"
+        raise CannotWriteError(
+            f"{folder}: cannot be written ({reason}), and DeepSpeed's compiled ops are kept there{where}: set "
+            "TORCH_EXTENSIONS_DIR to a folder of yours"
+        )
 
 
 def _check_libaio() -> None:

@@ -1,7 +1,6 @@
 """``fulltune inspect``: shows a token store in the terminal, or writes it as one page."""
 
 import argparse
-import io
 import os
 import sys
 from pathlib import Path
@@ -43,8 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"page written to {arguments.html}")
         return 0
     color = sys.stdout.isatty() and not (arguments.no_color or os.environ.get("NO_COLOR"))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows something
     for line in describe(path, selection, color and os.environ.get("TERM") != "dumb"):
         print(line)
     return 0

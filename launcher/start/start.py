@@ -13,7 +13,7 @@ from engine.errors import INTERNAL, LOST_PEER, STOPPED_WITH_CHECKPOINT, ConfigEr
 from engine.finding import Finding, refuse
 from engine.ranks.stop import check_not_held, is_held
 from engine.zero.ds_config import needs_async_io, resolve_ds_config
-from engine.zero.prebuild import extensions_dir, missing_ops
+from engine.zero.prebuild import extensions_dir, make_ops_dir, missing_ops
 from launcher.batch import slurm_job
 from launcher.job import runs
 from launcher.job.environment import job_environment, remote_environment
@@ -155,6 +155,8 @@ def _prepare_and_run(
 ) -> tuple[int, str]:
     if job.starts_through_ssh:
         job = _on_hosts(job, master_port)
+    uses_nvme = needs_async_io(run.config)
+    ops_are_missing = not job.starts_through_srun and _ops_are_missing(job, uses_nvme)
     before = [*here, *check_run(run, may_download=True)]
     _tell(before)
     prepare_store(run)
@@ -170,7 +172,8 @@ def _prepare_and_run(
             runs.forbid_requeue(int(os.environ["SLURM_JOB_ID"]))
             message += f"; on hold: remove {run.config.run_dir / 'HOLD'} and submit it again"
         return code, message
-    _prebuild(job.environment, needs_async_io(run.config))
+    if ops_are_missing:
+        _prebuild(job.environment, uses_nvme)
     if job.starts_through_ssh:
         ours = job.environment | remote_environment(job.run_dir, job.environment)
         job = dataclasses.replace(job, environment=ours)
@@ -201,17 +204,25 @@ def _print_command(job: Job) -> None:
     print(f"starting: {shlex.join(job.command)}", flush=True)
 
 
+def _ops_are_missing(job: Job, uses_nvme: bool) -> bool:
+    """True if an op has to be compiled on this machine. CannotWriteError if there is no place for it."""
+    folder = Path(job.environment.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
+    if not missing_ops(folder, job.environment.get("DS_ACCELERATOR") != "cpu", uses_nvme):
+        return False
+    make_ops_dir(folder)
+    return True
+
+
 def _prebuild(environment: dict[str, str], uses_nvme: bool) -> None:
-    """Compile DeepSpeed's ops in a process of its own if one is missing on this machine."""
-    uses_gpus = environment.get("DS_ACCELERATOR") != "cpu"
-    folder = Path(environment.get("TORCH_EXTENSIONS_DIR") or extensions_dir())
-    if not missing_ops(folder, uses_gpus, uses_nvme):
-        return
+    """Compile DeepSpeed's ops in a process of its own."""
     command = [sys.executable, "-m", "engine.zero.prebuild", *(["--nvme"] if uses_nvme else [])]
     result = subprocess.run(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         kind = ConfigError if result.returncode == ConfigError.exit_code else FulltuneError
-        raise kind(result.stderr.strip().rpartition("fulltune: error: ")[2] or "DeepSpeed's ops could not be compiled")
+        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no reason given"]
+        ours = [line for line in lines if line.startswith("fulltune: error: ")]
+        said = ours[-1].removeprefix("fulltune: error: ") if ours else f"compiling DeepSpeed's ops failed: {lines[-1]}"
+        raise kind(said)
 
 
 def run_with_restarts(job: Job, restarts: int) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.config import DataConfig
 from engine.config import RunConfig
 from engine.errors import ConfigError, MissingInputError
 from engine.run_file import dump_yaml, load_run_file
@@ -111,6 +112,84 @@ def test_a_missing_file_is_a_missing_input(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="no such run file") as caught:
         load_run_file(tmp_path / "none.yaml")
     assert caught.value.exit_code == 66
+
+
+def test_all_findings_come_at_once(tmp_path: Path) -> None:
+    text = """\
+run_dr: x
+task: causal_ml
+optimizer: {learning_rate: fast, weight_decy: 3}
+data: {store_dir: s, row_tokens: -1}
+batch: {global_rows: 2, global_tokens: 8}
+model:
+"""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(path, ["evaluation.patience=soon", "log=3"]).parse(RunConfig)
+    lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert sorted(lines) == sorted(
+        [
+            "run.yaml:1: unknown key `run_dr`; did you mean `run_dir`?",
+            "run.yaml:2: `task`: input should be 'causal_lm', 'sequence_classification', 'token_classification', "
+            "'question_answering' or 'seq2seq_lm', not 'causal_ml'; did you mean causal_lm?",
+            "run.yaml:3: unknown key `optimizer.weight_decy`; did you mean `optimizer.weight_decay`?",
+            "run.yaml:3: `optimizer.learning_rate`: input should be a valid number, not 'fast'",
+            "run.yaml:4: `data.row_tokens`: input should be greater than 0, not -1",
+            "run.yaml:5: `batch`: give exactly one of batch.global_rows and batch.global_tokens",
+            "run.yaml:6: `model` is a section: write its keys below it, not None",
+            "run.yaml: `duration` is missing",
+            "override `evaluation.patience=soon`: `evaluation.patience`: input should be a valid integer, not 'soon'",
+            "override `log=3`: `log` is a section: write its keys below it, not 3",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.learning_rate=fast", "override `optimizer.learning_rate=fast`: `optimizer.learning_rate`: input should"),
+        ("optimizer.lerning_rate=1", "override `optimizer.lerning_rate=1`: unknown key `optimizer.lerning_rate`; did you mean"),
+        ("optimizer={lr: 3}", "override `optimizer={lr: 3}`: unknown key `optimizer.lr`; here it is optimizer.learning_rate"),
+        ("duration.epochs=2", "run.yaml:8 with override `duration.epochs=2`: `duration`: give exactly one of"),
+        ("batch={global_tokens: 130}", "with override `batch={global_tokens: 130}`: batch.global_tokens 130 is not a multiple"),
+        ("evaluation.metric=acuracy", "override `evaluation.metric=acuracy`: `evaluation.metric`: input should be"),
+        ("evaluation.metric=accuracy", "with override `evaluation.metric=accuracy`: evaluation.metric accuracy is not one of"),
+        ("data.row_tokens=0", "override `data.row_tokens=0`: `data.row_tokens`"),
+        ("nonsense=1", "override `nonsense=1`: unknown key `nonsense`; known keys here: run_dir"),
+        ("num_train_epochs=1", "override `num_train_epochs=1`: unknown key `num_train_epochs`; here it is duration.epochs"),
+        ("model.path=[a", "override `model.path=[a`:1: not valid YAML"),
+        ("optimizer.betas.0=1", "run.yaml:5 with override `optimizer.betas.0=1`: `optimizer.betas`: input should be a valid tuple"),
+        ("batch.micro_tokens=5", "with override `batch.micro_tokens=5`: batch.micro_tokens 5 does not hold a row"),
+        ("batch.global_rows={a: 1, a: 2}", "override `batch.global_rows={a: 1, a: 2}`:1: `batch.global_rows.a` is given twice"),
+    ],
+)  # fmt: skip
+def test_faults_of_overrides_name_the_override(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(tmp_path, MINIMAL, override)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train: [{pth: x}]", "`data.train.0.pth`; did you mean `data.train.0.path`?"),
+        ("train: {path: x, wieght: 2}", "`data.train.0.wieght`; did you mean `data.train.0.weight`?"),
+        ("chat: {train_role: [a]}", "`data.chat.train_role`; did you mean `data.chat.train_roles`?"),
+        ("tokenizr: x", "`data.tokenizr`; did you mean `data.tokenizer`?"),
+        ("learning_rate: 1", "`data.learning_rate`; known keys here: store_dir"),
+        ("max_length: 1", "`data.max_length`; here it is data.row_tokens"),
+        ("backend: gigatokens", "did you mean gigatoken?"),
+        ("packing: [none]", "`data.packing`: input should be 'best_fit', 'wrap' or 'none', not ['none']"),
+    ],
+)  # fmt: skip
+def test_faults_of_the_data_section_name_the_nearest_key(tmp_path: Path, line: str, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data:\n  store_dir: s\n  row_tokens: 8\n  {line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(path).parse(DataConfig, section="data")
+    assert f"{path}:4: " in str(caught.value)
+    assert expected in str(caught.value)
 
 
 SCALARS = st.one_of(

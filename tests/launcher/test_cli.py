@@ -15,7 +15,7 @@ from run_files import RUN_FILE
 
 from data_prep.config import comparable_section
 from engine.errors import ConfigError
-from engine.run_file import load_run_file
+from engine.run_file import dump_yaml, load_run_file
 from launcher import cli
 from launcher.commands import schema
 from launcher.commands.arguments import size_bytes
@@ -260,3 +260,29 @@ def test_exit_code_of_a_bad_command_line() -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["train"])
     assert stop.value.code == ConfigError.exit_code
+
+
+def test_prepare_and_inspect_need_the_data_section_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    byte_level_folder(tmp_path / "tokenizer")
+    Path("records.jsonl").write_text('{"text": "one"}\n' * 5)
+    data = {"train": "records.jsonl", "tokenizer": "tokenizer", "row_tokens": 16, "store_dir": "alone", "workers": 1}
+    Path("data.yaml").write_text(dump_yaml({"data": data}))
+    assert cli.main(["prepare", "data.yaml"]) == 0
+    assert "data.yaml: no `task`: the records are prepared for causal_lm" in capsys.readouterr().out
+    assert cli.main(["inspect", "data.yaml"]) == 0
+    Path("more.yaml").write_text(dump_yaml({"task": "causal_lm", "optimizer": {}, "data": data}))
+    assert cli.main(["prepare", "more.yaml", "duration={}"]) == 78, "what is there is checked"
+    assert "give exactly one of duration.steps and duration.epochs" in capsys.readouterr().err
+    assert cli.main(["prepare", "more.yaml"]) == 0
+    assert "no `task`" not in capsys.readouterr().out
+    assert cli.main(["prepare", "more.yaml", "data.trian=x", "optimizer.lr=3", "tsk=x"]) == 78
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("fulltune: error: override `") for line in lines)
+    assert cli.main(["train", "data.yaml", "--dry-run"]) == 78
+    missing = ["run_dir", "task", "model", "optimizer", "batch", "duration"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"fulltune: error: data.yaml: `{key}` is missing" for key in missing
+    ]

@@ -73,7 +73,7 @@ def test_text_is_transformers_own_and_targets_are_the_answers(name: str) -> None
         answers = [turn["content"] for turn in example.messages if turn["role"] == "assistant"]
         answers = [answer.strip() if name in TRIMS else answer for answer in answers]
         assert trained(rendered) == [GAP.get(name, "") + answer + STOP[name] for answer in answers]
-        assert rendered[2:] == (len(answers), len(answers), [])
+        assert rendered[2:] == (len(answers), len(answers), [], {})
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from shape_fixtures import HI, example, recognised, record, refusal, turns
 
 from data_prep.errors import BadDataError
-from data_prep.shapes.chat import ROLES, _careful_messages, _plain_messages
+from data_prep.shapes.chat import plain_messages, read_turns
 from data_prep.shapes.examples import ChatExample
+from data_prep.shapes.roles import ROLES, TurnForm
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOL = {"name": "f", "parameters": {}}
@@ -86,10 +87,10 @@ def test_turns_may_say_themselves_whether_they_are_trained() -> None:
     assert trained({"train": True}, {"weight": 0}, {"weight": None}) == (True, False, None)
     assert trained({"train": False}, system="s") == (None, False)
     for mark, words in (
-        ({"loss_weight": 0.5}, r"messages\[0\]\.loss_weight must be 0 or 1: fractions"),
-        ({"train": 1}, r"messages\[0\]\.train must be true or false"),
-        ({"weight": "1"}, r"messages\[0\]\.weight must be 0 or 1"),
-        ({"train": True, "weight": 0}, r"messages\[0\]: weight and train contradict each other"),
+        ({"loss_weight": 0.5}, r"messages\[0\]\.loss_weight must be 0 or 1 \(or true, false\), not 0\.5"),
+        ({"train": 2}, r"messages\[0\]\.train must be 0 or 1"),
+        ({"weight": "some"}, r"messages\[0\]\.weight must be 0 or 1 \(or true, false\), not 'some'"),
+        ({"train": True, "weight": 0}, r"messages\[0\]\.train and messages\[0\]\.weight contradict each other"),
     ):
         with pytest.raises(BadDataError, match=words):
             trained(mark)
@@ -108,7 +109,7 @@ def test_turns_may_say_themselves_whether_they_are_trained() -> None:
         ({"messages": [{"role": "user", "content": " \n"}]}, "messages[0].content is empty: a turn of 'user' must say"),
         ({"messages": [{"role": "assistant", "content": []}]}, "messages[0].content is empty"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[0].content is empty"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role is 'bot'; known are system, developer, user"),
+        ({"messages": [{"role": "alice", "content": "a"}]}, "the role 'alice' (1 turn) is not known; write what each means, system, developer, user"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role must be text, not a list"),
         ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "messages[0].content holds half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "a", "x": "\ud83d"}]}, "messages[0] holds half of a surrogate pair"),
@@ -132,7 +133,7 @@ def test_turns_may_say_themselves_whether_they_are_trained() -> None:
         ({"messages": HI, "system": 3}, "field 'system' must be text, not a number"),
         ({"messages": [{"role": "system", "content": "a"}, *HI], "system": "s"}, "field 'system' and the first turn are both a system prompt"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}, "conversations[1].value is empty: a turn of 'gpt'"),
-        ({"conversations": [{"from": "alice", "value": "a"}]}, "conversations[0].from is 'alice'; known are"),
+        ({"conversations": [{"from": "alice", "value": "a"}]}, "the role 'alice' (1 turn) is not known; write what each means, "),
         ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, "conversations[0].from"),
         ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "conversations[0].value: not valid JSON (column 1)"),
         ({"conversations": [{"from": "function_call", "value": '["f"]'}]}, "conversations[0].value[0] must be an object with a function's name, not a text"),
@@ -152,19 +153,19 @@ near_turns = st.lists(st.fixed_dictionaries({"role": st.sampled_from(sorted(ROLE
 @examples(300)
 @given(near_turns, st.booleans())
 def test_the_short_way_says_what_the_careful_one_would(found: list[dict[str, Any]], sharegpt: bool) -> None:
-    keys = {"role": "from", "content": "value"} if sharegpt else {"role": "role", "content": "content"}
-    given_turns = [{keys[name]: text for name, text in turn.items()} for turn in found]
-    fields = tuple(keys.values())
-    short = _plain_messages(given_turns, *fields)
+    form = TurnForm("from", "value") if sharegpt else TurnForm()
+    given_turns = [{form.role: turn["role"], form.content: turn["content"]} for turn in found]
+    short = plain_messages(given_turns, form)
     try:
-        careful = _careful_messages(record({"turns": given_turns}), "turns", *fields)
+        careful = read_turns(record({"turns": given_turns}), "turns", form)
     except BadDataError:
         assert short is None
     else:
-        assert careful[1] is None and short in (None, careful[0])
-        assert short is not None or any(turn["role"] == "function_call" for turn in found)
+        assert all(turn.trained is None for turn in careful)
+        assert short in (None, [turn.message for turn in careful])
+        assert short is not None or any(ROLES[turn["role"]] == "tool_call" for turn in found)
 
 
 def test_ordinary_conversations_go_the_short_way() -> None:
     plain = turns(("system", "s"), ("user", "漢字"), ("assistant", "b"), ("tool", ""))
-    assert _plain_messages(plain, "role", "content") == plain
+    assert plain_messages(plain, TurnForm()) == plain

@@ -129,7 +129,7 @@ def test_what_was_recognised_is_one_line() -> None:
     turn = {"role": "user", "content": "hi", "loss_weight": 0, "time": 3}
     assert recognised({"messages": [turn, HI[1]], "tools": "[]"}).describe() == (
         "messages: messages = messages (role, content), tools = tools (1 record seen;"
-        " left to the template: time; some turns say themselves whether they are trained)"
+        " left to the template: time; some turns say themselves whether they are trained: loss_weight)"
     )
     assert (
         "(1 record seen; several labels a record)"

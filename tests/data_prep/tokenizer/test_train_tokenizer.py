@@ -61,6 +61,44 @@ def test_a_vocabulary_that_texts_cannot_fill_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_chat_tokens_and_template_come_with_it(tmp_path: Path, kind: Kind) -> None:
+    train_tokenizer(sentences(300), tmp_path / "t", 400, kind, chat=True)
+    ours, theirs = open_tokenizer(str(tmp_path / "t")), AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert ours.vocab_size == 400
+    assert {"<|im_start|>", "<|im_end|>"} <= set(ours.control_strings)
+    for text in ("<|im_start|>a", "a<|im_end|>"):
+        assert not ours.holds_control_ids(ours.encode_batch([text])[0]), "plain text stays plain"
+        assert ours.decode(ours.encode_batch([text])[0]) == text
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    assert theirs.apply_chat_template(turns, tokenize=False) == (
+        "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+    )
+    assert ours.chat_template is not None
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "kind", "fault"),
+    [
+        (["hello world"] * 50, 3000, "sentencepiece-bpe", "--vocab-size 3000 is too large: .* at most 286 pieces; write 286"),
+        (["hello world"] * 50, 3000, "sentencepiece-unigram", "too large: .*; write 269"),
+        (["abcdefgh ijklmn"], 100, "sentencepiece-bpe", "--vocab-size 100 is too small .*: write 275 or more"),
+        (["abc"], 200, "sentencepiece-unigram", "too small .*: write 263 or more"),
+        ([""], 300, "sentencepiece-bpe", "the files hold no text to learn from"),
+        ([], 300, "sentencepiece-unigram", "the files hold no text to learn from"),
+        (["a few words"], 5000, "byte-bpe", "--vocab-size 5000 does not suit these texts: they fill only"),
+        (["a few words"], 258, "byte-bpe", "--vocab-size 258 does not suit these texts: at least 259 are needed"),
+    ],
+)  # fmt: skip
+def test_faults_of_training_are_in_our_words(
+    tmp_path: Path, texts: list[str], vocab_size: int, kind: Kind, fault: str
+) -> None:
+    with pytest.raises(DataConfigError, match=fault) as caught:
+        train_tokenizer(texts, tmp_path / "t", vocab_size, kind)
+    assert "sentencepiece" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "t").exists()
+
+
 def test_every_fiftieth_text_is_held_out() -> None:
     texts = LearningTexts([f"text {number}" for number in range(1, 121)])
     learned = list(texts)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_worker import LIVE_SHARD_BYTES, export_tokens
+from data_fixtures import byte_level_folder
 from ranks import ROOT, run_ranks
 from repository import WORKERS
 from safetensors.torch import load_file
@@ -184,9 +185,8 @@ def test_shards_hold_at_most_their_limit_and_load(trained: Path, tmp_path: Path)
 
 
 def test_labels_generation_config_and_tokenizer_travel_and_code_does_not(trained: Path, tmp_path: Path) -> None:
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model", "chat_template.jinja"):
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    for name in ("spiece.model", "chat_template.jinja"):
         (tokenizer / name).write_text(name)
     for name in ("modeling.py", "model.safetensors", "config.json"):
         (tokenizer / name).write_text("must stay")
@@ -200,6 +200,8 @@ def test_labels_generation_config_and_tokenizer_travel_and_code_does_not(trained
     config = AutoConfig.from_pretrained(tmp_path / "bert-classification")
     assert config.id2label == {0: "bad", 1: "good"}
     assert config.dtype == torch.bfloat16
+    values = json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text())
+    assert values["chat_template"] == "chat_template.jinja"  # where transformers 4.45 looks for it
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from whole_model import whole_model
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, FulltuneError, MissingInputError, RefusedForSecurityError
 from engine.model.build import StoreFacts
+from engine.model.model_folder import CARRIED_PATTERNS
 from engine.model.vocabulary import grow_vocabulary, read_extension
 
 FACTS = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=())
@@ -139,7 +140,10 @@ def test_models_that_are_not_causal_are_refused(config: dict[str, Any]) -> None:
         whole_model(section(init="random", config=config), "causal_lm", FACTS, 1)
 
 
-@pytest.mark.parametrize(("init", "patterns"), [("pretrained", ["*.json", "*.safetensors"]), ("random", ["*.json"])])
+@pytest.mark.parametrize(
+    ("init", "patterns"),
+    [("pretrained", ["*.json", *CARRIED_PATTERNS, "*.safetensors"]), ("random", ["*.json", *CARRIED_PATTERNS])],
+)
 def test_a_hub_name_is_fetched_as_safetensors_and_nothing_else(
     saved: Path, monkeypatch: pytest.MonkeyPatch, init: str, patterns: list[str]
 ) -> None:
