@@ -160,7 +160,10 @@ def build(
             rows = write_rows(TokenStore(folder, {**content, "ledger": {}}), plan, mixture, bar.advance)
         if rows["num_rows"] == 0:
             where = group.inputs[0].files[0].label
-            raise BadDataError(f"{where}: no {split.name} record is left to train on")
+            total = rows["ledger"]["total"]
+            gone = [*total["dropped_at_encoding"].items(), *total["dropped"].items()]
+            why = ", ".join(f"{count:,} {reason}" for reason, count in gone if count)
+            raise BadDataError(f"{where}: no {split.name} record is left to train on (dropped: {why or 'none'})")
         files = {**content["files"], **rows.pop("files")}
         publish(folder, final, {**content, "split": split.name, "store_key": split.store_key, **rows, "files": files})
     finally:

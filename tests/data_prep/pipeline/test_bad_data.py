@@ -201,7 +201,7 @@ def test_nothing_left_after_the_overlong_policy_or_the_split(tmp_path: Path) -> 
     tokenizer = byte_level_folder(tmp_path / "t")
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "river " * 50}])
     error = attempt(section(tmp_path, tokenizer, path, overlong="drop", row_tokens=8))
-    assert error.exit_code == 65 and "no train record is left" in str(error)
+    assert error.exit_code == 65 and "no train record is left to train on (dropped: 1 overlong)" in str(error)
     few = write_jsonl(tmp_path / "b.jsonl", FINE)
     values = section(tmp_path, tokenizer, few, validation_fraction=1e-9)
     with pytest.raises(BadDataError, match="no validation record is left"):
