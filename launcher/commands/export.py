@@ -48,7 +48,7 @@ def export_run(run: Path, out_dir: Path, step: int | None, best: bool, dtype: st
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CannotWriteError(f"{out_dir}: exists and is not an empty folder; remove it or name another")
     given = load_run_file(run_file)
-    loaded = RunFile(given.path, with_absolute_paths(given.values), given.lines)
+    loaded = RunFile(given.path, with_absolute_paths(given.values), given.places, given.faults)
     config = loaded.parse(RunConfig)
     run_dir = config.run_dir if run.is_file() else run
     set_umask(config.share_with_group)
