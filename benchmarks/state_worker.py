@@ -60,7 +60,7 @@ def ready_engine(config: RunConfig, ranks: Ranks, vocab_size: int) -> tuple[Zero
     counted = _CountingWeights(**vars(weights))
     ds_config = resolve_ds_config(config, ranks.world_size)
     with InitializeSeconds() as initialize:
-        zero = wrap(model, config, ds_config)
+        zero = wrap(model, config.trained_task, config, ds_config)
     fill(zero, counted, lambda _line: None)
     return zero, {"loader_bytes": counted.num_read, "initialize_seconds": initialize.seconds}
 

@@ -46,6 +46,7 @@ class Batch:
     document_ends: Tensor | None = None
     longest_document_tokens: int = 0
     lengths: Tensor | None = None
+    row_tokens: tuple[int, ...] = ()  # of each row; none in a filler batch
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
@@ -277,6 +278,7 @@ def packed_batch(store: TokenStore, index: Rows, rows: Rows64, filler_row: int) 
         target_ids=torch.from_numpy(input_ids.take(targets)),
         rows=tuple(rows.tolist()),
         num_tokens=len(input_ids) if len(rows) else 0,
+        row_tokens=tuple(row_lengths(index, rows).tolist()),
     )
 
 
@@ -299,6 +301,7 @@ def padded_batch(store: TokenStore, index: Rows, rows: Rows64, filler_row: int, 
         target_ids=torch.from_numpy(input_ids.reshape(-1)[targets]),
         rows=tuple(rows.tolist()),
         num_tokens=int(lengths.sum()) if len(rows) else 0,
+        row_tokens=tuple(lengths.tolist()) if len(rows) else (),
         columns={name: torch.from_numpy(store.column(name)[documents].astype(np.int64)) for name in columns},
     )
 

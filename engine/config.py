@@ -52,6 +52,11 @@ class StoreSection(BaseModel):
     store_dir: FilePath = Field(description="folder that holds the prepared token stores")
     row_tokens: PositiveInt = Field(description="length of a row, in tokens")
 
+    @property
+    def one_document_a_row(self) -> bool:
+        """True with ``packing: none``: what packs may then be trained on padded rows instead."""
+        return (self.model_extra or {}).get("packing") == "none"
+
 
 class ModelSection(Section):
     path: str | None = Field(None, description="folder with a Hugging Face model, or its name on the Hub")
@@ -64,6 +69,9 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="commit, branch or tag of a Hub model")
     activation_checkpointing: bool = Field(
         True, description="recompute activations in the backward pass instead of keeping them"
+    )
+    freeze: list[str] = Field(
+        [], description="parameters that are not trained: shell patterns over their names, as vision_tower.*"
     )
 
     @model_validator(mode="after")

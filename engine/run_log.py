@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from engine.config import LogSection
 from engine.goodput import CAUSES, Goodput, useful_seconds
+from engine.tasks.auxiliary import AUXILIARY
 
 PHASES = ("data", "forward", "backward", "optimizer")
 GIB = 2.0**30
@@ -101,8 +102,9 @@ class RunLog:
         time_spent = self._goodput.step(figures)
         self._draw({f"time/{name}": value for name, value in time_spent.items()}, step)
         self._record("train", step, figures | {"useful_fraction": time_spent["useful_fraction"]})
+        auxiliary = "".join(f"{name} {figures[name]:.4f}  " for name in AUXILIARY if name in figures)
         line = (
-            f"loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}  "
+            f"loss {figures['loss']:.4f}  {auxiliary}lr {figures['learning_rate']:.2e}  "
             f"grad {figures['gradient_norm']:.3f}  {figures['tokens_per_second']:,.0f} tok/s"
         )
         if self._bar is not None:

@@ -27,7 +27,7 @@ from engine.finding import warning_lines
 from engine.fit.model_facts import ModelFacts
 from engine.fit.positions import check_positions
 from engine.fit.stores import Stores, open_stores
-from engine.model.build import StoreFacts, build_model, label_numbers, model_folder, say
+from engine.model.build import StoreFacts, build_model, fitting_task, label_numbers, model_folder, say
 from engine.model.model_folder import write_model_folder
 from engine.model.positions import positions_of
 from engine.model.starting_weights import StartingWeights
@@ -37,7 +37,8 @@ from engine.ranks.rank_record import write_json
 from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog
-from engine.step import Progress, Training
+from engine.step import Progress, Training, padding_line
+from engine.tasks.task import Task
 from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
@@ -59,10 +60,10 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         ds_config = resolve_ds_config(config, ranks.world_size)
         for line in ds_config_notes(config, ranks.world_size) if ranks.rank == 0 else ():
             print(line, flush=True)
-    model, weights = _build_model(config, stores, ranks)
+    model, weights, task = _build_model(config, stores, ranks)
     store, rows = stores.training
     ds_config_here = _with_swap_folder(config, ds_config, folder, ranks, model)
-    zero = wrap(model, config, ds_config_here, label_numbers(model, store.label_names))
+    zero = wrap(model, task, config, ds_config_here, label_numbers(model, store.label_names))
     must_match = _values_that_must_match(config, rows, model)
     may_change = _values_that_may_change(config, ds_config, ranks)
     began_loading = time.perf_counter()
@@ -82,6 +83,8 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         rows=rows, validation=stores.validation, total_steps=steps, must_match=must_match, may_change=may_change,
     )  # fmt: skip
     log.say(_summary(training, ds_config, progress))
+    if task.causal and not task.packs:
+        log.say(padding_line(training, progress))
     for change in changes(state["circumstances"], may_change) if state else []:
         log.say(f"changed since the checkpoint: {change}")
     saves.check_space_for_run(remaining_saves(config, progress.step, steps))
@@ -98,22 +101,21 @@ def _own_folder(config: RunConfig, ranks: Ranks, fresh: bool) -> RunFolder:
     return folder
 
 
-def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, StartingWeights]:
-    """The model that fits the stores, and its starting weights; none where a checkpoint will replace them."""
+def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, StartingWeights, Task]:
+    """The model that fits the stores, its starting weights (none where a checkpoint will replace them), and the task.
+
+    The task is as the model's family can train it: on packed or on padded rows.
+    """
     with ranks.together():
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
-        model, weights = build_model(
-            config.model,
-            config.trained_task,
-            StoreFacts.of(*(store for store, _ in stores.opened)),
-            config.seed,
-            not resumes,
-        )
+        facts = StoreFacts.of(*(store for store, _ in stores.opened))
+        task = fitting_task(config.model, config.trained_task, facts, config.data.one_document_a_row)
+        model, weights = build_model(config.model, task, facts, config.seed, not resumes)
         _check_lengths(model, config, stores)
-        return model, weights
+        return model, weights, task
 
 
 def _check_lengths(model: Any, config: RunConfig, stores: Stores) -> None:
@@ -236,7 +238,9 @@ def remaining_saves(config: RunConfig, step: int, last_step: int) -> int:
 
 def _summary(training: Training, ds_config: dict[str, Any], progress: Progress) -> str:
     config, ranks = training.config, training.ranks
-    count = sum(math.prod(shape) for shape in training.zero.shapes.values())
+    counts = {name: math.prod(shape) for name, shape in training.zero.shapes.items()}
+    frozen = sum(counts[name] for name in training.zero.frozen)
+    trained = f" ({sum(counts.values()) - frozen:,} trained, {frozen:,} frozen)" if frozen else ""
     batch = StepBatch(config.global_rows, ranks.world_size, config.batch.micro_rows, config.batch.micro_tokens)
     uneven = f" ({batch.uneven_text})" if batch.uneven_text else ""
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
@@ -244,7 +248,8 @@ def _summary(training: Training, ds_config: dict[str, Any], progress: Progress) 
     rows = training.rows
     mixture = "" if rows.epoch_rows == rows.num_rows else f" ({rows.epoch_rows:,} an epoch)"
     return (
-        f"{begin}: {count:,} parameters, ZeRO-{stage} on {ranks.world_size} ranks, {training.total_steps} steps of "
+        f"{begin}: {sum(counts.values()):,} parameters{trained}, ZeRO-{stage} on {ranks.world_size} ranks, "
+        f"{training.total_steps} steps of "
         f"{batch.text}{uneven}, {rows.num_rows:,} rows{mixture}, "
         f"{training.store.num_tokens:,} tokens"
     )

@@ -1,8 +1,10 @@
 """An optimizer update: rows, learning rate, gradient, the checks before weights change, and the figures."""
 
+import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,18 +12,23 @@ import torch
 import xxhash
 
 from data_prep.token_store import Rows, TokenStore
-from engine.batches import MicroBatches, Rows64, split_rows, stream_rows
+from engine.batches import MicroBatches, Rows64, row_lengths, split_rows, stream_rows
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import NumericalStopError
 from engine.fit.schedule import learning_rate
 from engine.goodput import Stopwatch
+from engine.model.frozen import freeze_patterns
 from engine.ranks import heartbeat
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.run_log import memory_gib
+from engine.tasks.auxiliary import AUXILIARY, weight
+from engine.tasks.task import Output
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.zero_model import ZeroModel
+
+_STEPS_LOOKED_AT = 8
 
 
 @dataclass
@@ -73,6 +80,7 @@ class StepPlan:
     rows: Rows64  # (G,)
     micro_batches: list[list[Rows64]]  # [micro-batch][rank] -> rows
     num_targets: int  # of the global batch
+    num_tokens: int
     learning_rate: float
 
 
@@ -81,6 +89,7 @@ class RankSums:
     """The sums of one rank over its micro-batches; `losses` keeps them apart, to name the rows of a bad one."""
 
     losses: list[float]
+    auxiliary: dict[str, float]
     tokens: int
     padding: int
     rows_hash: int
@@ -139,7 +148,25 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
         rows=rows,
         micro_batches=split_rows(index, rows, training.ranks.world_size, size),
         num_targets=int(index.row_targets[rows].sum()),
+        num_tokens=int(row_lengths(index, rows).sum()),
         learning_rate=learning_rate(progress.step, training.total_steps, config.optimizer),
+    )
+
+
+def padding_line(training: Training, progress: Progress) -> str:
+    """A line on what padded rows of a task that packs cost, from the first steps to come."""
+    longest, tokens, positions = 0, 0, 0
+    for number in range(min(_STEPS_LOOKED_AT, training.total_steps - progress.step)):
+        ahead = progress.row_position + number * training.config.global_rows
+        for rows in itertools.chain(*plan_step(training, replace(progress, row_position=ahead)).micro_batches):
+            if len(rows):
+                lengths = row_lengths(training.rows, rows)
+                longest = max(longest, int(lengths.max()))
+                tokens, positions = tokens + int(lengths.sum()), positions + len(rows) * int(lengths.max())
+    share = 1.0 - tokens / max(1, positions)
+    return (
+        f"rows are padded, because this model cannot keep packed documents apart; {share:.0%} of the positions are "
+        f"padding, and the model's own attention may take memory for {longest} x {longest} scores a row and head"
     )
 
 
@@ -151,22 +178,28 @@ def forward_backward(training: Training, step: StepPlan, clock: Stopwatch, stop:
     config, ranks, engine = training.config, training.ranks, training.zero.engine
     scale = ranks.world_size / max(1, step.num_targets)  # rows of a step may all be context
     losses, tokens, padding, used = [], 0, 0, 0
+    others: dict[str, Any] = {}
     for number, parts in enumerate(step.micro_batches):
         with clock.phase("backward"):  # waiting for slower ranks is no waiting for data
             if ranks.any(stop.asked):
                 raise StepDroppedError
         with clock.phase("data"):
-            batch = config.trained_task.batch(training.store, training.rows, parts[ranks.rank], int(step.rows[0]))
+            batch = training.zero.task.batch(training.store, training.rows, parts[ranks.rank], int(step.rows[0]))
             tokens, padding = tokens + batch.num_tokens, padding + batch.num_padding
             used += rows_hash(batch.rows)
             batch = batch.to(ranks.device)
         with clock.phase("forward"):
             torch.manual_seed(micro_batch_seed(config.seed, step.number - 1, number, ranks.rank))
-            loss_sum = engine(batch).loss_sum
+            output: Output = engine(batch)
         with clock.phase("backward"):
-            engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            losses.append(loss_sum.detach())
-    return RankSums(torch.stack(losses).tolist(), tokens, padding, used)
+            loss = output.loss_sum * scale
+            for name, value in output.auxiliary.items():
+                loss = loss + value * (ranks.world_size * weight(name, step.num_tokens, step.num_targets))
+                others[name] = others.get(name, 0.0) + value.detach()
+            engine.backward(loss, scale_wrt_gas=False)
+            losses.append(output.loss_sum.detach())
+    auxiliary = {name: float(value) for name, value in others.items()}
+    return RankSums(torch.stack(losses).tolist(), auxiliary, tokens, padding, used)
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
@@ -184,6 +217,7 @@ def _sum_over_ranks(training: Training, own: RankSums, stop: StopSignal) -> dict
     return training.ranks.sum_named(
         {
             "loss": sum(own.losses),
+            **own.auxiliary,
             "tokens": own.tokens,
             "padding": own.padding,
             "rows hash": own.rows_hash,
@@ -216,12 +250,15 @@ def _check_gradients(training: Training, step: StepPlan, num_missing: float) -> 
     if not num_missing:
         return
     missing = training.gradients.missing()
-    what = (
-        f"{len(missing)} trainable parameters, for example {missing[0]}," if missing else "parameters of another rank"
-    )
+    what, hint = "parameters of another rank", ""
+    if missing:
+        what = f"{len(missing)} trainable parameters, for example {missing[0]},"
+        trained = [name for name, parameter in training.zero.parameters.items() if parameter.requires_grad]
+        patterns = freeze_patterns(missing, trained)
+        hint = f"; if no row reaches them, `model.freeze: {json.dumps([*training.config.model.freeze, *patterns])}`"
     raise NumericalStopError(
         f"step {step.number}: {what} received no gradient, and ZeRO would apply an old one; "
-        f"no weight was changed; rows {_name_rows(training, step.rows.tolist())}"
+        f"no weight was changed; rows {_name_rows(training, step.rows.tolist())}{hint}"
     )
 
 
@@ -252,6 +289,9 @@ def _figures(
     elapsed = sum(seconds.values())
     return {
         "loss": totals["loss"] / max(1, step.num_targets),
+        **{
+            name: totals[name] * weight(name, step.num_tokens, step.num_targets) for name in AUXILIARY if name in totals
+        },
         "learning_rate": step.learning_rate,
         "gradient_norm": float(training.zero.engine.get_global_grad_norm()),
         "tokens_per_second": totals["tokens"] / elapsed,

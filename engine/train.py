@@ -153,7 +153,7 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
         store.check_unchanged()
         batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
         size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
-        engine, task = training.zero.engine, training.config.trained_task
+        engine, task = training.zero.engine, training.zero.task
         return evaluate(engine, task, store, rows, training.ranks, size, stop)
 
 

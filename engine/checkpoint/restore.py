@@ -129,6 +129,7 @@ def _install(zero: ZeroModel, reader: CheckpointReader) -> None:
     """Fill the live state; the weights that the model computes with change when all ranks are content."""
     zero.create_optimizer_state(reader.manifest.optimizer_steps)
     zero.clear_padding()
+    zero.keep_wide({name: entry.dtype for name, entry in reader.manifest.frozen.items()})
     buffers = zero.buffers
     flat = {name: buffer.detach().clone().view(-1) for name, buffer in buffers.items()}
 
@@ -160,4 +161,8 @@ def _check_model(reader: CheckpointReader, zero: ZeroModel) -> None:
             )
     changed = sorted(name for name in zero.parameters if (name in frozen) != (name in manifest.frozen))
     if changed:
-        raise DataError(f"{path}: {changed[0]} is frozen in one and trained in the other; start a new run folder")
+        there_or_here = "there and trained here" if changed[0] in manifest.frozen else "here and trained there"
+        raise DataError(
+            f"{path}: {changed[0]} is frozen {there_or_here}: restore model.freeze, or start from an export of it in "
+            "another run_dir"
+        )

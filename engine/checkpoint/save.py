@@ -176,7 +176,10 @@ def _index(zero: ZeroModel, name: str, owner: Owner) -> dict[str, Any]:
         "architecture": type(zero.model).__name__,
         "block_bytes": BLOCK_BYTES,
         "trained": {name: describe(torch.float32, shape) for name, shape in shapes.items() if name not in frozen},
-        "frozen": {name: describe(parameter.dtype, shapes[name]) for name, parameter in frozen.items()},
+        "frozen": {
+            name: describe(zero.frozen_types.get(name, parameter.dtype), shapes[name])
+            for name, parameter in frozen.items()
+        },
         "buffers": {name: describe(buffer.dtype, tuple(buffer.shape)) for name, buffer in zero.buffers.items()},
         "written_by": {
             "world_size": num_ranks(),

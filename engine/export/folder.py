@@ -215,8 +215,8 @@ def _read_back(folder: Path, record: FileRecord, shard: Shard) -> None:
 def stored_names(model: Any) -> dict[str, str] | None:
     """The names that `save_pretrained` would write, each with the first name of its parameter or buffer.
 
-    Of tied weights it keeps one, and not always the one that PyTorch names first. None when it
-    would also change names or shapes.
+    Of tied weights it keeps one, and not always the one that PyTorch names first; some families have other
+    names in files than in the model. None when it would also change or join the tensors themselves.
     """
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -225,10 +225,14 @@ def stored_names(model: Any) -> dict[str, str] | None:
     state = {name: value for name, value in model.state_dict().items() if name not in ignored}
     kept = remove_tied_weights_from_state_dict(dict(state), model)
     converted = revert_weight_conversion(model, dict(kept))
-    if {name: value.shape for name, value in converted.items()} != {name: value.shape for name, value in kept.items()}:
+    own_names = {id(value): name for name, value in kept.items()}
+    if {id(value) for value in converted.values()} != own_names.keys():
         return None
     first_names = {id(value): name for name, value in (*model.named_parameters(), *model.named_buffers())}
-    return {name: first_names[id(model.get_parameter_or_buffer(name))] for name in kept}
+    return {
+        stored: first_names[id(model.get_parameter_or_buffer(own_names[id(value)]))]
+        for stored, value in converted.items()
+    }
 
 
 def _as_stored(source: TensorSource, stored: str, dtype: torch.dtype) -> TensorSource:

@@ -73,10 +73,8 @@ def _advice(name: str, texts: dict[int, str], tokens: Sequence[int], beyond: ran
     if len(beyond) > _ADDED_BY_HAND or any(token not in texts for token in beyond):
         return _OWN_TOKENIZER
     words = " ".join(f"--special {shlex.quote(texts[token])}" for token in tokens)
-    return (
-        f"give them rows: `fulltune tokenizer add {shlex.quote(model)} OUT {words}`, then model.path: OUT and "
-        "data.tokenizer: OUT"
-    )
+    command = f"fulltune tokenizer add {shlex.quote(model)} OUT {words}"
+    return f"give them rows: `{command}`, then model.path and data.tokenizer: OUT"
 
 
 def _named(texts: dict[int, str], tokens: range) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,16 @@ from engine.errors import ConfigError, DataError, MissingInputError, RefusedForS
 from engine.finding import warning_lines
 from engine.fit.labels import Labels, match_labels, names_of
 from engine.fit.vocabulary import check_vocabulary
-from engine.model.attention import PACKED_ATTENTION, check_isolation, register_packed_attention
+from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
+from engine.model.frozen import freeze
+from engine.model.isolation import check_isolation, fit_to_rows
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.model_folder import CARRIED_PATTERNS
+from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
+from engine.tasks import auxiliary
 from engine.tasks.task import UNKNOWN_LABEL, Output, Task
 
 #: An attention that cannot be replaced, a model type without this task, a configuration it does not take, sizes that
@@ -106,7 +111,7 @@ class TaskModel(nn.Module):
         output = self.task.loss(self.model, own)
         if (predicted := output.values.get("predicted")) is None:
             return output
-        return Output(output.loss_sum, output.values | {"predicted": self._to_store.to(device)[predicted]})
+        return output._replace(values=output.values | {"predicted": self._to_store.to(device)[predicted]})
 
 
 def _inverse(label_numbers: Sequence[int], num_labels: int) -> Tensor:
@@ -144,6 +149,8 @@ def build_model(
     model = made_model(section, folder, config, task, seed, stored, is_empty=pretrained or not needs_weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
+    freeze_and_check(model, config, task, section.freeze)
+    say(auxiliary.lines(model, is_computed=task.causal))
     if not needs_weights:
         initialise(model, [], seed)
         weights = StartingWeights()
@@ -162,8 +169,35 @@ def say(lines: Iterable[str]) -> None:
             print(line, flush=True)
 
 
+def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_document_a_row: bool) -> Task:
+    """`task` on packed rows, or on padded ones where each holds one document and the family cannot pack.
+
+    DataError for a family that can be trained on neither.
+    """
+    if not one_document_a_row or task.padded is None:
+        return task
+    register_packed_attention()
+    folder = model_folder(section)
+    config = _inline_config(section, facts, _extension(facts)) if folder is None else _stored_config(folder)
+    return fit_to_rows(config, task, task.padded)
+
+
+def freeze_and_check(model: Any, config: Any, task: Task, frozen: Sequence[str]) -> None:
+    """Freeze the parameters that the patterns `frozen` name.
+
+    ConfigError as `freeze`, and for trained parameters without any path from the task's loss: ZeRO would
+    apply old gradients to them.
+    """
+    freeze(model, frozen)
+    if patterns := unreached_parameters(config, task, frozen):
+        raise ConfigError(
+            f"model.freeze: {task.name} never reaches {', '.join(patterns)}, which then get no gradient: write "
+            f"`model.freeze: {json.dumps([*frozen, *patterns])}` to keep these weights as they are"
+        )
+
+
 def _attention(task: Task) -> dict[str, str]:
-    """Options for transformers: which attention the model is made with."""
+    """Options for transformers: which attention the model is made with; the family's own where rows are not packed."""
     if not task.packs:
         return {}
     register_packed_attention()
@@ -184,18 +218,19 @@ def made_model(
     DataError for one that cannot be built, or cannot keep the documents of a row apart.
     """
     make: Callable[[], Any]
+    attention = _attention(task)
     if is_empty:
         pretrained = section.init == "pretrained"
         dtype = main_type(config, stored) if pretrained else torch.float32
-        make = partial(empty_model, config, task, folder if pretrained else None, _attention(task), dtype)
+        make = partial(empty_model, config, task, folder if pretrained else None, attention, dtype)
     else:
-        make = partial(task.auto_class().from_config, config, dtype=torch.float32, **_attention(task))
+        make = partial(task.auto_class(config).from_config, config, dtype=torch.float32, **attention)
     torch.manual_seed(seed)
     try:
         model = make()
     except _CANNOT_BUILD as error:
         raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}") from error
-    if task.packs:
+    if task.causal:
         check_isolation(config, task)
     if section.activation_checkpointing:
         if not model.supports_gradient_checkpointing:

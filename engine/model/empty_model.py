@@ -27,7 +27,7 @@ def empty_model(config: Any, task: Task, folder: Path | None, options: dict[str,
     """
     creation = initialization.meta_device_safe_creation_ops()
     with torch.device("meta"), creation, initialization.no_tie_weights():
-        model = task.auto_class().from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        model = task.auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False, **options)
     model.tie_weights(recompute_mapping=False)
     if folder is not None and model.can_generate():
         model.adjust_generation_fn(

@@ -16,7 +16,7 @@ from engine.errors import FulltuneError
 from engine.finding import Finding, failure
 from engine.fit.labels import names_of
 from engine.fit.model_facts import ModelFacts
-from engine.model.build import StoreFacts, made_model, model_config, model_folder
+from engine.model.build import StoreFacts, fitting_task, freeze_and_check, made_model, model_config, model_folder
 from engine.model.empty_model import check_missing, has_head
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.positions import positions_of
@@ -28,7 +28,9 @@ from engine.tasks.task import Task
 _NO_STORE = StoreFacts(vocab_size=0, pad_id=0, bos_id=None, eos_id=None, label_names=())
 
 
-def examine(section: ModelSection, task: Task, needs_weights: bool) -> tuple[ModelFacts | None, list[Finding]]:
+def examine(
+    section: ModelSection, task: Task, needs_weights: bool, one_document_a_row: bool
+) -> tuple[ModelFacts | None, list[Finding]]:
     """The facts of a model, and everything that would stop a run from building it; no facts if it cannot be built."""
     findings: list[Finding] = []
 
@@ -46,11 +48,16 @@ def examine(section: ModelSection, task: Task, needs_weights: bool) -> tuple[Mod
     if made is None:
         return None, findings
     config = made[0]
+    fitting = attempt(lambda: fitting_task(section, task, _NO_STORE, one_document_a_row))
+    if fitting is None:
+        return None, findings
+    task = fitting
     reads = folder is not None and section.init == "pretrained" and needs_weights
     stored: dict[str, FileTensor] = (attempt(lambda: read_model_files(folder, config)) if reads else None) or {}
     model = attempt(lambda: made_model(section, folder, config, task, 0, stored, is_empty=True))
     if model is None:
         return None, findings
+    attempt(lambda: freeze_and_check(model, config, task, section.freeze))
     name = "model.config" if folder is None else f"model.path {section.path}"
     rows = int(model.get_input_embeddings().weight.shape[0])
     facts = ModelFacts(name, rows, positions_of(model), names_of(config.id2label) if task.new_head else ())
@@ -71,7 +78,8 @@ def main() -> int:
     """Answer one request. Always 0: the launcher reads the findings."""
     request = json.load(sys.stdin)
     section = ModelSection.model_validate(request["model"])
-    facts, findings = examine(section, TASKS[request["task"]], request["needs_weights"])
+    task, one_document_a_row = TASKS[request["task"]], request["one_document_a_row"]
+    facts, findings = examine(section, task, request["needs_weights"], one_document_a_row)
     values = {
         "facts": None if facts is None else dataclasses.asdict(facts),
         "findings": [dataclasses.asdict(finding) for finding in findings],

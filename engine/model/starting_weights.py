@@ -46,6 +46,12 @@ class StartingWeights:
         """Of the tensors that are read by ranges."""
         return sum(tensor.num_bytes for tensors in self.stored.values() for tensor in tensors)
 
+    def type_of(self, name: str) -> torch.dtype:
+        """The type in which the values of a weight come: that of its file, fp32 for what is converted or made."""
+        if name in self.stored:
+            return self.stored[name][0].dtype
+        return self.whole[name].dtype if name in self.whole else torch.float32
+
     def read_into(self, pieces: Iterable[LiveSlice]) -> int:
         """Fill `pieces`, converting types; returns the bytes read. No communication.
 

@@ -1,9 +1,12 @@
 """Language modelling: every marked token is predicted from the tokens of its document before it."""
 
+import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from engine.tasks.auxiliary import auxiliary_sums, balancing_of
 from engine.tasks.task import DocumentResult, Output, Task, document_results, mean_loss, target_loss
 
 if TYPE_CHECKING:
@@ -12,10 +15,21 @@ if TYPE_CHECKING:
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
 
+_SAMPLE_TOKENS = 64
 
-def _auto_class() -> Any:
+
+def _auto_class(config: Any) -> Any:
+    """The class for text, or for text and images where the weights are of such a model or the family has no other."""
     import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if multimodal is not None and (own is None or multimodal in (config.architectures or ())):
+        return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 
 
@@ -25,8 +39,52 @@ def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) 
     return packed_batch(store, index, rows, filler_row)
 
 
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+    """One document a row. Targets are positions in the flattened (B, T) whose next token is marked."""
+    from engine.batches import padded_batch
+
+    batch = padded_batch(store, index, rows, filler_row)
+    follows = batch.target_positions % batch.input_ids.shape[1] > 0  # nothing precedes the first token
+    return replace(batch, target_positions=batch.target_positions[follows] - 1, target_ids=batch.target_ids[follows])
+
+
+def _sample(vocab_size: int, _end_id: int) -> "Batch":
+    import torch
+
+    from engine.batches import Batch
+
+    ids = torch.arange(_SAMPLE_TOKENS) % vocab_size
+    ends = torch.tensor([0, _SAMPLE_TOKENS // 2, _SAMPLE_TOKENS], dtype=torch.int32)
+    positions = torch.arange(_SAMPLE_TOKENS) % (_SAMPLE_TOKENS // 2)
+    targets = torch.arange(1, _SAMPLE_TOKENS // 2)
+    return Batch(
+        input_ids=ids[None],
+        target_positions=targets - 1,
+        target_ids=ids[targets],
+        rows=(0,),
+        num_tokens=_SAMPLE_TOKENS,
+        position_ids=positions[None],
+        document_ends=ends,
+        longest_document_tokens=_SAMPLE_TOKENS // 2,
+        row_tokens=(_SAMPLE_TOKENS,),
+    )
+
+
+def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
+    import torch
+
+    packed = _sample(vocab_size, end_id)
+    lengths = torch.tensor([packed.num_tokens])
+    return replace(packed, position_ids=None, document_ends=None, longest_document_tokens=0, lengths=lengths)
+
+
 def causal_logits(model: Any, batch: "Batch") -> "Tensor":
-    """Next-token logits at the batch's target positions, (U, V): the output layer sees only those."""
+    """Next-token logits at the batch's target positions, (U, V)."""
+    return _packed_forward(model, batch)[0]
+
+
+def _packed_forward(model: Any, batch: "Batch") -> tuple["Tensor", Any]:
+    """The logits at the targets, (U, V), and all that the model returns: the output layer sees the targets alone."""
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -36,18 +94,44 @@ def causal_logits(model: Any, batch: "Batch") -> "Tensor":
         max_length_k=batch.longest_document_tokens,
         logits_to_keep=batch.target_positions,
         use_cache=False,
+        **_router_options(model),
     )
-    return cast("Tensor", output.logits).squeeze(0)
+    return cast("Tensor", output.logits).squeeze(0), output
+
+
+def _router_options(model: Any) -> dict[str, bool]:
+    return {} if balancing_of(model) is None else {"output_router_logits": True}
+
+
+def _padded_forward(model: Any, batch: "Batch") -> tuple["Tensor", Any]:
+    """As `_packed_forward`, of a padded batch by the model's own attention.
+
+    The output layer sees the columns that hold a target, where the family can choose them.
+    """
+    import torch
+
+    known = inspect.signature(model.forward).parameters
+    width = batch.input_ids.shape[1]
+    columns, places = torch.unique(batch.target_positions % width, return_inverse=True)
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": columns}
+    taken = {name: value for name, value in options.items() if name in known}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    output = model(**inputs, **taken, **_router_options(model))
+    places = places if "logits_to_keep" in taken else batch.target_positions % width
+    return cast("Tensor", output.logits)[batch.target_positions // width, places], output
 
 
 def _loss(model: Any, batch: "Batch") -> Output:
-    return target_loss(causal_logits(model, batch), batch.target_ids)
+    logits, output = (_packed_forward if batch.lengths is None else _padded_forward)(model, batch)
+    return target_loss(logits, batch.target_ids)._replace(auxiliary=auxiliary_sums(model, output, logits, batch))
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
     import torch
 
-    assert batch.document_ends is not None
+    if batch.document_ends is None:
+        owners = batch.target_positions // batch.input_ids.shape[1]
+        return document_results(output.values["losses"], owners, len(batch.rows))
     ends = batch.document_ends[1:].long()
     owners = torch.searchsorted(ends, batch.target_positions, right=True)
     return document_results(output.values["losses"], owners, len(ends))
@@ -57,17 +141,22 @@ def _figures(results: Sequence[DocumentResult], _names: Sequence[str]) -> dict[s
     return {"perplexity": math.exp(min(mean_loss(results), 700.0))}
 
 
-TASK = Task(
+_PACKED = Task(
     name="causal_lm",
     pipeline="text-generation",
     auto_class=_auto_class,
     packs=True,
+    causal=True,
     new_head=False,
     columns={},
     batch=_batch,
+    sample=_sample,
     loss=_loss,
     results=_results,
     figures=_figures,
     metrics={"loss": "min"},
     best="loss",
 )
+#: Where packing is impossible, a row of one document is padded, and the model's own attention computes it.
+_PADDED = replace(_PACKED, packs=False, batch=_padded_batch, sample=_padded_sample)
+TASK = replace(_PACKED, padded=_PADDED)

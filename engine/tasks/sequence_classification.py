@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.batches import Batch, Rows64
 
 
-def _auto_class() -> Any:
+def _auto_class(_config: Any) -> Any:
     import transformers
 
     return transformers.AutoModelForSequenceClassification
@@ -32,6 +32,19 @@ def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) 
     return replace(
         padded, target_positions=torch.arange(len(rows)), target_ids=torch.from_numpy(labels.astype("int64"))
     )
+
+
+def _sample(vocab_size: int, end_id: int) -> "Batch":
+    import torch
+
+    from engine.batches import Batch
+
+    ids = (torch.arange(64) % vocab_size).reshape(2, 32)
+    ids[:, -1] = end_id
+    starts = torch.tensor([0, 16])
+    rows = torch.arange(2)
+    lengths = torch.tensor([32, 32])
+    return Batch(ids, rows, torch.zeros_like(rows), (0, 1), 64, lengths=lengths, columns={"pair_starts": starts})
 
 
 def classification_logits(model: Any, batch: "Batch") -> "Tensor":
@@ -102,9 +115,11 @@ TASK = Task(
     pipeline="text-classification",
     auto_class=_auto_class,
     packs=False,
+    causal=False,
     new_head=True,
     columns={"labels": "holds scores or several labels a text; one label each can be trained yet"},
     batch=_batch,
+    sample=_sample,
     loss=_loss,
     results=_results,
     figures=_figures,

@@ -23,6 +23,7 @@ class Output(NamedTuple):
 
     loss_sum: "Tensor"  # fp32 scalar: the sum of the losses of all targets, with a gradient
     values: dict[str, "Tensor"]  # for `Task.results`, empty in training: see `target_loss`
+    auxiliary: dict[str, "Tensor"]  # sums of other losses by name, with gradients: see `engine.tasks.auxiliary`
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class Task:
 
     name: str
     pipeline: str  # the Hub's name for it, for the model card
-    auto_class: Callable[[], Any]  # returns the transformers class that makes and loads its models
+    auto_class: Callable[[Any], Any]  # configuration -> the transformers class that makes and loads its models
     packs: bool  # rows hold several documents: attention keeps them apart, and models that cannot are refused
+    causal: bool  # a target is predicted from the tokens before it: models that see later ones are refused
     new_head: bool  # the head is made where the model's files have none; a head of another task is left out
     columns: Mapping[str, str]  # what it needs in the store, by column: what to say of a store without it
     #: (store, row index, rows, filler row) -> the rows' tensors. Without rows: the filler row's, without targets.
     batch: Callable[["TokenStore", "Rows", "Rows64", int], "Batch"]
+    sample: Callable[[int, int], "Batch"]  # (vocabulary, end token) -> a batch to try a model with, of any ids below
     loss: Callable[[Any, "Batch"], Output]  # (Hugging Face model, batch) -> ...
     results: Callable[[Output, "Batch"], list[DocumentResult]]  # one for each document, in the batch's order
     #: (results of all documents, label names of the store) -> figures beside the loss
@@ -53,6 +56,7 @@ class Task:
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
+    padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
 
 
 #: The number of a held-out label that train has not: no prediction equals it, and it has no loss.
@@ -70,9 +74,9 @@ def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
     scores = logits.float()
     loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     if torch.is_grad_enabled():
-        return Output(loss_sum, {})
+        return Output(loss_sum, {}, {})
     losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)
-    return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)})
+    return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)}, {})
 
 
 def document_results(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.batches import Batch, Rows64
 
 
-def _auto_class() -> Any:
+def _auto_class(_config: Any) -> Any:
     import transformers
 
     return transformers.AutoModelForTokenClassification
@@ -34,6 +34,16 @@ def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) 
     pieces = zip(documents.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
     tags = pad(np.concatenate([store.token_column("tags", *piece) for piece in pieces]), lengths, -1)
     return replace(padded, target_ids=torch.from_numpy(tags.reshape(-1))[padded.target_positions])
+
+
+def _sample(vocab_size: int, _end_id: int) -> "Batch":
+    import torch
+
+    from engine.batches import Batch
+
+    ids = (torch.arange(64) % vocab_size).reshape(2, 32)
+    targets = torch.arange(64)
+    return Batch(ids, targets, torch.zeros_like(targets), (0, 1), 64, lengths=torch.tensor([32, 32]))
 
 
 def tag_logits(model: Any, batch: "Batch") -> "Tensor":
@@ -77,9 +87,11 @@ TASK = Task(
     pipeline="token-classification",
     auto_class=_auto_class,
     packs=False,
+    causal=False,
     new_head=True,
     columns={"tags": "holds no tags"},
     batch=_batch,
+    sample=_sample,
     loss=_loss,
     results=_results,
     figures=_figures,

@@ -24,22 +24,27 @@ from engine.errors import ConfigError
 from engine.model.build import TaskModel, decay_groups
 from engine.model.starting_weights import StartingWeights, exchange_parameters
 from engine.ranks.agreement import agree, all_gather_json, this_rank
+from engine.tasks.task import Task
 from engine.tensor_files.slices import LiveSlice
 from engine.zero.ds_config import offloads_optimizer
 from engine.zero.zero_model import ZeroModel
 
 
 def wrap(
-    model: nn.Module, config: RunConfig, ds_config: dict[str, Any], label_numbers: Sequence[int] | None = None
+    model: nn.Module,
+    task: Task,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    label_numbers: Sequence[int] | None = None,
 ) -> ZeroModel:
-    """Hand `model` to DeepSpeed. All ranks call it. `label_numbers`: as `TaskModel` takes them.
+    """Hand `model` with the loss of `task` to DeepSpeed; all ranks call it. `label_numbers`: as `TaskModel` takes them.
 
     What comes back has no weights until `fill` has put them there or a checkpoint was installed.
     """
     _place_parameters(model, ds_config)
     parameters = dict(model.named_parameters())
     groups = decay_groups(model, config.optimizer.weight_decay)
-    task_model = TaskModel(model, config.trained_task, label_numbers)
+    task_model = TaskModel(model, task, label_numbers)
     if ds_config["zero_optimization"]["stage"] == 3:
         _partition(task_model, ds_config)
     section = config.optimizer
@@ -118,6 +123,7 @@ def fill(zero: ZeroModel, weights: StartingWeights, say: Callable[[str], None] =
     """
     started = time.perf_counter()
     zero.clear_padding()
+    zero.keep_wide({name: weights.type_of(name) for name in zero.frozen})
     buffers = {name: buffer for name, buffer in zero.buffers.items() if name in weights.stored}
     flat = {name: buffer.detach().clone().view(-1) for name, buffer in buffers.items()}
 

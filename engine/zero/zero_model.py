@@ -10,7 +10,7 @@ NVMe between two updates are the matter of `engine.zero.nvme_state`.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,8 +21,9 @@ from torch.nn import Module, Parameter
 import engine.zero.nvme_state as nvme_state
 from engine.batches import Batch
 from engine.errors import ConfigError
+from engine.model.build import TaskModel
 from engine.ranks.agreement import agree
-from engine.tasks.task import Output
+from engine.tasks.task import Output, Task
 from engine.tensor_files.slices import Kind, LiveSlice, Slice
 
 
@@ -52,11 +53,21 @@ class ZeroModel:
 
     engine: DeepSpeedEngine
     parameters: Mapping[str, Parameter]
+    #: This rank's shares of frozen parameters that are stored wider than they are computed with; see `keep_wide`.
+    wide_frozen: dict[str, LiveSlice] = field(default_factory=dict)
+    frozen_types: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def model(self) -> Module:
         """The Hugging Face model."""
         return self.engine.module.get_submodule("model")
+
+    @property
+    def task(self) -> Task:
+        """The task whose loss is trained, as it fits the model: on packed or on padded rows."""
+        module = self.engine.module
+        assert isinstance(module, TaskModel)
+        return module.task
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -97,17 +108,32 @@ class ZeroModel:
 
         return [LiveSlice(part.name, part.start, part.stop, values(part)) for part in owned]
 
+    def keep_wide(self, types: Mapping[str, torch.dtype]) -> None:
+        """Keep frozen parameters in fp32 beside what is computed with, where their type in `types` is wider than that.
+
+        So checkpoints and exports hold the values of the file. Call it before `frozen_to_fill`.
+        """
+        for name, parameter in self.frozen.items():
+            is_wide = types[name].itemsize > parameter.dtype.itemsize
+            self.frozen_types[name] = torch.float32 if is_wide else parameter.dtype
+        for part in self._frozen_slices(self._is_zero3):
+            if self.frozen_types[part.name] != part.values.dtype:
+                values = torch.zeros(part.stop - part.start)
+                self.wide_frozen[part.name] = LiveSlice(part.name, part.start, part.stop, values)
+
     def live_frozen(self) -> list[LiveSlice]:
-        """This rank's share of the frozen parameters in the type they are computed with.
+        """This rank's share of the frozen parameters, in `frozen_types`.
 
         Under ZeRO-3 it is what this rank holds; otherwise every rank holds all, and a share is an
         equal part to save; `frozen_to_fill` gives all of them.
         """
-        return list(self._frozen_slices(self._is_zero3))
+        return [self.wide_frozen.get(part.name, part) for part in self._frozen_slices(self._is_zero3)]
 
     def frozen_to_fill(self) -> list[LiveSlice]:
         """All values of frozen parameters that this rank holds, to be filled; `refresh_weights` must follow."""
-        return list(self._frozen_slices(True))
+        if self._is_zero3:
+            return self.live_frozen()
+        return [*self._frozen_slices(True), *self.wide_frozen.values()]
 
     def clear_padding(self) -> None:
         """Zero the masters, whose padding is otherwise whatever the memory held. All ranks, before they fill them."""
@@ -119,6 +145,9 @@ class ZeroModel:
     def refresh_weights(self) -> None:
         """Round the masters into the weights that the model computes with. All ranks call it together."""
         optimizer = self._optimizer
+        if self._is_zero3:
+            for part in self._frozen_slices(True):
+                part.values.copy_(self.wide_frozen.get(part.name, part).values)
         if not self._is_zero3:
             optimizer.update_lp_params()
             return

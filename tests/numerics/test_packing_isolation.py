@@ -7,7 +7,8 @@ from equivalence_cases import make_model
 
 from engine.batches import Batch
 from engine.errors import DataError
-from engine.model.attention import PACKED_ATTENTION, check_isolation, document_borders, register_packed_attention
+from engine.model.attention import PACKED_ATTENTION, document_borders, register_packed_attention
+from engine.model.isolation import check_isolation
 from engine.tasks import TASKS
 from engine.tasks.causal_lm import causal_logits
 

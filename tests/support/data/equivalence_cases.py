@@ -14,10 +14,26 @@ import transformers
 from data_prep.token_store import RowSource
 from engine.config import RunConfig
 from engine.model.attention import PACKED_ATTENTION
+from engine.model.frozen import freeze
+from engine.tasks import TASKS
+from engine.tasks.task import Task
 
 BETA1 = 0.5
 GLOBAL_ROWS = 7  # not divisible by the ranks: some micro-batches are short or empty
 VOCABULARY = 61
+FREEZE = ("embed_tokens", "layers.0.*", "*.up_proj.weight")
+BALANCING, Z_LOSS = 0.3, 0.02
+
+
+def documents_a_row(family: str) -> int:
+    """Packed rows hold three documents; a model that cannot pack has one a row."""
+    return 3 if task_of(family) == "causal_lm" and family != "bamba" else 1
+
+
+def fitting_task(family: str) -> Task:
+    """The task as the family can train it."""
+    task = TASKS[task_of(family)]
+    return task.padded if family == "bamba" and task.padded is not None else task
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Case:
     micro_rows: int = 2
     clipping: float = 0.0
     bf16: bool = False
+    freeze: tuple[str, ...] = ()
 
     @property
     def task(self) -> str:
@@ -37,7 +54,7 @@ class Case:
 
 
 def task_of(family: str) -> str:
-    if family in ("llama", "gpt2", "qwen2"):
+    if family in ("llama", "gpt2", "qwen2", "mixtral", "bamba"):
         return "causal_lm"
     return "token_classification" if family.endswith("_tags") else "sequence_classification"
 
@@ -52,13 +69,24 @@ def cases(world_size: int) -> list[Case]:
         Case("one_micro_batch", micro_rows=GLOBAL_ROWS),
         Case("zero2", stage=2, offload=False),
         Case("clipped", clipping=0.1),
+        Case("balanced", family="mixtral"),
+        Case("balanced_one_micro_batch", family="mixtral", micro_rows=GLOBAL_ROWS, activation_checkpointing=True),
+        Case("padded", family="bamba"),
     ]
     if world_size != 2:
         return plain
     families = [Case(family, family=family) for family in (
         "gpt2", "qwen2", "bert", "llama_labels", "t5_labels", "bert_tags", "llama_tags",
     )]  # fmt: skip
-    return plain + families + [Case("zero2_offload", stage=2)]
+    return (
+        plain
+        + families
+        + [
+            Case("zero2_offload", stage=2),
+            Case("frozen", freeze=FREEZE),
+            Case("frozen_zero2", stage=2, freeze=FREEZE, activation_checkpointing=True),
+        ]
+    )
 
 
 def case_config(case: Case, out_dir: Path) -> RunConfig:
@@ -105,6 +133,16 @@ def make_model(family: str, packed: bool) -> Any:
             config = transformers.LlamaConfig(**common, **size, num_key_value_heads=2)
         case "qwen2":
             config = transformers.Qwen2Config(**common, **size, num_key_value_heads=2, tie_word_embeddings=True)
+        case "mixtral":
+            config = transformers.MixtralConfig(
+                **common, **size, num_key_value_heads=2, num_local_experts=4, output_router_logits=True,
+                router_aux_loss_coef=BALANCING,
+            )  # fmt: skip
+        case "bamba":
+            config = transformers.BambaConfig(
+                **common, **size, num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8,
+                mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8, z_loss_coefficient=Z_LOSS,
+            )  # fmt: skip
         case "gpt2":
             config = transformers.GPT2Config(**common, **still, n_embd=32, n_layer=2, n_head=4)
         case "bert" | "bert_tags":
@@ -183,7 +221,7 @@ class MemoryRows:
         return self.documents[chosen], self.starts[chosen], self.lengths[chosen]
 
 
-def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
+def memory_store(task: str, per_row: int | None = None) -> tuple[MemoryStore, MemoryRows]:
     """Twenty-four ragged documents with ragged targets; three a row when packed, else one."""
     generator = np.random.default_rng(8)
     documents = [generator.integers(3, VOCABULARY, generator.integers(3, 20)) for _ in range(24)]
@@ -196,7 +234,7 @@ def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
     labels = generator.integers(0, 3, 24).astype(np.int32)
     tags = [np.where(mark, generator.integers(0, 3, len(mark)), -1).astype(np.int32) for mark in marks]
     store = MemoryStore(documents, marks, labels, label_names=names, tags=tags)
-    per_row = 3 if task == "causal_lm" else 1
+    per_row = per_row or (3 if task == "causal_lm" else 1)
     lengths = np.array([len(document) for document in documents])
     counts = {
         "causal_lm": np.array([int(mark[1:].sum()) for mark in marks]).reshape(-1, per_row).sum(1),
@@ -211,15 +249,21 @@ def memory_store(task: str) -> tuple[MemoryStore, MemoryRows]:
     return store, rows
 
 
-def reference_gradients(family: str, rows_used: np.ndarray) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients and loss by one plain process: stock attention, one document at a time, no padding."""
+def reference_gradients(
+    family: str, rows_used: np.ndarray, frozen: tuple[str, ...] = ()
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Gradients and losses by one plain process: stock attention, one document at a time, no padding."""
     task = task_of(family)
     store, _ = memory_store(task)
     model = make_model(family, packed=False).train()
-    per_row = 3 if task == "causal_lm" else 1
-    used = [document for row in rows_used for document in range(row * per_row, (row + 1) * per_row)]
+    freeze(model, frozen)
+    per_row = documents_a_row(family)
+    rows = [list(range(row * per_row, (row + 1) * per_row)) for row in rows_used]
     total, targets = torch.zeros(()), 0
-    for document in used:
+    others = (
+        {"mixtral": balancing, "bamba": z_loss}[family](model, store, rows) if family in ("mixtral", "bamba") else {}
+    )
+    for document in (document for row in rows for document in row):
         ids = torch.from_numpy(store.documents[document])[None]
         if task == "causal_lm":
             mark = torch.from_numpy(store.marks[document])[1:]
@@ -234,6 +278,32 @@ def reference_gradients(family: str, rows_used: np.ndarray) -> tuple[dict[str, t
             label = torch.tensor([int(store.labels[document])])
             total = total + F.cross_entropy(model(ids).logits, label, reduction="sum")
             targets += 1
-    loss = total / targets
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}, loss.item()
+    losses = {"loss": total / targets} | others
+    sum(losses.values()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return gradients, {name: loss.item() for name, loss in losses.items()}
+
+
+def balancing(model: Any, store: MemoryStore, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Mean over rows, weighted by tokens, of experts x sum over experts of (share of choices x mean probability)."""
+    total, tokens = torch.zeros(()), 0
+    for row in rows:
+        layers = [
+            logits.float().softmax(-1)
+            for document in row
+            for logits in model(torch.from_numpy(store.documents[document])[None], use_cache=False).router_logits
+        ]
+        chosen = torch.cat([F.one_hot(layer.topk(2).indices, 4).sum(1).float() for layer in layers]).mean(0)
+        loss = 4 * (chosen * torch.cat(layers).mean(0)).sum()
+        count = sum(len(store.documents[document]) for document in row)
+        total, tokens = total + count * loss, tokens + count
+    return {"balancing_loss": BALANCING * total / tokens}
+
+
+def z_loss(model: Any, store: MemoryStore, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Mean over targets of the squared logsumexp of their logits."""
+    values = []
+    for document in (document for row in rows for document in row):
+        logits = model(torch.from_numpy(store.documents[document])[None], use_cache=False).logits[0, :-1]
+        values.append(logits[torch.from_numpy(store.marks[document])[1:]].logsumexp(-1).square())
+    return {"z_loss": Z_LOSS * torch.cat(values).mean()}

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from equivalence_cases import BETA1, Case, case_config, cases, make_model, memory_store
+from equivalence_cases import BETA1, Case, case_config, cases, documents_a_row, fitting_task, make_model, memory_store
 from safetensors.torch import save_file
 
 from engine.checkpoint.save import Owner
 from engine.checkpoint.schedule import Saves
 from engine.model.attention import register_packed_attention
+from engine.model.frozen import freeze
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.distributed import leave, start_ranks
 from engine.ranks.stop import StopSignal
@@ -28,14 +29,16 @@ from engine.zero.wrap import fill, wrap
 
 
 def run_case(case: Case, out_dir: Path, ranks) -> None:
-    store, rows = memory_store(case.task)
+    store, rows = memory_store(case.task, documents_a_row(case.family))
     config = case_config(case, out_dir)
     ds_config = resolve_ds_config(config, ranks.world_size)
-    model = make_model(case.family, packed=True)
+    task = fitting_task(case.family)
+    model = make_model(case.family, packed=task.packs)
+    freeze(model, case.freeze)
     if case.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     weights = StartingWeights.of(model)
-    zero = wrap(model, config, ds_config)
+    zero = wrap(model, task, config, ds_config)
     fill(zero, weights)
     training = Training(
         config=config, ranks=ranks, zero=zero, gradients=GradientWatch(zero.parameters),
@@ -43,10 +46,11 @@ def run_case(case: Case, out_dir: Path, ranks) -> None:
     )  # fmt: skip
     zero.engine.train()
     figures = train_step(training, Progress(), StopSignal()).figures
-    gradients = {name: torch.zeros(math.prod(shape)) for name, shape in zero.shapes.items()}
+    trained = {name: shape for name, shape in zero.shapes.items() if name not in zero.frozen}
+    gradients = {name: torch.zeros(math.prod(shape)) for name, shape in trained.items()}
     for piece in zero.live_state("exp_avg"):
         gradients[piece.name][piece.start : piece.stop] = piece.values.cpu() / (1 - BETA1)
-    for name, shape in zero.shapes.items():
+    for name, shape in trained.items():
         dist.all_reduce(gradients[name])
         gradients[name] = gradients[name].reshape(shape)
     if ranks.rank == 0:

@@ -45,7 +45,7 @@ def evaluations(family: str, out_dir: Path, ranks: Any) -> dict[str, Any]:
     store, rows = memory_store(case.task)
     model = make_model(family, packed=config.trained_task.packs)
     weights = StartingWeights.of(model)
-    zero = wrap(model, config, resolve_ds_config(config, ranks.world_size))
+    zero = wrap(model, config.trained_task, config, resolve_ds_config(config, ranks.world_size))
     fill(zero, weights)
     engine = zero.engine
     engine.train()

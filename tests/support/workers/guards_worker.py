@@ -41,7 +41,7 @@ def training_of(case: Case, out_dir: Path, ranks, model: Any = None, **changes: 
 
 def training_on(config: RunConfig, model: Any, weights: StartingWeights, store: Any, rows: Any, ranks: Any) -> Training:
     """Ten steps of `model` from `weights` on the rows of a store."""
-    zero = wrap(model, config, resolve_ds_config(config, ranks.world_size))
+    zero = wrap(model, config.trained_task, config, resolve_ds_config(config, ranks.world_size))
     fill(zero, weights)
     zero.engine.train()
     return Training(
@@ -140,7 +140,7 @@ def fp32_masters(out_dir: Path, ranks) -> dict[str, Any]:
     originals = {name: parameter.detach().clone().flatten() for name, parameter in model.named_parameters()}
     rotary = model.model.rotary_emb.inv_freq.clone()
     weights = StartingWeights.of(model)
-    zero = wrap(model, config, resolve_ds_config(config, ranks.world_size))
+    zero = wrap(model, config.trained_task, config, resolve_ds_config(config, ranks.world_size))
     fill(zero, weights)
     masters_equal = all(
         torch.equal(piece.values.cpu(), originals[piece.name][piece.start : piece.stop])

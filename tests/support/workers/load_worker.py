@@ -46,7 +46,7 @@ def run(case: LoadCase, folder: Path, out_dir: Path, ranks: Any) -> None:
         model, weights = build_model(section_of(case, folder), TASKS[case.task], facts_of(case, folder), SEED)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in case.frozen)
-        zero = wrap(model, config, ds_config)
+        zero = wrap(model, config.trained_task, config, ds_config)
         read = torch.zeros(ranks.world_size, dtype=torch.int64)
         read[ranks.rank] = fill(zero, weights)
         stored_bytes = weights.num_bytes

@@ -1,0 +1,50 @@
+"""Parameters that a task never reaches: found before any weight is read, by training a narrow model for one batch."""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from engine.errors import DataError
+from engine.model.attention import PACKED_ATTENTION, register_packed_attention
+from engine.model.frozen import freeze, freeze_patterns
+from engine.model.narrow import narrow_model
+from engine.tasks.task import Task
+
+_DOES_NOT_RUN = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, DataError)
+_EXPERT = re.compile(r"\.experts\.\d+\.")  # which of them a token reaches is the router's choice
+
+
+def unreached_parameters(config: Any, task: Task, frozen: Sequence[str] = ()) -> tuple[str, ...]:
+    """Patterns for `model.freeze` that name the trained parameters without any path from the loss of `task`.
+
+    `config` is the configuration of a model for `task`, `frozen` the patterns that the run file has. Empty
+    where every parameter is reached, and for a family that does not run in a narrow form: there the first step
+    finds what is missing. ConfigError as `freeze` raises it.
+    """
+    register_packed_attention()
+    for is_whole in (False, True):
+        # Some families have sizes of their own that the narrow form does not fit: then as it is.
+        with suppress(*_DOES_NOT_RUN):
+            return _unreached(_trained_once(config, task, frozen, is_whole))
+    return ()
+
+
+def _trained_once(config: Any, task: Task, frozen: Sequence[str], is_whole: bool) -> Any:
+    """A narrow model with the gradients of one batch."""
+    options = {"attn_implementation": PACKED_ATTENTION} if task.packs else {}
+    model = narrow_model(config, task, options, is_whole)
+    freeze(model, frozen)
+    text = model.config.get_text_config()
+    end = getattr(text, "eos_token_id", None)
+    batch = task.sample(text.vocab_size, end if isinstance(end, int) else 0)
+    task.loss(model, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _unreached(model: Any) -> tuple[str, ...]:
+    prefix = f"{model.base_model_prefix}."
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lost = {name for name, parameter in trained.items() if parameter.grad is None and not _EXPERT.search(name)}
+    outer = {name: name.removeprefix(prefix) for name in trained}
+    return freeze_patterns({outer[name] for name in lost}, set(outer.values()))
