@@ -131,7 +131,7 @@ BERT = LLAMA | {"model_type": "bert"}
 )
 def test_a_shape_that_cannot_be_built_is_found(config: dict[str, Any], task: str, said: str) -> None:
     section = ModelSection.model_validate({"config": config, "init": "random", "activation_checkpointing": False})
-    facts, findings = examine(section, TASKS[task], needs_weights=True)
+    facts, findings = examine(section, TASKS[task], needs_weights=True, one_document_a_row=False)
     assert facts is None
     assert [finding.verdict for finding in findings] == ["error"] and said in findings[0].found
 
@@ -140,13 +140,15 @@ def test_weights_and_shape_are_looked_at_together(tmp_path: Path) -> None:
     """A body with a hole is found from headers alone, and so is a folder that is quantised; a sound one has facts."""
     hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path)
     section = ModelSection.model_validate({"path": str(tmp_path), "activation_checkpointing": False})
-    facts, findings = examine(section, TASKS["causal_lm"], needs_weights=True)
+    facts, findings = examine(section, TASKS["causal_lm"], needs_weights=True, one_document_a_row=False)
     assert findings == [] and facts is not None and facts.embedding_rows == 30
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
-    _, (hole,) = examine(section, TASKS["causal_lm"], needs_weights=True)
+    _, (hole,) = examine(section, TASKS["causal_lm"], needs_weights=True, one_document_a_row=False)
     assert (hole.verdict, hole.code) == ("error", 65) and "lacks 12 weights" in hole.found
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    _, found = examine(section, TASKS["causal_lm"], needs_weights=True)
+    _, found = examine(section, TASKS["causal_lm"], needs_weights=True, one_document_a_row=False)
     assert any("is quantised" in finding.found for finding in found)
-    assert examine(section, TASKS["causal_lm"], needs_weights=False)[1] == [], "a checkpoint has the weights"
+    assert examine(section, TASKS["causal_lm"], needs_weights=False, one_document_a_row=False)[1] == [], (
+        "a checkpoint has the weights"
+    )
