@@ -26,7 +26,7 @@ def model_of(task: str) -> Any:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=1.0,
         id2label=names, label2id={name: number for number, name in names.items()},
     )  # fmt: skip
-    return TASKS[task].auto_class().from_config(config)
+    return TASKS[task].auto_class(config).from_config(config)
 
 
 def batch_of(task: str, numbers: list[int]) -> Batch:
