@@ -23,7 +23,15 @@ from data_prep.pipeline.build_store import (
     find_store,
 )
 from data_prep.pipeline.findings import Listing, check_sources
-from data_prep.pipeline.inputs import Group, Input, Preparation, find_groups, find_inputs, work_dir
+from data_prep.pipeline.inputs import (
+    Group,
+    Input,
+    Preparation,
+    find_groups,
+    find_inputs,
+    given_labels,
+    work_dir,
+)
 from data_prep.pipeline.labels import KnownLabels, check_labels
 from data_prep.pipeline.store_folder import (
     exclusive,
@@ -33,6 +41,7 @@ from data_prep.pipeline.store_folder import (
     write_text_atomically,
 )
 from data_prep.rows.ledger import ledger_table
+from data_prep.shapes.label_names import NO_GOLD
 from data_prep.tasks import TASKS
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, MANIFEST_NAME, Rows, TokenStore
 from data_prep.tokenizer.chat_templates import named_templates
@@ -108,6 +117,7 @@ def _open(config: DataConfig, task: str, progress: bool) -> Preparation:
 
 
 def _build_all(run: Preparation, groups: Sequence[Group]) -> dict[str, Path]:
+    known = given_labels(run, groups)
     stores = {split.name: find_store(run, split) for group in groups for split in group.splits}
     donors = {
         split.name: find_donor(run.config.store_dir, split)
@@ -117,13 +127,14 @@ def _build_all(run: Preparation, groups: Sequence[Group]) -> dict[str, Path]:
     }
     listing = Listing(run.config)
     # Where the labels are given, held-out records come first: they are few, and their labels may be unknown.
-    for group in groups if run.config.label_names is None else reversed(groups):
+    for group in groups if known is None else reversed(groups):
         raw = [split for split in group.splits if stores[split.name] is None and donors[split.name] is None]
         if raw:
             encode_parts(run, group, raw, (0, 1), listing)
-            check_given_labels(run, group, raw)
+            if known is not None:
+                check_given_labels(run, group, raw, known)
     listing.check()
-    return _build_stores(run, groups, stores, donors)
+    return _build_stores(run, groups, stores, donors, known)
 
 
 def _build_stores(
@@ -131,9 +142,12 @@ def _build_stores(
     groups: Sequence[Group],
     stores: Mapping[str, TokenStore | None],
     donors: Mapping[str, TokenStore | None],
+    known: KnownLabels | None,
 ) -> dict[str, Path]:
-    """Build the stores that are not there from parts or donors; returns the folder of each split."""
-    known = None if run.config.label_names is None else KnownLabels(run.config.label_names)
+    """Build the stores that are not there from parts or donors; returns the folder of each split.
+
+    `known`: the labels that are given; None: those of the store of train.
+    """
     folders: dict[str, Path] = {}
     for group in groups:
         for split in group.splits:
@@ -234,6 +248,8 @@ def _check_task(run: Preparation) -> None:
         )
     if config.label_names is not None and not task.has_label_names:
         raise DataConfigError(f"data.label_names belongs to classification, not to task {task.name}")
+    if config.label_map is not None and not task.has_label_names:
+        raise DataConfigError(f"data.label_map belongs to classification, not to task {task.name}")
     if config.overlong == "split" and not task.packs:
         raise DataConfigError(f"data.overlong: split would cut the examples of task {task.name}; use truncate or drop")
     if config.packing != "best_fit" and not task.packs:
@@ -263,6 +279,11 @@ def _summary(name: str, store: TokenStore) -> str:
         )
     if store.label_names:
         lines.append(f"labels: {', '.join(store.label_names[:8])}{' ...' if len(store.label_names) > 8 else ''}")
+        if marks := [name for name in store.label_names if name in NO_GOLD]:
+            lines.append(
+                f"label {marks[0]!r} is a class of its own here; where it marks records without a gold label, give"
+                " data.label_names or data.label_map without it"
+            )
     return "\n".join(lines)
 
 

@@ -64,9 +64,12 @@ def failure(name: str, error: Exception, to_do: str = "") -> Finding:
     return Finding(name, "error", " ".join(str(error).split()), to_do, code=code)
 
 
-def failures(name: str, error: FulltuneError) -> list[Finding]:
-    """A finding for each line of an error."""
-    return [Finding(name, "error", " ".join(line.split()), code=error.exit_code) for line in str(error).splitlines()]
+def failures(name: str, error: Exception, to_do: str = "") -> list[Finding]:
+    """A finding for each line of an error, as `failure`; `to_do` is the last one's."""
+    first = failure(name, error)
+    lines = [" ".join(line.split()) for line in str(error).splitlines()] or [first.found]
+    *others, last = (replace(first, found=line) for line in lines)
+    return [*others, replace(last, to_do=to_do)]
 
 
 def warning_lines(finding: Finding) -> list[str]:

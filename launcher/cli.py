@@ -36,6 +36,8 @@ COMMANDS = {
     "schema": "print the JSON schema of a run file, for editors",
 }
 _INTERRUPTED = 130
+# Python keeps the bytes of such a name as characters that cannot be written into any file.
+_NO_TEXT = "the name of a file or folder is no text in this locale: set PYTHONUTF8=1, or rename what is not UTF-8"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows something
     try:
+        if any("\udc80" <= char <= "\udcff" for text in (_current_folder(), *words) for char in text):
+            raise ConfigError(_NO_TEXT)
         arguments = parse(words or ["--help"])
         set_umask(getattr(arguments, "share_with_group", False))
         code: int = arguments.run(arguments)
@@ -72,9 +76,8 @@ def _report(error: Exception, debug: bool) -> int:
             print(f"fulltune: error: {' '.join(line.split())}", file=sys.stderr)
         return code
     text = " ".join(str(error).split())
-    if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
-        what = "the name of a file or folder is no text in this locale: set PYTHONUTF8=1, or rename what is not UTF-8"
-        print(f"fulltune: error: {what}", file=sys.stderr)
+    if isinstance(error, UnicodeEncodeError):
+        print(f"fulltune: error: {_NO_TEXT}", file=sys.stderr)
         return ConfigError.exit_code
     if isinstance(error, FileNotFoundError) and not _current_folder():
         print("fulltune: error: the current folder is gone: cd to one that is there", file=sys.stderr)

@@ -115,6 +115,7 @@ class ChatFormat:
         notes = _notes(text, messages, dict(zip(trained, spans, strict=True)))
         spans = [span for span in spans if span[0] < span[1]]
         if self._chat.train_on_prompt:
+            _refuse_untrained(example, where)
             spans = [(0, len(text))] if text else []
         if broken:
             return self._with_literals(Rendered(text, spans, len(trained), num_stops, [], notes))
@@ -270,6 +271,17 @@ def _refuse_missing_tokens(template: str, known: Collection[str]) -> None:
         )
 
 
+def _refuse_untrained(example: ChatExample, where: str) -> None:
+    """BadDataError for a turn that must not be trained, where the settings train all of them."""
+    if example.trained is not None and False in example.trained:
+        index = example.trained.index(False)
+        fault = (
+            f"{where}: messages[{index}] must not be trained, by its flag or as a turn of a prompt, but"
+            " data.chat.train_on_prompt trains everything; leave out one of the two"
+        )
+        raise BadDataError(fault, "training_flag")
+
+
 def _notes(text: str, messages: Sequence[Message], trained: Mapping[int, tuple[int, int]]) -> Mapping[str, int]:
     """Counts of trained turns (with their spans) whose reasoning the template does not write."""
     lost = [index for index, (start, stop) in trained.items() if lost_reasoning(messages[index], text[start:stop])]
@@ -287,5 +299,4 @@ def _way_out(messages: Sequence[Message], chat: "ChatConfig") -> str:
         ways.append("`data.chat.system: fold` puts a system prompt into the user's next turn")
     if not chat.merge_turns and any(one == other != "tool" for one, other in pairwise(roles)):
         ways.append("`data.chat.merge_turns: true` joins neighbouring turns of one role")
-    ways.append("`data.unusable: drop` leaves such records out and counts them")
-    return f"; {', '.join(ways)}"
+    return "".join(f"; {way}" for way in ways)

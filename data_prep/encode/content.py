@@ -69,7 +69,7 @@ def check_content(tokenizer: Tokenizer, ids: np.ndarray, ends: np.ndarray, recor
     if len(ids) and int(ids.max()) >= tokenizer.first_forbidden and tokenizer.forbidden[ids].any():
         place = int(np.argmax(tokenizer.forbidden[ids]))
         where = records[int(np.searchsorted(ends, place, side="right"))].where
-        raise BadDataError(f"{where}: this tokenizer turns part of the text into a control token")
+        raise BadDataError(f"{where}: this tokenizer turns part of the text into a control token", "control_token")
 
 
 def check_range(tokenizer: Tokenizer, ids: np.ndarray, ends: np.ndarray, records: Sequence[Record]) -> None:

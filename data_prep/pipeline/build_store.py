@@ -73,13 +73,11 @@ def _size(work: Work) -> int:
     return sum(num_bytes(*piece) for piece in work.pieces)
 
 
-def check_given_labels(run: Preparation, group: Group, splits: Sequence[Split]) -> None:
-    """Raise UnusableError for labels of finished parts that ``label_names`` lacks; without it, train decides."""
-    names = run.config.label_names
-    if names is not None:
-        for split in splits:
-            parts = [Part(parts_dir(run, group, split), work.part) for work in group.work]
-            check_labels(run.config, split.name, unknown_labels(parts, names, run.task), KnownLabels(names))
+def check_given_labels(run: Preparation, group: Group, splits: Sequence[Split], known: KnownLabels) -> None:
+    """Raise UnusableError for labels of finished parts that the given ones lack."""
+    for split in splits:
+        parts = [Part(parts_dir(run, group, split), work.part) for work in group.work]
+        check_labels(run.config, split.name, unknown_labels(parts, known.names, run.task), known)
 
 
 def _start_proof(run: Preparation, now: datetime) -> Proof:

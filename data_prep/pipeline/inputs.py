@@ -4,20 +4,25 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.errors import BadDataError
+from data_prep.pipeline.labels import KnownLabels
+from data_prep.pipeline.source_names import source_names
 from data_prep.pipeline.work import HashRange, Work
+from data_prep.shapes.find_label_names import label_field, label_order, with_label_names
 from data_prep.shapes.recognise import recognise
 from data_prep.shapes.shape import Shape
 from data_prep.shapes.turns import refuse_unknown_roles
+from data_prep.sources.class_names import class_names
 from data_prep.sources.read import read_records
 from data_prep.sources.records import Record, SourceFile, Span
 from data_prep.sources.scan import find_sources
+from data_prep.sources.source_files import reads_other_ending
 from data_prep.sources.spans import SPAN_BYTES
 from data_prep.tasks import TASKS
 from data_prep.tasks.data_task import DataTask
@@ -174,19 +179,46 @@ def find_groups(run: Preparation, inputs: Mapping[str, tuple[Input, ...]]) -> tu
 
 
 def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tuple[Input, ...]:
-    found = find_sources(sources, f"data.{key}", run.config.store_dir / ".cache", run.progress)
-    names = _source_names(sources, found)
-    shapes_of = {task.name: task.shapes for task in TASKS.values()}
+    look = partial(_recognised, run)
+    found = find_sources(sources, f"data.{key}", run.config.store_dir / ".cache", run.progress, look)
+    names = source_names(sources, found)
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
-        chat, first = run.config.chat, _first_records(files[0])
-        shape = recognise(first, source, run.task.name, shapes_of, _told_later, chat.roles, chat.apply_to)
-        if run.config.unusable == "error":
-            refuse_unknown_roles(shape, first)
-        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        first = _first_records(files[0])
+        shape = _with_names(run, _recognised(run, first, source), first, files[0])
+        read_as = f", read as {files[0].format}" if reads_other_ending(files[0].path) else ""
+        count = ("1 file" if len(files) == 1 else f"{len(files)} files") + read_as
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
         inputs.append(Input(source, name, tuple(files), shape))
     return tuple(inputs)
+
+
+def _recognised(run: Preparation, first: Sequence[Record], source: SourceConfig) -> Shape:
+    """What the first records of a source are."""
+    shapes_of = {task.name: task.shapes for task in TASKS.values()}
+    chat = run.config.chat
+    shape = recognise(first, source, run.task.name, shapes_of, _told_later, chat.roles, chat.apply_to)
+    if run.config.unusable == "error":
+        refuse_unknown_roles(shape, first)
+    return shape
+
+
+def _with_names(run: Preparation, shape: Shape, first: Sequence[Record], file: SourceFile) -> Shape:
+    """The shape with the names of its labels, where the run file or the data says them."""
+    name = label_field(shape)
+    own = None if name is None else class_names(file, name)
+    return with_label_names(shape, first, run.config.label_names, run.config.label_map, own)
+
+
+def given_labels(run: Preparation, groups: Sequence[Group]) -> KnownLabels | None:
+    """The labels in the order of their numbers, where the run file or the training data says it."""
+    config = run.config
+    own = [one.shape.labels.own for one in groups[0].inputs if one.shape.labels is not None]
+    names = label_order(config.label_names, config.label_map, own)
+    if names is None:
+        return None
+    key = "data.label_names" if config.label_names is not None else "data.label_map"
+    return KnownLabels(names, key if config.label_names or config.label_map else "the description of the data")
 
 
 def _joining(run: Preparation, shape: Shape) -> str:
@@ -223,22 +255,6 @@ def _first_records(file: SourceFile) -> list[Record]:
     if not records:
         raise faults[0] if faults else BadDataError(f"{file.label}: the file holds no records")
     return records
-
-
-def _source_names(sources: Sequence[SourceConfig], found: Sequence[Sequence[SourceFile]]) -> list[str]:
-    """The name of each source; a number is added where two would be called the same."""
-    names: list[str] = []
-    for source, files in zip(sources, found, strict=True):
-        path = source.path or source.hub
-        name = source.name or (
-            Path(path).name if path and set("*?[") & set(path) == set() else Path(files[0].label).name
-        )
-        name = name if source.name else name.split(".")[0] or name
-        base, number = name, 2
-        while name in names:
-            name, number = f"{base}-{number}", number + 1
-        names.append(name)
-    return names
 
 
 def _encoding_key(run: Preparation) -> str:

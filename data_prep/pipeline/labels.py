@@ -74,7 +74,7 @@ def check_labels(config: DataConfig, split: str, unknown: Mapping[str, Occurrenc
     lines[0] = f"{where}: label {name!r} {of}; {_times(count)}"
     if len(lines) > _MOST_LISTED:
         lines[_MOST_LISTED:] = [f"and {len(lines) - _MOST_LISTED} more labels"]
-    advice = "mend, or name all labels in data.label_names"
+    advice = "mend, or name all labels in data.label_names or data.label_map"
     if split == "validation":
         advice += ", or set data.unknown_labels=count_wrong, which evaluates such records as wrong"
     raise UnusableError([*lines, advice])

@@ -287,7 +287,8 @@ def _note_lines(notes: Mapping[str, int]) -> list[str]:
         last = notes.get("last_reasoning_lost", 0)
         advice = "`data.chat.train_turns: each` makes a document of each trained turn, `last` trains the last alone"
         if last:
-            advice = f"{last:,} are last turns, so give a template that writes it; for the others {advice}"
+            what = "give a template that writes reasoning"
+            advice = f"of these {last:,} end their conversation: {what}; for the others {advice}"
         lines.append(
             f"reasoning lost: {lost:,} trained turns, whose reasoning the chat template does not write, are trained"
             f" without it: {advice}"

@@ -30,15 +30,23 @@ def shown_list(names: Iterable[str]) -> str:
     return ", ".join(texts[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
-def field_names(value: Mapping[str, Any]) -> str:
-    """The fields of a record for a message; those of small objects in it dotted, as `fields:` wants them."""
+_SMALL_OBJECT = 4  # fields of an object whose fields are named one by one
+
+
+def dotted_names(value: Mapping[str, Any]) -> list[str]:
+    """The fields of a record; those of small objects in it dotted, as `fields:` wants them."""
     names: list[str] = []
     for name, found in value.items():
         only = isinstance(found, list) and len(found) == 1
         inner = found[0] if only else found
-        nested = isinstance(inner, dict) and 0 < len(inner) <= 4
+        nested = isinstance(inner, dict) and 0 < len(inner) <= _SMALL_OBJECT
         names += [f"{name}.0.{key}" if only else f"{name}.{key}" for key in inner] if nested else [name]
-    return shown_list(names)
+    return names
+
+
+def field_names(value: Mapping[str, Any]) -> str:
+    """The fields of a record for a message."""
+    return shown_list(dotted_names(value))
 
 
 def lookup(value: Mapping[str, Any], name: str) -> Any:
@@ -76,7 +84,8 @@ def required_field(value: Mapping[str, Any], name: str, where: str) -> Any:
         state = "null" if name in value else "missing"
         raise BadDataError(
             f"{where}: field {shown(name)!r}, which the first records of this source have, is {state}"
-            f" (fields: {field_names(value)})"
+            f" (fields: {field_names(value)})",
+            f"{state}_field",
         )
     return found
 
@@ -119,6 +128,7 @@ _TEXTS: tuple[Form, ...] = (
         ("premise", "hypothesis"),
         ("text_a", "text_b"),
         ("question1", "question2"),
+        ("question", "sentence"),
     ),
 )
 _WORDS = ("tokens", "words", "text", "sentence", "text_a")

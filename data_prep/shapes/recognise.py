@@ -37,6 +37,7 @@ from data_prep.shapes.fields import (
     shown_list,
 )
 from data_prep.shapes.flags import FLAG_NAMES
+from data_prep.shapes.misfit import is_json, nearest_forms, other_format, other_table
 from data_prep.shapes.shape import Shape, number_of, to_example
 from data_prep.shapes.turns import (
     FIELDS_OF_TURNS,
@@ -47,6 +48,7 @@ from data_prep.shapes.turns import (
     turn_fields,
     with_turns,
 )
+from data_prep.shapes.usual_names import other_order, usual_candidates
 from data_prep.sources.lines import OnFault, raise_fault
 from data_prep.sources.records import Record
 
@@ -77,11 +79,13 @@ def recognise(
     candidates = candidates_of(shapes, of_records(config.fields), config.shape is not None)
     asked = TurnsAsked(config.fields, roles or {}, apply_to, "messages" in shapes_of[task])
     fits = [readings(record.value, candidates) for record in records]
+    if not any(fits):
+        fits = [_usual_readings(record, shapes, config) for record in records]
     usable = [any(_reads(one, record, asked) for one in own) for record, own in zip(records, fits, strict=True)]
     first = usable.index(True) if any(usable) else next((index for index, own in enumerate(fits) if own), 0)
     found = fits[first]
     if len(found) != 1:
-        _refuse(records[first], found, config, task, shapes, shapes_of)
+        _refuse(records[first:], found, config, task, shapes, shapes_of)
     for record, others, is_usable in zip(records, fits, usable, strict=True):
         if is_usable and others != found:
             raise BadDataError(
@@ -124,6 +128,12 @@ def _reads(reading: Reading, record: Record, asked: TurnsAsked) -> bool:
     except BadDataError:
         return False
     return True
+
+
+def _usual_readings(record: Record, shapes: Sequence[ShapeName], config: SourceConfig) -> list[Reading]:
+    """The readings under names that are usual in published data sets."""
+    on_request = config.shape is not None
+    return readings(record.value, usual_candidates(record.value, shapes, of_records(config.fields), on_request))
 
 
 def _shapes_asked(config: SourceConfig, task: str, of_task: Sequence[ShapeName]) -> tuple[ShapeName, ...]:
@@ -248,7 +258,11 @@ def _notes(shape: Shape, records: Sequence[Record]) -> list[str]:
     if shape.name == "tags" and any(isinstance(value, str) for column in values.values() for value in column):
         return ["texts are split at blanks"]
     notes = []
+    if shape.name == "text" and is_json([str(value) for value in values["text"]]):
+        notes.append("its texts are JSON objects; of a file with one on a line, `format: jsonl` reads their fields")
     if shape.name == "parallel":
+        if order := other_order(shape.fields):
+            notes.append(order)
         if any(isinstance(value, list) for value in values["source"]):
             notes.append("the sentences of a source are joined with blanks")
         if any(isinstance(value, list) and len(value) > 1 for value in values["target"]):
@@ -288,30 +302,35 @@ def _said(found: Sequence[Reading]) -> str:
     return " and ".join(said[:4]) or "no shape"
 
 
-def _refuse(record: Record, found: list[Reading], config: SourceConfig, task: str,
+def _refuse(records: Sequence[Record], found: list[Reading], config: SourceConfig, task: str,
             shapes: Sequence[ShapeName], shapes_of: TaskShapes) -> NoReturn:  # fmt: skip
     """The error for a record that no shape fits, or more than one."""
+    record = records[0]
     where, names = record.where, field_names(record.value)
     if found:
         how = " or ".join(_how_to_ask(one, found) for one in found[:3])
         raise BadDataError(f"{where}: {len(found)} readings fit, {_said(found)}; say which with {how}")
+    table = other_format(records, config, shapes) or other_table(record, config)
     if config.shape is not None or config.fields:
         shape = shapes[0]
         example = ", ".join(f"{name}: ..." for name in known_fields(shape) if name not in FIELDS_TO_LEAVE_OUT)
         what = f"shape {shape} with these names" if config.fields else f"shape {shape}"
-        raise BadDataError(f"{where}: {what} does not fit (fields: {names}); name them with `fields: {{{example}}}`")
+        nearest = nearest_forms(record, shapes[:1], config.fields)
+        raise BadDataError(
+            f"{where}: {what} does not fit (fields: {names}); name them with `fields: {{{example}}}`{table}{nearest}"
+        )
     others = {
         other: found[0].shape
         for other, its_shapes in shapes_of.items()
         if other != task and (found := readings(record.value, candidates_of(its_shapes, {}, False)))
     }
-    table = (config.path or "").lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
-    header = "; if the file has no header line, name its `columns:`" if table.endswith((".csv", ".tsv", ".tab")) else ""
     hint = "".join(f"; for task {other} it would be {shape}" for other, shape in list(others.items())[:2])
-    raise BadDataError(
-        f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names});"
-        f" say which with `shape:`, and what its fields are called with `fields:`{header}{hint}"
+    advice = (
+        table
+        or nearest_forms(record, shapes, {})
+        or ("; say which with `shape:`, and what its fields are called with `fields:`")
     )
+    raise BadDataError(f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names}){advice}{hint}")
 
 
 def _how_to_ask(one: Reading, found: Sequence[Reading]) -> str:

@@ -20,6 +20,7 @@ from data_prep.shapes.examples import (
     TextExample,
 )
 from data_prep.shapes.fields import required_field, shown, text_at
+from data_prep.shapes.label_names import LabelNames
 from data_prep.shapes.prompts import alpaca, as_chat, parallel_pair, prompt_pair
 from data_prep.shapes.roles import TurnForm
 from data_prep.sources.records import Record, checked_text, kind
@@ -38,6 +39,7 @@ class Shape:
     as_chat: bool = False  # a prompt and its response are a conversation of two turns
     has_tools: bool = field(default=False, compare=False)  # some of the first records declare tools
     summary: str = field(default="", compare=False)
+    labels: LabelNames | None = None  # label, tags: what the labels in the records are called
 
     @property
     def has_turns(self) -> bool:
@@ -55,7 +57,8 @@ class Shape:
 
     def key(self) -> dict[str, Any]:
         """The parts that change the examples, as JSON values; part of a store's content key."""
-        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many}
+        named = {"labels": self.labels.key()} if self.labels is not None and self.labels.names else {}
+        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many, **named}
 
 
 def to_example(shape: Shape, record: Record) -> Example:
@@ -89,13 +92,17 @@ def _example(shape: Shape, record: Record) -> Example:
         case "parallel":
             return parallel_pair(record, fields)
         case "label":
-            return labelled(record, fields, shape.many)
+            return _named(labelled(record, fields, shape.many), shape, record)
         case "score":
             return scored(record, fields)
         case "tags":
-            return tagged(record, fields)
+            return _named(tagged(record, fields), shape, record)
         case "question":
             return questioned(record, fields)
+
+
+def _named(example: Example, shape: Shape, record: Record) -> Example:
+    return example if shape.labels is None else shape.labels.name_example(example, record.where)
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -123,7 +130,9 @@ def labelled(record: Record, fields: Mapping[str, str], many: bool) -> LabelledE
     value, what = required_field(record.value, name, where), f"field {shown(name)!r}"
     if many != isinstance(value, list):
         wanted = "a list of labels, as" if many else "one label, as"
-        raise BadDataError(f"{where}: {what} must be {wanted} in the first records of this source, not {kind(value)}")
+        raise BadDataError(
+            f"{where}: {what} must be {wanted} in the first records of this source, not {kind(value)}", "wrong_type"
+        )
     if many:
         labels = tuple(_label(item, f"{what}[{index}]", where) for index, item in enumerate(value))
     else:
@@ -140,7 +149,7 @@ def _label(value: Any, what: str, where: str) -> str:
             raise BadDataError(f"{where}: {what} is {value}, not a whole number; for regression write `shape: score`")
         return _written(int(value), what, where)  # tables with gaps hold whole numbers as floats
     if not checked_text(value, what, where):
-        raise BadDataError(f"{where}: {what} is empty")
+        raise BadDataError(f"{where}: {what} is empty", "empty_label")
     return str(value)
 
 
@@ -175,17 +184,31 @@ def tagged(record: Record, fields: Mapping[str, str]) -> TaggedExample:
     words_value = _items(required_field(record.value, words_name, where), words_name, where)
     tags_value = _items(required_field(record.value, tags_name, where), tags_name, where)
     words = tuple(
-        checked_text(word, f"field {shown(words_name)!r}[{index}]", where) for index, word in enumerate(words_value)
+        word if type(word) is str and word.isascii() and word else _word(record, words_name, index, word)
+        for index, word in enumerate(words_value)
     )
-    if not all(words):
-        raise BadDataError(f"{where}: field {shown(words_name)!r}[{words.index('')}] is an empty word")
-    tags = tuple(_label(tag, f"field {shown(tags_name)!r}[{index}]", where) for index, tag in enumerate(tags_value))
+    tags = tuple(
+        tag if type(tag) is str and tag.isascii() and tag else _tag(record, tags_name, index, tag)
+        for index, tag in enumerate(tags_value)
+    )
     if len(words) != len(tags):
         raise BadDataError(
             f"{where}: {len(words)} words in field {shown(words_name)!r},"
-            f" but {len(tags)} tags in field {shown(tags_name)!r}"
+            f" but {len(tags)} tags in field {shown(tags_name)!r}",
+            "unequal_lengths",
         )
     return TaggedExample(words, tags)
+
+
+def _word(record: Record, name: str, index: int, word: Any) -> str:
+    where, what = record.place(index), f"field {shown(name)!r}[{index}]"
+    if not checked_text(word, what, where):
+        raise BadDataError(f"{where}: {what} is an empty word", "empty_word")
+    return str(word)
+
+
+def _tag(record: Record, name: str, index: int, tag: Any) -> str:
+    return _label(tag, f"field {shown(name)!r}[{index}]", record.place(index))
 
 
 def _items(value: Any, name: str, where: str) -> list[Any]:
@@ -193,7 +216,8 @@ def _items(value: Any, name: str, where: str) -> list[Any]:
     items = value.split(" ") if isinstance(value, str) and value else value
     if not isinstance(items, list) or not items:
         state = "empty" if value in ("", []) else kind(value)
-        raise BadDataError(f"{where}: field {shown(name)!r} must be a list, or text with blanks between, not {state}")
+        fault = f"{where}: field {shown(name)!r} must be a list, or text with blanks between, not {state}"
+        raise BadDataError(fault, "empty_field" if state == "empty" else "wrong_type")
     return items
 
 
@@ -218,7 +242,9 @@ def questioned(record: Record, fields: Mapping[str, str]) -> QuestionExample:
             raise BadDataError(f"{where}: {what}[{index}].answer_start must be a whole number, not {kind(start)}")
         place = _nearest(context, answer, start)
         if place < 0:
-            raise BadDataError(f"{where}: {what}[{index}].text {shown(answer)!r} does not stand in the context")
+            raise BadDataError(
+                f"{where}: {what}[{index}].text {shown(answer)!r} does not stand in the context", "answer_not_found"
+            )
         found.append((place, answer))
         moved += place != start
     return QuestionExample(question, context, tuple(found), moved)

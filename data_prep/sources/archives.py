@@ -88,7 +88,8 @@ def find_member(archive: str, name: str) -> Member:
 
 def open_member(archive: str, name: str) -> IO[bytes]:
     """A member as a file that is read from its beginning on and cannot be sought in."""
-    return io.BufferedReader(_MemberStream(archive, name), BLOCK_BYTES)
+    size = find_member(archive, name).size_bytes
+    return io.BufferedReader(_MemberStream(archive, name), max(1, min(size, BLOCK_BYTES)))
 
 
 def _index_of(archive: str) -> dict[str, Member]:

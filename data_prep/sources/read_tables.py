@@ -134,6 +134,20 @@ def read_arrow(
         yield from _records((piece.select(names) for piece in pieces), names, path, span.first_line, on_fault)
 
 
+def schema_metadata(path: str, compression: Compression) -> str:
+    """What `datasets` wrote about the columns of a table into its schema, as JSON; empty where it wrote nothing."""
+    from pyarrow import ipc
+    from pyarrow.parquet import read_schema
+
+    with _opened(path, compression) as file:
+        if file.read(4) == b"PAR1":
+            schema = read_schema(file)
+        else:
+            file.seek(0)
+            schema = ipc.open_file(file).schema if _is_file_format(file) else ipc.open_stream(file).schema
+    return bytes((schema.metadata or {}).get(b"huggingface", b"")).decode("utf-8", errors="replace")
+
+
 def _is_file_format(file: IO[bytes]) -> bool:
     magic = file.read(len(_ARROW_FILE_MAGIC))
     file.seek(0)

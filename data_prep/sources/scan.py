@@ -17,7 +17,7 @@ from data_prep.errors import DataConfigError, MissingInputError
 from data_prep.progress import Progress
 from data_prep.sources.archives import split_member
 from data_prep.sources.decompress import Compression, file_blocks, find_compression, stat_file
-from data_prep.sources.hub import spool_hub
+from data_prep.sources.hub import Check, spool_hub
 from data_prep.sources.read_aligned import unequal
 from data_prep.sources.read_csv import cut_csv, dialect_of
 from data_prep.sources.read_json import cut_json
@@ -31,15 +31,20 @@ _Scan = Callable[[Advance], SourceFile]
 
 
 def find_sources(
-    configs: tuple[SourceConfig, ...], dotted_key: str, cache_dir: Path, progress: bool = False
+    configs: tuple[SourceConfig, ...],
+    dotted_key: str,
+    cache_dir: Path,
+    progress: bool = False,
+    check: Check | None = None,
 ) -> list[list[SourceFile]]:
     """The files of each source in a fixed order, hashed and cut into spans; the same for any number of workers.
 
-    A data set from the Hub is spooled into `cache_dir` first. `dotted_key` (data.train) is for errors:
-    MissingInputError, BadDataError, DataConfigError, StorageError, CannotWriteError.
+    A data set from the Hub is spooled into `cache_dir` first, after `check` has seen its first records.
+    `dotted_key` (data.train) is for errors: MissingInputError, BadDataError, DataConfigError, StorageError,
+    CannotWriteError.
     """
     keys = [f"{dotted_key}[{index}]" if len(configs) > 1 else dotted_key for index in range(len(configs))]
-    scans = [_scans(config, key, cache_dir, progress) for config, key in zip(configs, keys, strict=True)]
+    scans = [_scans(config, key, cache_dir, progress, check) for config, key in zip(configs, keys, strict=True)]
     total = sum(size for some in scans for _, size in some)
     lock, failed = Lock(), Event()
     with Progress("hashing", total, progress) as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
@@ -61,7 +66,9 @@ def find_sources(
             raise
 
 
-def _scans(config: SourceConfig, key: str, cache_dir: Path, progress: bool) -> list[tuple[_Scan, int]]:
+def _scans(
+    config: SourceConfig, key: str, cache_dir: Path, progress: bool, check: Check | None
+) -> list[tuple[_Scan, int]]:
     """The work that is left for each file of a source, and its bytes."""
     if config.aligned is not None:
         check_keys(config, "aligned", key)
@@ -70,7 +77,7 @@ def _scans(config: SourceConfig, key: str, cache_dir: Path, progress: bool) -> l
         return [(partial(scan_aligned, config, paths), sum(sizes))]
     if config.hub is not None:
         check_keys(config, "hub", key)
-        path = str(spool_hub(config, key, cache_dir, progress))
+        path = str(spool_hub(config, key, cache_dir, progress, check))
         label = f"{config.hub}[{config.split or 'train'}]"
         return [(partial(scan_file, path, label, "jsonl", "none", config), stat_file(path).size_bytes)]
     files = find_formats(find_files(config, key), config, key)

@@ -28,7 +28,6 @@ _MAGIC = {
     b"%PDF": "a PDF: take its text out first",
     b"SQLite format 3": "an SQLite data base: write its table as .csv",
     b"\x93NUMPY": "a numpy array: write its values as .csv or JSON lines",
-    b"<!DOCTYPE html": "a web page, perhaps in place of the download",
     b"version https://git-lfs": "a Git LFS pointer, not the data: `git lfs pull` brings it",
 }
 
@@ -80,6 +79,8 @@ def _text_kind(head: bytes, name: Format) -> str | None:
             "JSON over several lines: for an array or an object of arrays write `format: json`; else put one object"
             " on a line"
         )
+    if name != "text" and body[:14].lower() == b"<!doctype html":
+        return "a web page, perhaps in place of the download"
     if name in ("csv", "tsv", "conll", "conllu", "parquet", "arrow"):
         if whole:
             return "JSON lines: write `format: jsonl`"

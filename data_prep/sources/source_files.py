@@ -93,16 +93,22 @@ def _in_archive(archive: str, inner: str | None, config: SourceConfig) -> list[s
     return [f"{archive}!{name}" for name in names]
 
 
-def _suffix(name: str) -> str:
-    """The ending of a file's name, in small letters, that says its format: the last that is none of a compression.
-
-    Where that is .txt, the one before it counts if it is more exact: ``train.conll.txt``.
-    """
+def _endings(name: str) -> list[str]:
+    """The endings of a file's name, in small letters, without those of a compression."""
     endings = [f".{ending}" for ending in name.rpartition("/")[2].lower().lstrip(".").split(".")[1:]]
-    endings = [ending for ending in endings if ending not in _COMPRESSED]
-    if len(endings) > 1 and FORMATS.get(endings[-1]) == "text" and endings[-2] in FORMATS:
-        return endings[-2]
-    return endings[-1] if endings else ""
+    return [ending for ending in endings if ending not in _COMPRESSED]
+
+
+def _suffix(name: str) -> str:
+    """The ending that says the format: the last one, but of .txt the one before it, if that is more exact."""
+    endings = _endings(name)
+    return endings[-2] if reads_other_ending(name) else endings[-1] if endings else ""
+
+
+def reads_other_ending(name: str) -> bool:
+    """True if the name of a file ends in .txt and has a more exact ending before it: ``train.conll.txt``."""
+    endings = _endings(name)
+    return len(endings) > 1 and FORMATS.get(endings[-1]) == "text" and endings[-2] in FORMATS
 
 
 def _fits(name: str, config: SourceConfig) -> bool:

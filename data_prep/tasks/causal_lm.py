@@ -149,12 +149,16 @@ def _rendered_chats(records: Sequence[Record], examples: Sequence[ChatExample], 
 
     chat, tokenizer = context.chat, context.tokenizer
     assert chat is not None
-    with limits():
-        rendered = [chat.render(example, record.where) for record, example in zip(records, examples, strict=True)]
+    try:
+        with limits():
+            rendered = [chat.render(example, record.where) for record, example in zip(records, examples, strict=True)]
+    except BadDataError as refusal:
+        refusal.reason = "template_refuses"
+        raise
     answers, stops = sum(one.num_answers for one in rendered), sum(one.num_stops for one in rendered)
     if stops < answers and not context.allow_untrained_stop:
         first = next(r for r, one in zip(records, rendered, strict=True) if one.num_stops < one.num_answers)
-        raise BadDataError(
+        raise FatalDataError(
             f"{first.where}: the chat template ends an answer without a stop token that is trained, so the model"
             " would not learn to stop; mend the template, or set data.chat.allow_untrained_stop"
         )

@@ -35,7 +35,9 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
         zip(records, chosen, questions, contexts, strict=True)
     ):
         if tokenizer.holds_control_ids(ids):
-            raise BadDataError(f"{record.where}: this tokenizer turns part of the text into a control token")
+            raise BadDataError(
+                f"{record.where}: this tokenizer turns part of the text into a control token", "control_token"
+            )
         head, room = _head(record, question, ids, context)
         gone = len(tokenizer.prefix_ids) + len(question) + len(tokenizer.pair_middle_ids) - len(head)
         truncated += gone > 0

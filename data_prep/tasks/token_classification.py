@@ -32,7 +32,9 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
     cut: list[tuple[int, int]] = []
     for record, one, (ids, words) in zip(records, chosen, encoded, strict=True):
         if tokenizer.holds_control_ids(ids):
-            raise BadDataError(f"{record.where}: this tokenizer turns part of the text into a control token")
+            raise BadDataError(
+                f"{record.where}: this tokenizer turns part of the text into a control token", "control_token"
+            )
         body, marks, gone = _body(record, one.tags, ids, words, context)
         documents.append([*tokenizer.prefix_ids, *body, *tokenizer.suffix_ids])
         tags += [*[_NO_TAG] * len(tokenizer.prefix_ids), *marks, *[_NO_TAG] * len(tokenizer.suffix_ids)]

@@ -60,12 +60,14 @@ def open_tokenizer(name: str) -> Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         others = read_others(folder, file)
-    except PreparationError:
-        raise
+    except PreparationError as error:
+        if str(file) in str(error):
+            raise
+        raise type(error)(f"{file}: {error}") from error
     except OSError as error:
         raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the tokenizers and protobuf libraries raise bare Exception
-        raise BadDataError(f"{file}: not a tokenizer: {error}") from error
+        raise BadDataError(f"{file}: {_fault(file, error)}") from error
     extension = folder / EXTENSION_NAME
     spelling = extension.read_text(encoding="utf-8") if extension.is_file() else None
     own = config if whole else _config_of_converted(config, file)
@@ -94,6 +96,18 @@ def _config_of_converted(config: dict[str, Any], file: Path) -> dict[str, Any]:
     if file.suffix == ".txt":  # BERT kinds tell the texts of a pair apart
         made["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     return made | config
+
+
+def _fault(file: Path, error: Exception) -> str:
+    """The reason why a file is no tokenizer, in our words where it is a usual one."""
+    start = file.read_bytes()[:64]
+    if not start:
+        return "not a tokenizer: the file is empty; copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "not a tokenizer but a Git LFS pointer to one: run `git lfs pull` in its folder"
+    if file.suffix == ".model":
+        return "not a tokenizer: neither a sentencepiece model nor tiktoken's ranks; copy or download it again"
+    return f"not a tokenizer that can be read: {error}"
 
 
 def locate_tokenizer(name: str) -> Path:

@@ -89,7 +89,9 @@ def convert_sentencepiece(model: bytes, config: Mapping[str, Any]) -> tuple[toke
 
 
 def _refuse_unsupported(proto: Any) -> None:
-    if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE) or not proto.pieces:
+    if not proto.pieces:
+        raise BadDataError("not a tokenizer: the model has no pieces; copy or download it again")
+    if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE):
         raise BadDataError("sentencepiece models of type word and char are not supported; use unigram or bpe")
     if proto.trainer_spec.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
         raise BadDataError("sentencepiece models that keep blanks as suffixes or unescaped are not supported")

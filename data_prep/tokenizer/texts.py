@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import SourceConfig
+from data_prep.sources.archives import is_archive
 from data_prep.sources.decompress import all_blocks
 from data_prep.sources.lines import text_lines
 from data_prep.sources.read import read_records
@@ -66,7 +67,7 @@ def _texts(inputs: Iterable[str | Path]) -> Iterator[str]:
         if isinstance(entry, str):
             yield entry
             continue
-        known = any(suffix.lower() in FORMATS for suffix in entry.suffixes)
+        known = any(suffix.lower() in FORMATS for suffix in entry.suffixes) or is_archive(entry.name)
         plain = not known and (entry.is_file() or (entry.suffixes and not entry.is_dir()))  # sources, notes, books
         tabs = not plain and {".tsv", ".tab"} & set(entry.suffixes)  # where a quotation mark is mostly just that
         config = SourceConfig(path=str(entry), format="text" if plain else None, quoting=not tabs)

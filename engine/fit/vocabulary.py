@@ -72,10 +72,9 @@ def _advice(name: str, texts: dict[int, str], tokens: Sequence[int], beyond: ran
         return "leave model.config.vocab_size out, or prepare the data with another tokenizer (data.tokenizer)"
     if len(beyond) > _ADDED_BY_HAND or any(token not in texts for token in beyond):
         return _OWN_TOKENIZER
-    words = " ".join(shlex.quote(texts[token]) for token in tokens)
-    return (
-        f"give them rows: `fulltune tokenizer add {shlex.quote(model)} OUT --special {words}`, then data.tokenizer: OUT"
-    )
+    words = " ".join(f"--special {shlex.quote(texts[token])}" for token in tokens)
+    command = f"fulltune tokenizer add {shlex.quote(model)} OUT {words}"
+    return f"give them rows: `{command}`, then model.path and data.tokenizer: OUT"
 
 
 def _named(texts: dict[int, str], tokens: range) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from engine.errors import ConfigError
-from engine.finding import Finding, failure, is_bad
+from engine.finding import Finding, failures, is_bad
 from engine.zero.ds_config import resolve_ds_config
 from launcher.doctor.check_job import check_job
 from launcher.doctor.check_node import Needs, check_node
@@ -171,7 +171,7 @@ def _load(checkup: Checkup, path: Path, overrides: list[str]) -> None:
     try:
         checkup.run = load_run(path, overrides)
     except Exception as error:
-        checkup.findings.append(failure("run file", error, "correct it: nothing else of the run could be checked"))
+        checkup.findings += failures("run file", error, "correct it: nothing else of the run could be checked")
 
 
 def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
@@ -180,7 +180,7 @@ def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
         checkup.hosts = find_hosts(arguments)
     except Exception as error:
         name = "hosts" if arguments.hostfile or arguments.include or arguments.exclude else "ranks"
-        checkup.findings.append(failure(name, error))
+        checkup.findings += failures(name, error)
         return
     if checkup.run is None:
         return
@@ -191,7 +191,7 @@ def _find_hosts(checkup: Checkup, arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         checkup.ds_config = resolve_ds_config(checkup.run.config, checkup.job.num_ranks)
     except Exception as error:
-        checkup.findings.append(failure("job", error))
+        checkup.findings += failures("job", error)
 
 
 def _pdsh() -> Finding:

@@ -48,38 +48,45 @@ def export_run(run: Path, out_dir: Path, step: int | None, best: bool, dtype: st
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CannotWriteError(f"{out_dir}: exists and is not an empty folder; remove it or name another")
     given = load_run_file(run_file)
-    loaded = RunFile(given.path, with_absolute_paths(given.values), given.lines)
+    loaded = RunFile(given.path, with_absolute_paths(given.values), given.places, given.faults)
     config = loaded.parse(RunConfig)
     run_dir = config.run_dir if run.is_file() else run
     set_umask(config.share_with_group)
     store_path = resolve_store(config.data.store_dir, "train", loaded.values["data"], config.task)
     if store_path is None:
         raise MissingInputError(f"{config.data.store_dir}: has no train split; the export needs its tokenizer")
-    from engine.export.from_checkpoint import export_checkpoint, resolve_checkpoint
-    from engine.export.from_start import export_start  # brings torch along
-
     store = TokenStore.open(store_path)
     if step == 0 or (step is None and not best and not list_checkpoints(run_dir)):
+        from engine.export.from_start import export_start  # brings torch along
+
         export_start(config, store, out_dir, dtype, max_shard_bytes)
         print(f"the starting weights of {run_dir}, before step 1, exported to {out_dir} ({dtype})")
     else:
-        from engine.checkpoint.reader import CheckpointReader
-        from engine.export.card import model_card
-        from engine.export.taught import taught_by
-
-        checkpoint = resolve_checkpoint(run_dir, step, best)
-        card = model_card(run_dir, config.model_dump(mode="json"), CheckpointReader(checkpoint).state(), store.manifest)
-        taught = taught_by(store, config.trained_task)
-        export_checkpoint(
-            checkpoint, run_dir / "model", store.tokenizer_dir, out_dir, dtype, max_shard_bytes, card, taught
-        )
-        print(f"{checkpoint.name} exported to {out_dir} ({dtype})")
+        name = _export_checkpoint(run_dir, config, store, out_dir, step, best, dtype, max_shard_bytes)
+        print(f"{name} exported to {out_dir} ({dtype})")
     if reader := misreading_class(out_dir):
         print(
             f"warning: AutoTokenizer opens {out_dir} as {reader}, which splits text in its own way, not as the model "
             "was trained: use transformers.PreTrainedTokenizerFast, as `fulltune generate` does",
             file=sys.stderr,
         )
+
+
+def _export_checkpoint(
+    run_dir: Path, config: RunConfig, store: TokenStore, out_dir: Path, step: int | None, best: bool, dtype: str,
+    max_shard_bytes: int,
+) -> str:  # fmt: skip
+    """Export a checkpoint of the run; returns its name."""
+    from engine.checkpoint.reader import CheckpointReader  # brings torch along
+    from engine.export.card import model_card
+    from engine.export.from_checkpoint import export_checkpoint, resolve_checkpoint
+    from engine.export.taught import taught_by
+
+    checkpoint = resolve_checkpoint(run_dir, step, best)
+    card = model_card(run_dir, config.model_dump(mode="json"), CheckpointReader(checkpoint).state(), store.manifest)
+    taught = taught_by(store, config.trained_task)
+    export_checkpoint(checkpoint, run_dir / "model", store.tokenizer_dir, out_dir, dtype, max_shard_bytes, card, taught)
+    return checkpoint.name
 
 
 def misreading_class(model_dir: Path) -> str | None:

@@ -56,8 +56,9 @@ def _add_arguments_of_add(actions: "argparse._SubParsersAction[argparse.Argument
     add.add_argument("base", metavar="MODEL", help="folder of a model or of a tokenizer alone, or its name on the Hub")
     add.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; must not exist")
     add.add_argument(
-        "--special", action="append", default=[], metavar="TOKEN", help="a token, such as '<|im_end|>'; may be repeated"
-    )
+        "--special", nargs="+", action="extend", default=[], metavar="TOKEN",
+        help="tokens, such as '<|im_end|>'; may be repeated",
+    )  # fmt: skip
     template = add.add_mutually_exclusive_group()
     template.add_argument("--chat-template", type=Path, metavar="FILE", help="the Jinja template that uses them")
     template.add_argument("--chat", action="store_true", help="the special tokens and the chat template of ChatML")

@@ -1,6 +1,9 @@
 """The model of a run, looked at by a child process with torch before anything is started (see engine.model.examine)."""
 
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -8,9 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import engine.fit
+import engine.model
+import engine.tasks
 from engine.arithmetic import is_hub_name, list_checkpoints
 from engine.finding import Finding
 from engine.fit.model_facts import ModelFacts, Positions
+from engine.zero.prebuild import extensions_dir
 from launcher.job.run_config import Run
 
 _PATIENCE_SECONDS = 300
@@ -61,13 +68,22 @@ def _stamp(path: str | None) -> tuple[tuple[str, int, int], ...]:
 
 
 @functools.cache
-def _answer(request: str, _stamp: tuple[tuple[str, int, int], ...]) -> dict[str, Any] | str:
-    """The answer to a request, or the reason why there is none. A start needs it before and after preparation."""
-    command = [sys.executable, "-m", "engine.model.examine"]
+def _answer(request: str, stamp: tuple[tuple[str, int, int], ...]) -> dict[str, Any] | str:
+    """The answer to a request, or the reason why there is none. A start needs it before and after preparation.
+
+    A model that had no faults is remembered beside the compiled ops: starting its process takes seconds.
+    """
+    try:
+        remembered = extensions_dir() / "models" / f"{_key(request, stamp)}.json"
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"{error.name} is not installed"
+    with contextlib.suppress(OSError, ValueError):
+        known: dict[str, Any] = json.loads(remembered.read_text(encoding="utf-8"))
+        return known
     try:
         done = subprocess.run(
-            command, input=request, env=os.environ | _ENVIRONMENT, capture_output=True, text=True,
-            timeout=_PATIENCE_SECONDS, check=False,
+            [sys.executable, "-m", "engine.model.examine"], input=request, env=os.environ | _ENVIRONMENT,
+            capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"no answer within {_PATIENCE_SECONDS} s"
@@ -75,4 +91,18 @@ def _answer(request: str, _stamp: tuple[tuple[str, int, int], ...]) -> dict[str,
     if done.returncode or not lines:
         return (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
     values: dict[str, Any] = json.loads(lines[-1])
+    if not values["findings"]:
+        with contextlib.suppress(OSError):
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            temporary = remembered.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(values), encoding="utf-8")
+            temporary.replace(remembered)
     return values
+
+
+def _key(request: str, stamp: tuple[tuple[str, int, int], ...]) -> str:
+    """Everything that an answer follows from: the request, the model's files, this program and transformers."""
+    rooms = [Path(room.__file__).parent for room in (engine.fit, engine.model, engine.tasks) if room.__file__]
+    files = [file.stat() for room in rooms for file in sorted(room.glob("*.py"))]
+    program = [importlib.metadata.version("transformers"), *((file.st_size, file.st_mtime_ns) for file in files)]
+    return hashlib.sha256(json.dumps([request, stamp, program]).encode()).hexdigest()

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.config import SourceConfig
 from data_prep.errors import PreparationError
+from data_prep.sources.archives import find_member, split_member
 from data_prep.sources.source_files import find_files
 from data_prep.token_store import StoreError
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, is_hub_name, list_checkpoints
@@ -86,6 +87,9 @@ def _files(source: SourceConfig, key: str) -> list[str]:
     paths = list((source.aligned or {}).values())
     paths += find_files(source, key) if source.path is not None else []
     for path in paths:
+        if inside := split_member(path):
+            find_member(*inside)
+            continue
         with Path(path).expanduser().open("rb"):
             pass
     return paths

@@ -286,3 +286,45 @@ def test_prepare_and_inspect_need_the_data_section_alone(
     assert capsys.readouterr().err.splitlines() == [
         f"fulltune: error: data.yaml: `{key}` is missing" for key in missing
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["a b's 数据", 'quo"te', "$HOME", "ünï", "x;y&z", "(1)", "#1", "-dash", "two  blanks", "ä=b"]
+)
+def test_folders_of_every_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    byte_level_folder(folder / "tokenizer")
+    (folder / "records.jsonl").write_text('{"text": "one"}\n' * 5)
+    (folder / "run.yaml").write_text(RUN_FILE)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert cli.main(["train", "run.yaml", "--dry-run", "--ranks", "1"]) == 0
+    words = shlex.split(next(line for line in capsys.readouterr().out.splitlines() if "--module engine" in line))
+    assert Path(words[-1]).parent.is_relative_to(folder)
+
+
+def test_a_locale_that_cannot_name_a_folder_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "数据"
+    folder.mkdir()
+    byte_level_folder(folder / "tokenizer")
+    (folder / "records.jsonl").write_text('{"text": "one"}\n' * 5)
+    data = {"train": "records.jsonl", "tokenizer": "tokenizer", "row_tokens": 16, "store_dir": "s", "workers": 1}
+    (folder / "run.yaml").write_text(dump_yaml({"data": data}))
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    result = fulltune("prepare", "run.yaml", cwd=folder)
+    assert (result.returncode, result.stderr.count("\n")) == (78, 1), result.stderr
+    assert "set PYTHONUTF8=1, or rename" in result.stderr
+    monkeypatch.setenv("PYTHONUTF8", "1")
+    assert fulltune("prepare", "run.yaml", cwd=folder).returncode == 0
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["prepare", str(folder / "run.yaml")]) == 66
+    assert "the current folder is gone" in capsys.readouterr().err

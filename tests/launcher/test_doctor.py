@@ -10,6 +10,8 @@ import pytest
 from doctor_cases import FAULTS, Setting, hostfile, make_setting, only_programs, use_model
 from memory_limit import memory_limit
 
+from launcher.cli import main
+
 NEEDS_ROOT = ("unshare", "setpriv")
 
 
@@ -78,3 +80,17 @@ def test_a_planted_fault_is_named(case: str, setting: Setting) -> None:
     assert (code == 78) == (verdict == "error"), [each for each in found if each["verdict"] == "error"]
     assert not list(setting.folder.rglob("*canary*"))
     assert not list(setting.folder.rglob(".fulltune-doctor-*"))
+
+
+def test_every_fault_of_a_run_file_and_of_a_hostfile_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "run.yaml").write_text("run_dr: x\nsed: 3\n")
+    (tmp_path / "hosts").write_text("alice@a slots=1\nb\n")
+    assert main(["doctor", "run.yaml", "--hostfile", "hosts"]) == 78
+    errors = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error")]
+    assert [line.split()[1:3] for line in errors[:2]] == [["run", "file"]] * 2
+    assert sum("hosts:" in line for line in errors) == 2
+    assert sum("run.yaml" in line for line in errors) == 8, "two misspelt keys, and six that are missing"

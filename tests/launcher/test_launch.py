@@ -16,13 +16,15 @@ from pathlib import Path
 import pytest
 from repository import ROOT, WORKERS
 
-from engine.errors import OTHER_RANK_FAILED, CannotWriteError, ConfigError
+from engine.errors import OTHER_RANK_FAILED, CannotWriteError, ConfigError, FulltuneError
+from engine.zero.prebuild import extensions_dir, make_ops_dir
 from launcher.job.environment import job_environment, remote_environment
 from launcher.job.hosts import Node
 from launcher.job.job import Job, deepspeed_program, free_port, hostfile_command, local_command, owned_run_dir
 from launcher.job.records import clear_records, exit_code_of, read_starts
 from launcher.ssh import check_hosts
 from launcher.ssh.check_hosts import HostFacts
+from launcher.start.start import _prebuild
 from launcher.supervision.run import run_job
 
 TWO = Node("localhost", (0, 1))
@@ -149,6 +151,45 @@ def test_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "DS_ACCELERATOR" not in gpu
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert job_environment(1, uses_gpus=True)["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null", "/proc/self/none"])
+def test_a_home_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(
+        CannotWriteError, match="compiled ops are kept there, below HOME: set TORCH_EXTENSIONS_DIR"
+    ) as caught:
+        make_ops_dir(extensions_dir())
+    assert "\n" not in str(caught.value) and home in str(caught.value)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", f"{home}/ops")
+    with pytest.raises(CannotWriteError, match="are kept there: set TORCH_EXTENSIONS_DIR to a folder of yours"):
+        make_ops_dir(extensions_dir())
+
+
+def test_a_user_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # of nobody here, as in containers
+    with pytest.raises(ConfigError, match="set HOME, or TORCH_EXTENSIONS_DIR to a folder of yours"):
+        extensions_dir()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert extensions_dir() == tmp_path
+
+
+def test_compiling_that_fails_is_one_line_and_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\nprintf 'Traceback (most recent call last):\\n  File x\\nKeyError: 3\\n' >&2; exit 1\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(FulltuneError, match=r"^compiling DeepSpeed's ops failed: KeyError: 3$"):
+        _prebuild({}, False)
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\nprintf 'noise\\nfulltune: error: no compiler\\nmore\\n' >&2; exit 78\n"
+    )
+    with pytest.raises(ConfigError, match=r"^no compiler$"):
+        _prebuild({}, False)
 
 
 def test_remote_hosts_get_our_variables_and_no_file_of_the_current_folder(

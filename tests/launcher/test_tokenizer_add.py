@@ -174,7 +174,7 @@ def test_a_tokenizer_that_has_the_tokens_already_gets_rows_for_them(
     base = byte_level_folder(tmp_path / "base", extra=(IN, END))
     size = open_tokenizer(str(base)).vocab_size
     llama(base, size - 2)
-    assert add(base, tmp_path / "out", "--special", IN, "--special", END, "--special", "<|new|>") == 0
+    assert add(base, tmp_path / "out", "--special", IN, END, "--special", "<|new|>") == 0
     out = capsys.readouterr().out
     assert f"{IN} is a special token of {base} already; it keeps its id" in out
     assert f"rows {size - 2} to {size} of lm_head.weight and model.embed_tokens.weight" in out

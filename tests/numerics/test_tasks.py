@@ -13,8 +13,9 @@ from engine.model.attention import register_packed_attention
 from engine.model.build import decay_groups
 from engine.model.task_model import TaskModel
 from engine.tasks import TASKS
-from engine.tasks.metrics import macro_f1
+from engine.tasks.metrics import label_figures, macro_f1
 from engine.tasks.sequence_classification import classification_logits
+from engine.tasks.task import UNKNOWN_LABEL
 
 register_packed_attention()
 
@@ -154,3 +155,41 @@ def test_biases_and_norms_do_not_decay() -> None:
     assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
     assert all(names[id(p)].endswith("bias") or ".ln_" in names[id(p)] for p in kept["params"])
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_a_label_that_train_has_not_is_wrong_and_has_no_loss() -> None:
+    """Of classification: accuracy counts it, macro F1 sees a false positive, the mean loss leaves it out."""
+    truth, predicted = np.array([0, 1, UNKNOWN_LABEL, UNKNOWN_LABEL]), np.array([0, 1, 1, 0])
+    figures = label_figures(truth, predicted, 2)
+    assert figures == {"accuracy": 0.5, "macro_f1": pytest.approx(2 / 3)}
+    model = make_model("bert", packed=False).eval()
+    task = TASKS["sequence_classification"]
+    store, index = memory_store(task.name)
+    batch = task.batch(store, index, np.array([2, 3, 4]), 0)
+    unknown = dataclasses.replace(batch, target_ids=torch.tensor([1, UNKNOWN_LABEL, 0]))
+    order = (2, 0, 1)  # of the labels in the model
+    for reordered in (None, order[: model.config.num_labels]):
+        with torch.no_grad():
+            output = TaskModel(model, task, reordered)(unknown)
+        results = task.results(output, unknown)
+        assert [result.num_targets for result in results] == [1, 0, 1]
+        assert output.loss_sum.item() == pytest.approx(sum(result.loss for result in results)) and results[1].loss == 0
+        assert task.figures(results, ("a", "b", "c"))["accuracy"] <= 2 / 3
+    assert TaskModel(model, task)(batch).loss_sum.item() != pytest.approx(output.loss_sum.item())
+
+
+def test_a_tag_that_train_has_not_is_wrong_and_has_no_loss() -> None:
+    model = make_model("bert_tags", packed=False).eval()
+    task = TASKS["token_classification"]
+    store, index = memory_store(task.name)
+    batch = task.batch(store, index, np.array([2]), 0)
+    tags = batch.target_ids.clone()
+    tags[0] = UNKNOWN_LABEL
+    with torch.no_grad():
+        whole, part = (
+            task.results(TaskModel(model, task)(one), one)[0]
+            for one in (batch, dataclasses.replace(batch, target_ids=tags))
+        )
+    assert part.num_targets == whole.num_targets - 1 and part.loss < whole.loss
+    assert part.details["tags"][0] == UNKNOWN_LABEL and len(part.details["tags"]) == whole.num_targets
+    assert task.figures([part], ("a", "b", "c"))["accuracy"] < 1

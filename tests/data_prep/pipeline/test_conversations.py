@@ -86,7 +86,7 @@ def test_reasoning_that_a_template_drops_is_counted_and_said(tmp_path: Path) -> 
     assert trained(store)[0] == "four<|im_end|>five<|im_end|><think>\nsix\n</think>\nsix<|im_end|>"
     never = store_of(tmp_path, [{"messages": THOUGHTS[:2]}], CHATML)
     assert never.manifest["sources"][0]["notes"] == {"reasoning_lost": 1, "last_reasoning_lost": 1}
-    assert "1 are last turns, so give a template that writes it" in _summary("train", never)
+    assert "of these 1 end their conversation: give a template that writes reasoning" in _summary("train", never)
 
 
 def test_each_trained_turn_in_a_document_of_its_own(tmp_path: Path) -> None:
@@ -139,6 +139,8 @@ def test_flags_of_turns_and_records_decide_the_targets(tmp_path: Path) -> None:
     user = {**turns("u hi")[0], "train": True}
     store = store_of(tmp_path, [{"messages": [*turns("u hi"), bad, *good]}, {"messages": [user, *turns("a GOOD")]}])
     assert trained(store) == ["GOOD<|im_end|>", "hi<|im_end|>\nGOOD<|im_end|>".replace("\n", "")]
+    with pytest.raises((BadDataError, UnusableError), match=r"messages\[1\] must not be trained"):
+        store_of(tmp_path, [{"messages": [*turns("u hi"), bad, *good]}], chat={"train_on_prompt": True})
     records = [{"text": "the river", "weight": 0}, {"text": "the bridge", "weight": 1}, {"text": "old stone"}]
     with pytest.raises((BadDataError, UnusableError), match=r"a\.jsonl:1: nothing in this record would be trained"):
         store_of(tmp_path, records)

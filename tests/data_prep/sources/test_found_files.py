@@ -193,6 +193,11 @@ def test_marks_and_windows_line_ends(tmp_path: Path, mark: bytes, end: bytes) ->
         assert str(first.get("label", "1")) == "1" and first.get("tags", ["B-X", "O"]) == ["B-X", "O"]
 
 
+def test_text_may_be_a_web_page(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("<!DOCTYPE html>\n<html>\n")
+    assert len(read(tmp_path / "a.txt")) == 2
+
+
 def test_descriptions_beside_data_files_are_no_data(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     for name in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"):

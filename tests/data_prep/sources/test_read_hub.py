@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from data_fixtures import write_jsonl
 
 from data_prep.config import SourceConfig
-from data_prep.errors import DataConfigError, MissingInputError
+from data_prep.errors import BadDataError, DataConfigError, MissingInputError
 from data_prep.sources.read import read_records
 from data_prep.sources.records import Record
 from data_prep.sources.scan import find_sources
@@ -65,3 +66,30 @@ def test_a_file_that_breaks_half_way_leaves_no_spool(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"set\[train\]: cannot be read to its end: .*\(data\.train\.hub\)$"):
         read(tmp_path / "set", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_folder_whose_data_lies_in_an_archive_is_refused_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text("a data set")
+    for name, advice in (("big.zip", "write `path: "), ("big.tar.gz", "unpack it, and write `path:`")):
+        (folder / name).write_bytes(b"never read")
+        with pytest.raises(DataConfigError, match=rf"its data lies in the archive {name}; {advice}.*train\.hub\)$"):
+            find_sources((SourceConfig(hub=str(folder)),), "data.train", tmp_path / "cache")
+        (folder / name).unlink()
+
+
+def test_the_first_records_are_looked_at_before_the_others_are_fetched(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": str(number)} for number in range(300)])
+    seen: list[Record] = []
+
+    def check(first: Sequence[Record], _config: SourceConfig) -> None:
+        seen.extend(first)
+        raise BadDataError("no shape fits")
+
+    with pytest.raises(BadDataError, match="no shape fits"):
+        find_sources((SourceConfig(hub=str(tmp_path / "set")),), "data.train", tmp_path / "cache", check=check)
+    assert [record.line for record in seen] == list(range(1, 101)) and seen[2].value == {"text": "2"}
+    assert not (tmp_path / "cache").exists()
+    ((source,),) = find_sources((SourceConfig(hub=str(tmp_path / "set")),), "data.train", tmp_path / "cache")
+    assert len(list(read_records(source))) == 300

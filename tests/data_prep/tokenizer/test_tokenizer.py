@@ -1,6 +1,7 @@
 """Tokenizers: ids equal those of transformers on the saved folder; user text never becomes control tokens."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_training_reads_records_and_texts_and_is_deterministic(tmp_path: Path) -
         train_sentencepiece([tmp_path / "a.jsonl", *texts], tmp_path / name, 400)
     one, two = ((tmp_path / name / "tokenizer.model").read_bytes() for name in ("one", "two"))
     assert one == two
-    with pytest.raises(DataConfigError, match="cannot train 100000 pieces"):
+    with pytest.raises(DataConfigError, match="--vocab-size 100000 is too large: these texts give at most"):
         train_sentencepiece(["a few words"], tmp_path / "three", 100_000)
     with pytest.raises(MissingInputError, match=r"none\.jsonl: no such file"):
         train_sentencepiece([tmp_path / "none.jsonl"], tmp_path / "three", 400)
@@ -222,3 +223,22 @@ def test_sample_models_encode_as_sentencepiece_does(name: str) -> None:
     shakespeare = (SAMPLES / "pretraining/tinyshakespeare/input.txt").read_text().split("\n\n")[:1000]
     texts = [*shakespeare, *TEXTS]
     assert open_tokenizer(str(path)).encode_batch(texts) == [own.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("tokenizer.model", "garbage", "not a tokenizer: neither a sentencepiece model nor tiktoken's ranks; copy or download"),
+        ("tokenizer.model", "", "the model has no pieces; copy or download it again"),
+        ("tokenizer.json", "", "the file is empty; copy or download it again"),
+        ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "run `git lfs pull` in its folder"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "run `git lfs pull` in its folder"),
+        ("tokenizer.json", '{"a": 1}', "not a tokenizer that can be read: "),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_tokenizer(tmp_path: Path, name: str, content: str, fault: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BadDataError, match=re.escape(fault)) as caught:
+        open_tokenizer(str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}/{name}: ")
+    assert "ModelProto" not in str(caught.value)

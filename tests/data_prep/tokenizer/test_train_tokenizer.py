@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -117,9 +118,11 @@ def test_texts_come_from_every_format_compressed_or_not(tmp_path: Path) -> None:
     (tmp_path / "e.conll").write_text("sev B-X\nen O\n\n")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "g.json").write_text('[{"text": "eight"}]')
-    names = ("a.jsonl", "b.csv", "c.txt.gz", "d.py", "e.conll", "f", "*.py")
+    with zipfile.ZipFile(tmp_path / "h.zip", "w") as archive:
+        archive.writestr("deep/i.txt", "ten\n")
+    names = ("a.jsonl", "b.csv", "c.txt.gz", "d.py", "e.conll", "f", "*.py", "h.zip")
     found = list(LearningTexts([*(tmp_path / name for name in names), "nine"]))
-    assert found == ["one", "two", "three", "four\n\n  five\n", "six\n", "sev en", "eight", "six\n", "nine"]
+    assert found == ["one", "two", "three", "four\n\n  five\n", "six\n", "sev en", "eight", "six\n", "ten\n", "nine"]
     (tmp_path / "bad.txt").write_bytes(b"a\xff")
     with pytest.raises(BadDataError, match=r"bad\.txt:1: not UTF-8"):
         list(LearningTexts([tmp_path / "bad.txt"]))

@@ -33,7 +33,7 @@ def store(folder: Path, *documents: list[int], name: str = "store") -> TokenStor
         (([1, 2], [3, 4]), VOCABULARY, "warning", "no record uses the rest ('<|im_start|>' (id 300), '<|im_end|>'"),
         (([1, 301], [300, 4]), VOCABULARY + 2, "warning", "('<image>' (id 302); the largest id in use is 301), so it"),
         (([300, 301], [300, 4]), VOCABULARY, "error", "2 tokens beyond them: '<|im_start|>' (id 300, in 2 documents)"),
-        (([300, 301], [300, 4]), VOCABULARY, "error", "--special '<|im_start|>' '<|im_end|>'`, then data.tokenizer"),
+        (([300, 301], [300, 4]), VOCABULARY, "error", "--special '<|im_start|>' --special '<|im_end|>'`, then"),
         (([1, 302],), VOCABULARY + 2, "error", "'<image>' (id 302, in 1 documents)"),
         (([1, 302], [7, 7]), 100, "error", "prepare the data with the model's own tokenizer"),
     ],

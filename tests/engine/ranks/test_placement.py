@@ -9,7 +9,7 @@ import pytest
 from ranks import ROOT
 
 from engine.ranks import placement
-from engine.ranks.placement import describe, plan_cores
+from engine.ranks.placement import describe, place_rank, plan_cores
 
 LOCAL = {"LOCAL_RANK": "1", "LOCAL_SIZE": "2", "RANK": "1", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
 EIGHT = set(range(8))
@@ -99,6 +99,31 @@ def test_what_was_set_is_said(machine: Path) -> None:
     assert few.startswith(
         "2 ranks here, cores not bound (fewer than 2 a rank), 2 to use, 1 NUMA node, OMP_NUM_THREADS=1"
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads", "said"),
+    [
+        (None, None, ""),
+        ("", None, ""),
+        (" ", None, ""),
+        ("1", "1", ""),
+        ("1,2", "1,2", ""),
+        ("auto", None, "(not auto: no number of threads here)"),
+        ("0", None, "(not 0:"),
+        ("-1", None, "(not -1:"),
+        ("1.5", None, "(not 1.5:"),
+        ("all cores", None, "(not all cores:"),
+        ("1000000", None, "(not 1000000:"),
+        ("99999999999999999999", None, "(not 99999999999999999999:"),
+    ],
+)
+def test_threads_that_no_rank_can_have_are_replaced_and_said(asked: str | None, threads: str | None, said: str) -> None:
+    environment = {} if asked is None else {"OMP_NUM_THREADS": asked}
+    placement = place_rank(environment)
+    assert environment["OMP_NUM_THREADS"] == threads or (threads is None and int(environment["OMP_NUM_THREADS"]) >= 1)
+    line = describe(placement, environment, Path("/ops"))
+    assert said in line and ("no number of threads" in line) == bool(said)
 
 
 def test_the_kernel_binds_and_threads_follow(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ SOURCE = {
     "tokens_in_rows": 50,
     "targets_in_rows": 40,
 }
-STORE: Any = SimpleNamespace(tokenizer_dir=None, manifest={"ledger": {"sources": [SOURCE]}})
+STORE: Any = SimpleNamespace(tokenizer_dir=None, marks_targets=False, manifest={"ledger": {"sources": [SOURCE]}})
 
 
 def run_config(run_dir: Path) -> RunConfig:
