@@ -27,10 +27,11 @@ from engine.finding import warning_lines
 from engine.fit.model_facts import ModelFacts
 from engine.fit.positions import check_positions
 from engine.fit.stores import Stores, open_stores
-from engine.model.build import StoreFacts, build_model, fitting_task, label_numbers, model_folder, say
+from engine.model.build import StoreFacts, build_model, fitting_task, model_folder, say
 from engine.model.model_folder import write_model_folder
 from engine.model.positions import positions_of
 from engine.model.starting_weights import StartingWeights
+from engine.model.task_model import label_numbers
 from engine.ranks.agreement import from_rank_0
 from engine.ranks.distributed import Ranks
 from engine.ranks.rank_record import write_json

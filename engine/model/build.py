@@ -1,6 +1,5 @@
 """The Hugging Face model that a run trains: its configuration, and the model without or with its weights."""
 
-import dataclasses
 import difflib
 import json
 import os
@@ -11,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from data_prep.token_store import TokenStore
 from engine.arithmetic import is_hub_name
-from engine.batches import Batch
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from engine.finding import warning_lines
@@ -31,7 +28,7 @@ from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks import auxiliary
-from engine.tasks.task import UNKNOWN_LABEL, Output, Task
+from engine.tasks.task import Task
 
 #: An attention that cannot be replaced, a model type without this task, a configuration it does not take, sizes that
 #: make no tensor: families and torch have an error of their own for each.
@@ -84,50 +81,6 @@ def model_folder(section: ModelSection) -> Path | None:
         raise MissingInputError(
             f"model.path: {section.path} is no local folder, and the Hub did not give it: {reason}"
         ) from error
-
-
-class TaskModel(nn.Module):
-    """A Hugging Face model with the loss of its task: the module that DeepSpeed wraps.
-
-    The stock model runs inside, so every family works that transformers supports, and what is
-    trained is what an export computes. `label_numbers` are the model's numbers of the store's labels,
-    where they differ: batches and results have the store's, the model inside has its own.
-    """
-
-    def __init__(self, model: Any, task: Task, label_numbers: Sequence[int] | None = None):
-        super().__init__()
-        self.model = model
-        self.task = task
-        # The last one stands for UNKNOWN_LABEL, which is -1 in the store and in the model.
-        self._to_model = None if label_numbers is None else torch.tensor([*label_numbers, UNKNOWN_LABEL])
-        self._to_store = None if label_numbers is None else _inverse(label_numbers, model.config.num_labels)
-
-    def forward(self, batch: Batch) -> Output:
-        if self._to_model is None or self._to_store is None:
-            return self.task.loss(self.model, batch)
-        ids, device = batch.target_ids, batch.target_ids.device
-        numbers = self._to_model.to(device)[ids.clamp(min=0)]
-        own = dataclasses.replace(batch, target_ids=torch.where(ids == UNKNOWN_LABEL, ids, numbers))
-        output = self.task.loss(self.model, own)
-        if (predicted := output.values.get("predicted")) is None:
-            return output
-        return output._replace(values=output.values | {"predicted": self._to_store.to(device)[predicted]})
-
-
-def _inverse(label_numbers: Sequence[int], num_labels: int) -> Tensor:
-    """The store's number (L,) of each label of the model; those that it lacks come after its own."""
-    others = [number for number in range(num_labels) if number not in label_numbers]
-    inverse = torch.empty(num_labels, dtype=torch.int64)
-    inverse[torch.tensor([*label_numbers, *others])] = torch.arange(num_labels)
-    return inverse
-
-
-def label_numbers(model: Any, label_names: Sequence[str]) -> tuple[int, ...] | None:
-    """The numbers in a model of `build_model` of the store's labels; None where they are the same."""
-    if not label_names:
-        return None
-    labels = match_labels(names_of(model.config.id2label), label_names)
-    return None if labels.is_in_order else labels.numbers
 
 
 def build_model(

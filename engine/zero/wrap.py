@@ -21,8 +21,9 @@ from torch import nn
 
 from engine.config import RunConfig
 from engine.errors import ConfigError
-from engine.model.build import TaskModel, decay_groups
+from engine.model.build import decay_groups
 from engine.model.starting_weights import StartingWeights, exchange_parameters
+from engine.model.task_model import TaskModel
 from engine.ranks.agreement import agree, all_gather_json, this_rank
 from engine.tasks.task import Task
 from engine.tensor_files.slices import LiveSlice

@@ -21,7 +21,7 @@ from torch.nn import Module, Parameter
 import engine.zero.nvme_state as nvme_state
 from engine.batches import Batch
 from engine.errors import ConfigError
-from engine.model.build import TaskModel
+from engine.model.task_model import TaskModel
 from engine.ranks.agreement import agree
 from engine.tasks.task import Output, Task
 from engine.tensor_files.slices import Kind, LiveSlice, Slice

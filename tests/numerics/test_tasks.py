@@ -10,7 +10,8 @@ from equivalence_cases import make_model, memory_store, task_of
 
 from engine.errors import DataError
 from engine.model.attention import register_packed_attention
-from engine.model.build import TaskModel, decay_groups
+from engine.model.build import decay_groups
+from engine.model.task_model import TaskModel
 from engine.tasks import TASKS
 from engine.tasks.metrics import label_figures, macro_f1
 from engine.tasks.sequence_classification import classification_logits

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 from engine.batches import Batch
-from engine.model.build import TaskModel, label_numbers
+from engine.model.task_model import TaskModel, label_numbers
 from engine.tasks import TASKS
 from engine.tasks.task import UNKNOWN_LABEL
 

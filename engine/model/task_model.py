@@ -1,0 +1,56 @@
+"""The module that DeepSpeed wraps: a Hugging Face model with the loss of its task, and the order of its labels."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.batches import Batch
+from engine.fit.labels import match_labels, names_of
+from engine.tasks.task import UNKNOWN_LABEL, Output, Task
+
+
+class TaskModel(nn.Module):
+    """A Hugging Face model with the loss of its task: the module that DeepSpeed wraps.
+
+    The stock model runs inside, so every family works that transformers supports, and what is
+    trained is what an export computes. `label_numbers` are the model's numbers of the store's labels,
+    where they differ: batches and results have the store's, the model inside has its own.
+    """
+
+    def __init__(self, model: Any, task: Task, label_numbers: Sequence[int] | None = None):
+        super().__init__()
+        self.model = model
+        self.task = task
+        # The last one stands for UNKNOWN_LABEL, which is -1 in the store and in the model.
+        self._to_model = None if label_numbers is None else torch.tensor([*label_numbers, UNKNOWN_LABEL])
+        self._to_store = None if label_numbers is None else _inverse(label_numbers, model.config.num_labels)
+
+    def forward(self, batch: Batch) -> Output:
+        if self._to_model is None or self._to_store is None:
+            return self.task.loss(self.model, batch)
+        ids, device = batch.target_ids, batch.target_ids.device
+        numbers = self._to_model.to(device)[ids.clamp(min=0)]
+        own = dataclasses.replace(batch, target_ids=torch.where(ids == UNKNOWN_LABEL, ids, numbers))
+        output = self.task.loss(self.model, own)
+        if (predicted := output.values.get("predicted")) is None:
+            return output
+        return output._replace(values=output.values | {"predicted": self._to_store.to(device)[predicted]})
+
+
+def _inverse(label_numbers: Sequence[int], num_labels: int) -> Tensor:
+    """The store's number (L,) of each label of the model; those that it lacks come after its own."""
+    others = [number for number in range(num_labels) if number not in label_numbers]
+    inverse = torch.empty(num_labels, dtype=torch.int64)
+    inverse[torch.tensor([*label_numbers, *others])] = torch.arange(num_labels)
+    return inverse
+
+
+def label_numbers(model: Any, label_names: Sequence[str]) -> tuple[int, ...] | None:
+    """The numbers in a model of `build_model` of the store's labels; None where they are the same."""
+    if not label_names:
+        return None
+    labels = match_labels(names_of(model.config.id2label), label_names)
+    return None if labels.is_in_order else labels.numbers
