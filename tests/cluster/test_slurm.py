@@ -346,12 +346,12 @@ def test_a_hanging_rank_is_named_and_ends_the_job(cluster: SlurmCluster, folder:
     assert re.search(r"rank 1 on \S+ is stopped \(state T\) in step", log_of(run_dir)), log_of(run_dir)[-2000:]
 
 
-def test_what_a_rank_refuses_is_told_once(cluster: SlurmCluster, folder: Path) -> None:
+def test_what_ranks_would_refuse_is_told_once_before_the_queue(cluster: SlurmCluster, folder: Path) -> None:
     path, run_dir = make_run(folder, "refused"), folder / "refused"
-    job = submit(cluster, path, "model.config.vocab_size=7")
-    facts = cluster.wait_for(job, "FAILED", timeout=90)
-    assert facts["ExitCode"] == "65:0"
-    assert log_of(run_dir).count("vocabulary mismatch") == 1
+    done = fulltune(cluster, "submit", path, *TWO_NODES, "model.config.vocab_size=7", check=False)
+    assert done.returncode == 65
+    assert done.stderr.count("vocabulary mismatch") == 1
+    assert not (run_dir / "job.json").exists(), "nothing was handed over"
 
 
 @pytest.mark.long
