@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.export.folder import write_json_file
+from engine.model.model_folder import read_values
 from engine.tensor_files.writer import write_file
 
 _CONFIG = "tokenizer_config.json"
@@ -136,8 +137,7 @@ def _mark_second_texts(post_processor: Any) -> bool:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return dict(values)
+    return read_values(path) if path.is_file() else {}
 
 
 def _write_config(folder: Path, values: dict[str, Any]) -> None:

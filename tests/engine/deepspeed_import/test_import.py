@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_worker import export_tokens
+from data_fixtures import byte_level_folder
 from import_worker import FAMILIES, SETTINGS
 from ranks import run_ranks
 from repository import WORKERS
@@ -130,7 +131,8 @@ def test_tag_shards_and_tokenizer(saved: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(saved / "llama", tmp_path / "checkpoint"))
     (checkpoint / "latest").unlink()
     model = Path(shutil.copytree(saved / "llama-model", tmp_path / "model"))
-    for name in ("tokenizer.json", "tokenizer_config.json", "modeling_llama.py", "pytorch_model.bin"):
+    byte_level_folder(model)
+    for name in ("modeling_llama.py", "pytorch_model.bin"):
         (model / name).write_text(name)
     with pytest.raises(MissingInputError, match="latest"):
         import_checkpoint(checkpoint, tmp_path / "out", model)
