@@ -70,7 +70,7 @@ def to_example(shape: Shape, record: Record) -> Example:
 def says_untrained(shape: Shape, record: Record) -> bool:
     """True if a record that holds no turns says itself that it is not trained. Raises BadDataError."""
     flags = shape.turns.flags
-    if shape.has_turns or record.value.keys().isdisjoint(flags.of_record):
+    if shape.has_turns or record.value.keys().isdisjoint(flags.heads):
         return False
     return flags.of_a_record(record.value, 0, record.where) is False
 
