@@ -101,7 +101,7 @@ def recognise(
         on_fault(fault, line)
     if not examples:
         raise faults[0][0]
-    return replace(shape, summary=_summary(shape, read, examples, len(faults)))
+    return replace(shape, summary=_summary(shape, read, examples, len(faults)), flagged=bool(flags_seen(shape, read)))
 
 
 def _examples(

@@ -130,3 +130,9 @@ def test_a_flag_may_stand_inside_of_an_object() -> None:
 def test_a_flag_of_the_run_file_that_no_record_has_is_said() -> None:
     shape = recognised({"prompt": "a", "response": "b"}, fields={"loss": "kep"})
     assert "none of them has the training flag kep that `fields:` gives" in shape.describe()
+
+
+def test_stores_made_before_flags_were_read_are_not_found_where_there_may_be_some() -> None:
+    assert recognised({"messages": HI}).key()["flags"] is True
+    assert recognised({"text": "a", "loss": 1}).key()["flags"] is True
+    assert "flags" not in recognised({"text": "a"}).key()

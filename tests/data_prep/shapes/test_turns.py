@@ -126,4 +126,4 @@ def test_prompts_become_turns_where_the_run_file_says_so(shape: str, value: dict
 
 
 def test_nothing_changes_for_plain_records() -> None:
-    assert recognised({"messages": HI}).key() == {"name": "messages", "fields": {"messages": "messages", "system": "system", "tools": "tools"}, "many": False}  # fmt: skip
+    assert recognised({"messages": HI}).key() == {"name": "messages", "fields": {"messages": "messages", "system": "system", "tools": "tools"}, "many": False, "flags": True}  # fmt: skip
