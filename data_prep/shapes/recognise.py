@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from data_prep.config import ShapeName, SourceConfig, TurnRole
-from data_prep.errors import BadDataError, DataConfigError
+from data_prep.errors import BadDataError, DataConfigError, none_usable
 from data_prep.shapes.chat import TURN_FIELDS
 from data_prep.shapes.examples import ChatExample, Example, QuestionExample
 from data_prep.shapes.fields import (
@@ -100,7 +100,7 @@ def recognise(
     for fault, line in faults:
         on_fault(fault, line)
     if not examples:
-        raise faults[0][0]
+        raise none_usable([fault for fault, _ in faults])
     return replace(shape, summary=_summary(shape, read, examples, len(faults)), flagged=bool(flags_seen(shape, read)))
 
 

@@ -178,6 +178,21 @@ def test_dropping_needs_no_second_pass_and_an_error_comes_back(tmp_path: Path) -
         assert words in str(caught.value)
 
 
+def test_a_source_without_a_usable_first_record_lists_them(tmp_path: Path) -> None:
+    flagged = [{**talk("a", "b"), **flag} for flag in ({"loss": 0.5}, {"loss": [1]}, {"mask": 1})]
+    path = tmp_path / "a.jsonl"
+    for content, words in ((lines_of(*flagged), ("loss must be", "1 flags", "mask means")), (b"a\nb\n", ("JSON",) * 2)):
+        path.write_bytes(content)
+        for how in ("error", "drop"):
+            error = attempt(values_of(tmp_path, "causal_lm", path, unusable=how))
+            *lines, last = str(error).splitlines()
+            assert error.exit_code == 65 and last.startswith(f"none of the first {len(words)} records of this source")
+            assert [line.startswith(f"{path}:{number}: ") for number, line in enumerate(lines, 1)] == [True] * len(
+                words
+            )
+            assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
 def test_a_failed_preparation_of_nothing_useful_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for records, is_left in (([talk("a", "")] * 3, False), ([TALKED, talk("a", "")], True)):
