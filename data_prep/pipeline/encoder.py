@@ -100,7 +100,7 @@ class Encoder:
                 examples[index] = _example(shape, record)
             except BadDataError as fault:
                 faults[index] = fault
-        pending = [list(examples)]
+        pending = [list(examples)] if examples else []
         while pending:
             indices = pending.pop()
             theirs = [records[index] for index in indices]

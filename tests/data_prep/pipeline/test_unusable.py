@@ -193,6 +193,24 @@ def test_a_source_without_a_usable_first_record_lists_them(tmp_path: Path) -> No
             assert all(word in line for word, line in zip(words, lines, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("task", "record"),
+    [
+        ("causal_lm", TALKED),
+        ("causal_lm", {"prompt": "a", "response": "b"}),
+        ("sequence_classification", LABELLED),
+        ("sequence_classification", {"text": "a", "score": 0.5}),
+        ("token_classification", TAGGED),
+        ("question_answering", ASKED),
+        ("seq2seq_lm", {"source": "a", "target": "b"}),
+    ],
+)
+def test_a_batch_may_hold_nothing_that_can_be_used(tmp_path: Path, task: str, record: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{**record, "loss": "maybe"}, {**record, "loss": 0}])
+    error = attempt(values_of(tmp_path, task, path, unusable="drop"), task)
+    assert error.exit_code == 65 and "dropped: 1 training_flag, 1 no_targets" in str(error)
+
+
 def test_a_failed_preparation_of_nothing_useful_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for records, is_left in (([talk("a", "")] * 3, False), ([TALKED, talk("a", "")], True)):
