@@ -185,7 +185,7 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
     inputs = []
     for source, name, files in zip(sources, names, found, strict=True):
         first = _first_records(files[0])
-        shape = _with_names(run, _recognised(run, first, source), first, files[0])
+        shape = _with_names(run, _recognised(run, first, source), first, files[0], key)
         read_as = f", read as {files[0].format}" if reads_other_ending(files[0].path) else ""
         count = ("1 file" if len(files) == 1 else f"{len(files)} files") + read_as
         run.say(f"{key} {name}: {shape.describe()}; {count}{_joining(run, shape)}")
@@ -203,11 +203,12 @@ def _recognised(run: Preparation, first: Sequence[Record], source: SourceConfig)
     return shape
 
 
-def _with_names(run: Preparation, shape: Shape, first: Sequence[Record], file: SourceFile) -> Shape:
+def _with_names(run: Preparation, shape: Shape, first: Sequence[Record], file: SourceFile, key: str) -> Shape:
     """The shape with the names of its labels, where the run file or the data says them."""
     name = label_field(shape)
     own = None if name is None else class_names(file, name)
-    return with_label_names(shape, first, run.config.label_names, run.config.label_map, own)
+    may_be_unknown = key == "validation" and run.config.unknown_labels == "count_wrong"
+    return with_label_names(shape, first, run.config.label_names, run.config.label_map, own, may_be_unknown)
 
 
 def given_labels(run: Preparation, groups: Sequence[Group]) -> KnownLabels | None:

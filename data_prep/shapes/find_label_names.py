@@ -26,11 +26,13 @@ def with_label_names(
     given: Sequence[str] | None,
     label_map: Mapping[str, str] | None,
     own: tuple[str, ...] | None,
+    may_be_unknown: bool = False,
 ) -> Shape:
     """The shape of a source with the names of its labels, as its first records have them.
 
-    `given` is data.label_names, `label_map` data.label_map, `own` the names that the data has for its numbers. Raises
-    BadDataError for labels that cannot be meant, DataConfigError where two of the three contradict each other.
+    With `may_be_unknown` a label without a name stays as it is. `given` is data.label_names, `label_map`
+    data.label_map, `own` the names that the data has for its numbers. Raises BadDataError for labels that cannot be
+    meant, DataConfigError where two of the three contradict each other.
     """
     name = label_field(shape)
     if name is None or (given is None and label_map is None and own is None):
@@ -41,7 +43,7 @@ def with_label_names(
     positions = {} if own is None else {str(number): one for number, one in enumerate(own)}
     if own is not None and all(label in own for few in labels for label in few) and _are_texts(records, name):
         positions = {}  # the records have the names themselves, which may look like numbers
-    names = _label_names_of(records, labels, given, label_map, own, positions)
+    names = _label_names_of(records, labels, given, label_map, own, positions, may_be_unknown)
     return replace(shape, labels=names, summary=f"{shape.summary[:-1]}; {names.note})" if names.note else shape.summary)
 
 
@@ -68,11 +70,12 @@ def _label_names_of(
     label_map: Mapping[str, str] | None,
     own: tuple[str, ...] | None,
     positions: Mapping[str, str],
+    may_be_unknown: bool,
 ) -> LabelNames:
     """How the `labels` of the first records become names; `positions`: the numbers of `own` names."""
     seen = dict.fromkeys(label for few in labels for label in few if label not in NO_GOLD or label in (given or ()))
     if label_map is not None:
-        return replace(_mapped(records, labels, label_map, given, positions), own=own)
+        return replace(_mapped(records, labels, label_map, given, positions, may_be_unknown), own=own)
     if own is not None:
         return _own(own, given, positions)
     assert given is not None
@@ -87,20 +90,25 @@ def _label_names_of(
         )
     if not numbers:
         return LabelNames({}, known)
-    return _by_position(records, labels, numbers, given)
+    return _by_position(records, labels, numbers, given, may_be_unknown)
 
 
 def _by_position(
-    records: Sequence[Record], labels: Sequence[Sequence[str]], numbers: Sequence[str], given: Sequence[str]
+    records: Sequence[Record],
+    labels: Sequence[Sequence[str]],
+    numbers: Sequence[str],
+    given: Sequence[str],
+    may_be_unknown: bool,
 ) -> LabelNames:
     """Numbers 0 to N - 1 for N names. Raises BadDataError for other numbers, with the map to write."""
     positions = {str(number): name for number, name in enumerate(given)}
     outside = sorted((number for number in numbers if number not in positions), key=int)
     if any("-1" in few for few in labels) and len(numbers) == len(given) - 1 and str(len(given) - 1) not in numbers:
         outside = ["-1"]  # with it there are as many numbers as names: it is a class, not a label that is missing
-    if outside:
+    from_one = outside == [str(len(given))] and "0" not in numbers
+    if outside and (not may_be_unknown or from_one or outside == ["-1"]):
         where = _where(records, labels, outside[0])
-        least = 1 if outside == [str(len(given))] and "0" not in numbers else min(map(int, [*numbers, *outside]))
+        least = 1 if from_one else min(map(int, [*numbers, *outside]))
         most = max(least + len(given) - 1, *map(int, [*numbers, *outside]))
         every = zip_longest(
             range(least, min(most, least + _SHOWN_LABELS - 1) + 1), given[:_SHOWN_LABELS], fillvalue="..."
@@ -143,12 +151,13 @@ def _mapped(
     label_map: Mapping[str, str],
     given: Sequence[str] | None,
     positions: Mapping[str, str],
+    may_be_unknown: bool,
 ) -> LabelNames:
     """A map decides over all else: of a number, then of the name that the file's own metadata has for it."""
     names = {label: label_map.get(name, name) for label, name in positions.items()} | dict(label_map)
     known = frozenset(given if given is not None else [*label_map.values(), *names.values()])
     unmapped = dict.fromkeys(label for few in labels for label in few if label not in names and label not in known)
-    left = [label for label in unmapped if label not in NO_GOLD]
+    left = [label for label in unmapped if label not in NO_GOLD and not may_be_unknown]
     strange = [name for name in dict.fromkeys(names.values()) if name not in known]
     if left or strange:
         where = _where(records, labels, left[0]) if left else records[0].where

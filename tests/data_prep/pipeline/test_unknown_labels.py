@@ -7,7 +7,7 @@ import pytest
 from data_fixtures import bert_vocabulary, section, write_jsonl
 
 from data_prep.config import DataConfig
-from data_prep.errors import UnusableError
+from data_prep.errors import BadDataError, UnusableError
 from data_prep.prepare import prepare
 from data_prep.token_store import TokenStore
 
@@ -39,6 +39,21 @@ def test_all_unknown_labels_come_together_with_all_known_ones(tmp_path: Path, na
     assert f"{tmp_path}/v.jsonl:3: label 'new' (once)" in text and "data.unknown_labels=count_wrong" in text
     tokenised = list(Path(values["store_dir"]).glob(".*.work/records/*.part"))
     assert len(tokenised) == (1 if names else 2), "with label_names, held-out labels are looked at before train"
+
+
+@pytest.mark.parametrize("named", [{"label_names": ["a", "b", "c"]}, {"label_map": {0: "a", 1: "b", 2: "c"}}])
+@pytest.mark.parametrize("unknown", [[7], [0, 7]])
+def test_numbers_without_a_name_count_as_wrong_too(tmp_path: Path, named: dict[str, Any], unknown: list[int]) -> None:
+    train, held_out = ([{"text": "warm", "label": number} for number in some] for some in ([0, 1, 2], unknown))
+    values = values_of(tmp_path, train, held_out, unknown_labels="count_wrong", **named)
+    store = made(values, "sequence_classification")["validation"]
+    assert store.column("labels").tolist() == [-1 if number == 7 else number for number in unknown]
+    with pytest.raises(BadDataError, match="7"):
+        made({**values, "unknown_labels": "error"}, "sequence_classification")
+    from_one = values_of(tmp_path / "1", train, [{"text": "a", "label": 3}], unknown_labels="count_wrong", **named)
+    if "label_names" in named:  # numbers that begin with 1 are no unknown label
+        with pytest.raises(BadDataError, match="label 3 is no position"):
+            made(from_one, "sequence_classification")
 
 
 def test_more_labels_than_lines_are_named_without_their_places(tmp_path: Path) -> None:
