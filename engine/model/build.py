@@ -21,7 +21,7 @@ from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.model.frozen import freeze
-from engine.model.isolation import check_isolation, fit_to_rows
+from engine.model.isolation import check_isolation, fit_to_rows, instead
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.model_folder import CARRIED_PATTERNS
 from engine.model.reach import unreached_parameters
@@ -129,7 +129,6 @@ def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_docum
     """
     if not one_document_a_row or task.padded is None:
         return task
-    register_packed_attention()
     folder = model_folder(section)
     config = _inline_config(section, facts, _extension(facts)) if folder is None else _stored_config(folder)
     return fit_to_rows(config, task, task.padded)
@@ -182,7 +181,8 @@ def made_model(
     try:
         model = make()
     except _CANNOT_BUILD as error:
-        raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}") from error
+        hint = instead(task) if PACKED_ATTENTION in str(error) else ""
+        raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}{hint}") from error
     if task.causal:
         check_isolation(config, task)
     if section.activation_checkpointing:
@@ -198,6 +198,8 @@ def made_model(
 def _reason(error: Exception) -> str:
     """The error in one line; a bare name that a table of the family lacks is said to be a value."""
     text = " ".join(str(error).split())
+    if PACKED_ATTENTION in text:  # the family has a table of its own, or an attention that is built in
+        return "its attention cannot be exchanged for the one that keeps packed documents apart"
     return f"its configuration has the unknown value {text}" if isinstance(error, KeyError) else text
 
 

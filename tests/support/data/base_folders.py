@@ -38,7 +38,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "qwen3": ("Qwen3", _GROUPED, {"rope_theta": 5000000.0, "rope_scaling": None}, "causal_lm"),
     "mistral": ("Mistral", _GROUPED | {"sliding_window": None}, {"rope_theta": 1000000.0}, "causal_lm"),
     "mixtral": (
-        "Mixtral", _GROUPED | {"num_local_experts": 2, "sliding_window": None}, {"rope_theta": 1000000.0}, "causal_lm",
+        "Mixtral", _GROUPED | {"num_local_experts": 2, "sliding_window": None, "output_router_logits": True},
+        {"rope_theta": 1000000.0}, "causal_lm",
+    ),
+    "gemma2": (
+        "Gemma2", _GROUPED | {"attn_logit_softcapping": 50.0, "sliding_window": 8}, {"rope_theta": 10000.0}, "causal_lm",
     ),
     "olmo2": ("Olmo2", _SIZES, {"rope_theta": 500000.0, "rope_scaling": None}, "causal_lm"),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}, {}, "causal_lm"),
@@ -64,6 +68,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
 }  # fmt: skip
 #: The families whose keys transformers 4 and 5 name in different ways, beside the type of the weights.
+UNPACKED = ("gemma2",)  # trained on padded rows alone
 RENAMED = ("llama", "gpt_neox", "phi3", "gemma3", "modernbert")
 LABELS = ["bad", "good", "great"]
 
@@ -148,10 +153,12 @@ def run_of(base: Path, folder: Path) -> Path:
         records = [
             {"text": text, "text_pair": texts[-place], "label": LABELS[place % 3]} for place, text in enumerate(texts)
         ]
-    data = {
+    data: dict[str, Any] = {
         "store_dir": str(folder / "stores"), "train": str(write_jsonl(folder / "train.jsonl", records)),
         "tokenizer": str(base), "row_tokens": 512, "workers": 1,
     }  # fmt: skip
+    if json.loads((base / "config.json").read_text())["model_type"] in UNPACKED:
+        data["packing"] = "none"
     values = {
         "run_dir": str(folder / "run"), "task": task, "seed": 3, "data": data, "model": {"path": str(base)},
         "optimizer": {"learning_rate": 1e-3}, "batch": {"global_rows": 2, "micro_rows": 1}, "duration": {"steps": 2},
