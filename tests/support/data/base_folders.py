@@ -173,5 +173,41 @@ def run_of(base: Path, folder: Path) -> Path:
     return path
 
 
+#: Keys of config.json that an export may have otherwise than its base.
+_ORIGIN = {"_name_or_path", "auto_map"}
+_BOTH_FORMS = {
+    "dtype", "torch_dtype", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base",
+    "rotary_pct", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "global_attn_every_n_layers",
+    "sliding_window_pattern",
+}  # fmt: skip
+_NEW_LABELS = {"id2label", "label2id", "problem_type", "num_labels"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a JSON file."""
+    return dict(json.loads(path.read_text()))
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The keys in which two mappings differ."""
+    missing = object()
+    return {key for key in before.keys() | after.keys() if before.get(key, missing) != after.get(key, missing)}
+
+
+def check_export(base: Path, out: Path, family: str, dtype: str) -> None:
+    """AssertionError unless every difference between the config.json of a base and of its export is explained."""
+    task = FAMILIES[family][3]
+    before, after = read(base / "config.json"), read(out / "config.json")
+    assert changed(before, after) <= _ORIGIN | _BOTH_FORMS | (_NEW_LABELS if task != "causal_lm" else set())
+    assert all(after[key] == before[key] for key in _BOTH_FORMS & before.keys() if "dtype" not in key)
+    assert _ORIGIN.isdisjoint(after)
+    assert after["dtype"] == after["torch_dtype"] == dtype
+    if task != "causal_lm":
+        assert sorted(after["id2label"].values()) == sorted(LABELS)
+        assert after["problem_type"] == "single_label_classification"
+    for key, value in FAMILIES[family][2].items():  # as transformers 4 wrote it, whichever wrote the base
+        assert after[key] == value
+
+
 def _class_of(base: Path) -> str:
     return str(json.loads((base / "config.json").read_text())["architectures"][0])
