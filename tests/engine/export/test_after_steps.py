@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from launcher.commands.export import export_run
 
 pytestmark = pytest.mark.ranks
-FAMILIES = ("llama", "qwen2", "mistral", "mixtral", "gpt2", "gpt_neox", "gemma2", "gemma3", "bert", "distilbert")
+FAMILIES = ("mistral", "mixtral", "gpt2", "gpt_neox", "gemma3", "bert")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_two_steps_change_weights_alone(trained: Path, family: str) -> None:
 
 
 def test_a_checkpoint_exports_what_the_ranks_exported(trained: Path, tmp_path: Path) -> None:
-    run = trained / "llama" / "data"
+    run = trained / "gpt_neox" / "data"
     export_run(run / "run.yaml", tmp_path / "out", None, False, "bfloat16", 10**9)
     there, here = files(tmp_path / "out"), files(run / "run" / "export")
     assert {name for name in there.keys() | here.keys() if there.get(name) != here.get(name)} <= {"README.md"}
