@@ -23,7 +23,7 @@ from engine.model.empty_model import empty_model, initialise, main_type, pretrai
 from engine.model.frozen import freeze
 from engine.model.isolation import check_isolation, fit_to_rows, instead
 from engine.model.model_files import FileTensor, read_model_files
-from engine.model.model_folder import CARRIED_PATTERNS
+from engine.model.model_folder import CARRIED_PATTERNS, GENERATION_CONFIG, read_values
 from engine.model.narrow import check_shape
 from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
@@ -274,6 +274,8 @@ def _stored_config(folder: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    if (folder / GENERATION_CONFIG).is_file():
+        read_values(folder / GENERATION_CONFIG)  # an export needs it
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (*_CANNOT_BUILD, StrictDataclassError) as error:

@@ -15,6 +15,7 @@ from engine.finding import warning_lines
 from engine.fit.labels import Labels
 from engine.model.frozen import untrained_lines
 from engine.model.model_files import FLOATING_TYPES, FileTensor
+from engine.model.model_folder import GENERATION_CONFIG
 from engine.model.starting_weights import DerivedWeights, StartingWeights, exchange_parameters, read_whole
 from engine.model.vocabulary import NewRows
 from engine.model.weight_names import Conversion, NameMap, is_head, map_names
@@ -31,12 +32,21 @@ def empty_model(config: Any, task: Task, folder: Path | None, options: dict[str,
         model = task.auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False, **options)
     model.tie_weights(recompute_mapping=False)
     if folder is not None and model.can_generate():
+        _adjust_generation(model, folder)
+    return model
+
+
+def _adjust_generation(model: Any, folder: Path) -> None:
+    """Give the model the folder's generation settings. DataError for settings with which no reader opens it."""
+    try:
         model.adjust_generation_fn(
             None, from_auto_class=True, from_pipeline=None, pretrained_model_name_or_path=str(folder), cache_dir=None,
             force_download=False, proxies=None, local_files_only=True, token=None, revision=None, subfolder="",
             trust_remote_code=False,
         )  # fmt: skip
-    return model
+    except (ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{folder / GENERATION_CONFIG}: {text}; correct it, or remove the file") from error
 
 
 def main_type(config: Any, stored: dict[str, FileTensor]) -> torch.dtype:

@@ -69,13 +69,24 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         return _read_exactly(descriptor, size, 0, path)
 
 
+#: The first bytes of what a download leaves in place of a file, in small letters.
+_INSTEAD = {
+    b"versi": "a pointer of Git LFS; run `git lfs pull` in its folder, or download the model again",
+    b"<!doc": "a web page; download the model again",
+    b"<html": "a web page; download the model again",
+}
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of the file at `path`. DataError unless they fill it without gap, overlap or excess."""
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size < 8:
             raise DataError(f"{path}: not a safetensors file: {size} bytes")
-        (length,) = struct.unpack("<Q", _read_exactly(descriptor, 8, 0, path))
+        first = _read_exactly(descriptor, 8, 0, path)
+        if (stands_there := _INSTEAD.get(first.lstrip()[:5].lower())) is not None:
+            raise DataError(f"{path}: not a safetensors file: {stands_there}")
+        (length,) = struct.unpack("<Q", first)
         if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise DataError(f"{path}: not a safetensors file: it claims a header of {length} bytes")
         text = _read_exactly(descriptor, length, 8, path)

@@ -80,6 +80,14 @@ def with_own_code(folder: Path) -> None:
     (folder / "code.py").write_text("import pathlib\npathlib.Path('ran').write_text('')\n")
 
 
+def with_generation(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "generation_config.json").write_text(text) and None
+
+
+def with_weights_instead(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors").write_text(text) and None
+
+
 def with_config(**values: Any) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         path = folder / "config.json"
@@ -117,6 +125,10 @@ def with_other_shape(folder: Path) -> None:
         (with_cut_weights, DataError, "model"),
         (with_other_shape, DataError, "model.safetensors: model.norm.weight has the shape [31], the model needs [32]"),
         (with_missing_weight, DataError, "lacks 1 weights, for example model.norm.weight"),
+        (with_generation("{,"), DataError, "generation_config.json: not valid JSON: "),
+        (with_generation('{"max_new_tokens": 0}'), DataError, "generation_config.json: `max_new_tokens` must be greater than 0, but is 0.; correct it, or remove"),
+        (with_weights_instead("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), DataError, "model.safetensors: not a safetensors file: a pointer of Git LFS; run `git lfs pull`"),
+        (with_weights_instead("<!DOCTYPE html><html></html>"), DataError, "model.safetensors: not a safetensors file: a web page; download"),
         (with_config(num_attention_heads=5), DataError, "The hidden size (32) is not a multiple of the number of attention"),
         (with_config(vocab_size="many"), DataError, "Field 'vocab_size' expected int, got str"),
         (with_config(num_attention_heads=4, num_key_value_heads=3), DataError, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
