@@ -57,6 +57,9 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
 
     folder = _own_folder(config, ranks, fresh)
     with ranks.together():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            model_folder(config.model)  # one download a node, before all ranks look, as "auto" in a JSON does
+    with ranks.together():
         stores = open_stores(config, run_file.values["data"])
         ds_config = resolve_ds_config(config, ranks.world_size)
         for line in ds_config_notes(config, ranks.world_size) if ranks.rank == 0 else ():
@@ -107,9 +110,6 @@ def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, 
 
     The task is as the model's family can train it: on packed or on padded rows.
     """
-    with ranks.together():
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
         facts = StoreFacts.of(*(store for store, _ in stores.opened))

@@ -57,7 +57,7 @@ class Shape:
 
     def key(self) -> dict[str, Any]:
         """The parts that change the examples, as JSON values; part of a store's content key."""
-        named = {"labels": self.labels.key()} if self.labels is not None and self.labels.names else {}
+        named = {} if self.labels is None else self.labels.key()
         return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many, **named}
 
 
