@@ -75,6 +75,21 @@ class UnusableError(BadDataError):
         return "\n".join(self.lines)
 
 
+#: An error lists so many records.
+MOST_LISTED = 20
+
+
+def none_usable(faults: Sequence[BadDataError]) -> BadDataError:
+    """The error for a source whose first records all have faults: the fault itself, or the list of them."""
+    if len(faults) == 1:
+        return faults[0]
+    found = "" if len(faults) <= MOST_LISTED else f", of which the first {MOST_LISTED} are listed"
+    listed = [str(fault) for fault in faults[:MOST_LISTED]]
+    advice = "mend them, or say what they are with `format:`, `shape:` and `fields:`"
+    last = f"none of the first {len(faults)} records of this source can be used{found}: {advice}"
+    return UnusableError([*listed, last])
+
+
 class MissingInputError(PreparationError):
     """A file or folder that was named does not exist."""
 

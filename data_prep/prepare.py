@@ -35,12 +35,13 @@ from data_prep.pipeline.inputs import (
 from data_prep.pipeline.labels import KnownLabels, check_labels
 from data_prep.pipeline.store_folder import (
     exclusive,
+    remove_empty_work,
     remove_leftovers,
     remove_work,
     storage_errors,
     write_text_atomically,
 )
-from data_prep.rows.ledger import ledger_table
+from data_prep.rows.ledger import ledger_cells, ledger_table
 from data_prep.shapes.label_names import NO_GOLD
 from data_prep.tasks import TASKS
 from data_prep.token_store import CURRENT_NAME, FORMAT_VERSION, MANIFEST_NAME, Rows, TokenStore
@@ -97,7 +98,12 @@ def prepare(
         with exclusive(config.store_dir, run.say):
             remove_leftovers(config.store_dir)
             discard_work(run, [group.key for group in groups])
-            folders = _build_all(run, groups)
+            try:
+                folders = _build_all(run, groups)
+            except BadDataError:
+                for group in groups:
+                    remove_empty_work(work_dir(run, group))
+                raise
             _write_current(run, data_section, folders)
     return folders
 
@@ -154,7 +160,11 @@ def _build_stores(
             store, donor = stores[split.name], donors.get(split.name)
             if store is not None:
                 _check_found(run, split.name, store.manifest, known)
-                run.say(f"reusing {split.name} store {store.path}")
+                run.say(
+                    "\n".join(
+                        [f"reusing {split.name} store {store.path}", *ledger_cells(store.manifest)[1], *_facts(store)]
+                    )
+                )
             else:
                 if donor is not None:
                     _check_found(run, split.name, donor.manifest, known)
@@ -261,8 +271,13 @@ def _check_task(run: Preparation) -> None:
 
 
 def _summary(name: str, store: TokenStore) -> str:
+    return "\n".join([f"{name}: {store.path}", ledger_table(store.manifest), *_facts(store)])
+
+
+def _facts(store: TokenStore) -> list[str]:
+    """Lines about the answers, the unknown tokens and the labels of a store."""
     manifest = store.manifest
-    lines = [f"{name}: {store.path}", ledger_table(manifest)]
+    lines = []
     total = manifest["ledger"]["total"]
     cut, dropped = total.get("answers_cut", 0), total.get("answers_dropped", 0)
     if answers := manifest["num_answers"] - dropped:
@@ -284,7 +299,7 @@ def _summary(name: str, store: TokenStore) -> str:
                 f"label {marks[0]!r} is a class of its own here; where it marks records without a gold label, give"
                 " data.label_names or data.label_map without it"
             )
-    return "\n".join(lines)
+    return lines
 
 
 def unigram_entropy(store: TokenStore, rows: Rows) -> float:

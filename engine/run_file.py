@@ -109,7 +109,7 @@ def load_run_file(path: Path, overrides: list[str] | None = None) -> RunFile:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     node = _compose(text, str(path))
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: a run file is a mapping of sections, for example `model: {path: models/base}`")
+        raise ConfigError(f"{path}: a run file is a mapping of sections, for example `model: {{path: models/base}}`")
     text_of = _Text(str(path))
     values = text_of.construct(node, "")
     given: dict[str, str] = {}

@@ -19,11 +19,10 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes that share the tests do not compute with all cores each."""
-    if is_worker(config):
-        import torch
+    """Tests compute with one thread: their models are small, and threads that share cores wait for one another."""
+    import torch
 
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.config import DataConfig
 from data_prep.errors import (
+    MOST_LISTED,
     NO_TARGETS,
     OVERLONG,
     OVERLONG_ADVICE,
@@ -19,8 +20,6 @@ from data_prep.errors import (
 from data_prep.pipeline.parts import PartAccount
 from data_prep.pipeline.work import Work
 
-#: An error lists so many records, and reading ends when as many are known.
-MOST_LISTED = 20
 #: A ledger shows so many places of each reason.
 _PLACES = 3
 _HELD = 4096

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataConfig, SourceConfig
-from data_prep.errors import BadDataError
+from data_prep.errors import BadDataError, none_usable
 from data_prep.pipeline.labels import KnownLabels
 from data_prep.pipeline.source_names import source_names
 from data_prep.pipeline.work import HashRange, Work
@@ -253,7 +253,7 @@ def _first_records(file: SourceFile) -> list[Record]:
     except BadDataError as fault:
         faults.append(fault)
     if not records:
-        raise faults[0] if faults else BadDataError(f"{file.label}: the file holds no records")
+        raise none_usable(faults) if faults else BadDataError(f"{file.label}: the file holds no records")
     return records
 
 

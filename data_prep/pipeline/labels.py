@@ -73,7 +73,9 @@ def check_labels(config: DataConfig, split: str, unknown: Mapping[str, Occurrenc
     of = f"is not one of {known} (data.label_names, or those of train)"
     lines[0] = f"{where}: label {name!r} {of}; {_times(count)}"
     if len(lines) > _MOST_LISTED:
-        lines[_MOST_LISTED:] = [f"and {len(lines) - _MOST_LISTED} more labels"]
+        others = list(unknown)[_MOST_LISTED:]
+        more = " ..." if len(others) > _MOST_KNOWN else ""
+        lines[_MOST_LISTED:] = [f"and {len(others)} more labels: {', '.join(others[:_MOST_KNOWN])}{more}"]
     advice = "mend, or name all labels in data.label_names or data.label_map"
     if split == "validation":
         advice += ", or set data.unknown_labels=count_wrong, which evaluates such records as wrong"

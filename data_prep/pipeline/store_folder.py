@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def remove_leftovers(store_dir: Path) -> None:
 def remove_work(folder: Path) -> None:
     """Remove the parts of a preparation whose stores are published."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_empty_work(folder: Path) -> None:
+    """Remove the parts of a preparation that failed, if none of them holds a document and none is in the making."""
+    with suppress(FileNotFoundError):  # another preparation was first
+        useful = any(path.stat().st_size for path in folder.glob("records*/*.part"))
+        if not useful and not any(folder.glob("records*/.*.partial")):
+            remove_work(folder)
 
 
 def sync_file(path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from data_prep.chat.child import Proof
 from data_prep.encode.blocks import Names
 from data_prep.errors import (
+    MOST_LISTED,
     OVERLONG,
     BadDataError,
     FatalDataError,
@@ -27,7 +28,7 @@ from data_prep.errors import (
 )
 from data_prep.pipeline.deduplicate import document_hashes
 from data_prep.pipeline.encoder import Encoder
-from data_prep.pipeline.findings import MOST_LISTED, Unusable, refused
+from data_prep.pipeline.findings import Unusable, refused
 from data_prep.pipeline.parts import PartAccount, PartWriter
 from data_prep.pipeline.work import UNREADABLE_HASH, Job, SplitJob, Work, batches_of
 from data_prep.sources.read import check_unchanged

@@ -292,8 +292,9 @@ def _note_lines(notes: Mapping[str, int]) -> list[str]:
         if last:
             what = "give a template that writes reasoning"
             advice = f"of these {last:,} end their conversation: {what}; for the others {advice}"
+        turns, are = ("turn", "is") if lost == 1 else ("turns", "are")
         lines.append(
-            f"reasoning lost: {lost:,} trained turns, whose reasoning the chat template does not write, are trained"
+            f"reasoning lost: {lost:,} trained {turns}, whose reasoning the chat template does not write, {are} trained"
             f" without it: {advice}"
         )
     for name, words in _NOTES.items():

@@ -39,7 +39,7 @@ def chat_from_turns(record: Record, fields: Mapping[str, str], name: str, form: 
     """The conversation in field `name` of a record. Raises BadDataError naming the place in the record."""
     value = record.value
     messages, trained = None, None
-    if value.keys().isdisjoint(form.flags.of_record):
+    if value.keys().isdisjoint(form.flags.heads):
         messages = plain_messages(value.get(name), form, record.sound)
     if messages is None:
         turns = read_turns(record, name, form)

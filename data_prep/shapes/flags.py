@@ -5,20 +5,14 @@ The names are those of the formats in use: OpenAI's and Mistral's `weight`, ms-s
 before one of its record, and both go before the settings: a turn whose flag is true is trained whatever its role.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_prep.errors import BadDataError
-from data_prep.shapes.fields import shown
+from data_prep.shapes.fields import lookup, shown
 from data_prep.sources.records import kind
 
-#: Name of a flag -> the value that means "trained".
-FLAGS: Mapping[str, bool] = {
-    **dict.fromkeys(
-        ("loss", "loss_mask", "loss_weight", "loss_scale", "train", "trainable", "trained", "training", "weight"), True
-    ),
-    "masked": False,
-}
+_TRAINED = ("loss", "loss_mask", "loss_weight", "loss_scale", "train", "trainable", "trained", "training", "weight")
 #: A mask is one of the loss to some programs (1: trained) and hides a turn to others (true: not trained).
 _AMBIGUOUS = "mask"
 #: Fields that train a part of a turn.
@@ -27,33 +21,69 @@ _PARTS = ("train_detail", "training_detail")
 _OF_TURNS = "message_loss_mask"
 _REASON = "training_flag"
 _WORDS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+
+
+def _spellings(name: str) -> set[str]:
+    """A name as records write it: loss_mask, Loss_Mask, LOSS_MASK, lossMask, LossMask, loss-mask, "Loss Mask" ..."""
+    words = name.split("_")
+    titles = [word.capitalize() for word in words]
+    parted = {mark.join(some) for mark in "_- " for some in (words, titles, [words[0].capitalize(), *words[1:]])}
+    joined = {"".join(some) for some in (words, titles, [words[0], *titles[1:]])}
+    return {*parted, *joined, *(one.upper() for one in parted | joined)}
+
+
+def _spelt(names: Iterable[str]) -> dict[str, str]:
+    """Every spelling of `names`, with its name."""
+    return {spelling: name for name in names for spelling in _spellings(name)}
+
+
+#: Name of a flag -> the value that means "trained".
+FLAGS: Mapping[str, bool] = {**dict.fromkeys(_spelt(_TRAINED), True), **dict.fromkeys(_spelt(("masked",)), False)}
+_UNCLEAR = _spelt((_AMBIGUOUS, *_PARTS, _OF_TURNS))
+_NAME_OF = {**_spelt((*_TRAINED, "masked")), **_UNCLEAR}
 #: Every name that steers training, for a run file that gives it another meaning.
-FLAG_NAMES = frozenset({*FLAGS, _AMBIGUOUS, *_PARTS, _OF_TURNS})
+FLAG_NAMES = frozenset(_NAME_OF)
 
 
 class Flags:
     """The flags that the records of a source may have: the usual names, and those that its ``fields:`` give.
 
-    ``fields: {loss: keep}`` reads the field `keep` as `loss`; ``fields: {weight: ""}`` reads no field `weight`.
+    ``fields: {loss: keep}`` reads the field `keep` as `loss`; ``fields: {weight: ""}`` reads no field `weight`. Names
+    may be dotted, as in ``fields: {loss: meta.keep}``.
     """
 
     def __init__(self, given: Mapping[str, str], taken: frozenset[str] = frozenset()):
         """`given` is the source's ``fields:``; `taken` are fields of a record that mean something else."""
-        left_out = {ours for ours, theirs in given.items() if not theirs}
+        gone = {_NAME_OF[ours] for ours, theirs in given.items() if not theirs and ours in _NAME_OF}
+        left_out = {spelling for spelling, name in _NAME_OF.items() if name in gone}
         named = {theirs: FLAGS[ours] for ours, theirs in given.items() if ours in FLAGS and theirs}
+        self.given = tuple(named)
         self.of_turn = {name: FLAGS.get(name, True) for name in FLAG_NAMES - left_out} | named
-        self._unclear = FLAG_NAMES - set(FLAGS) - left_out - set(named)
+        self._unclear = _UNCLEAR.keys() - left_out - named.keys()
         self.of_record = self.of_turn.keys() - taken
-        self.names = frozenset(self.of_turn)
+        self._dotted = tuple(name for name in named if "." in name)
+        #: Fields without which a record has no flag.
+        self.heads = self.of_record | {name.split(".")[0] for name in self._dotted}
+
+    def found_in(self, value: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """The flags among `names` that a record or a turn has, null left out."""
+        found = {name: value[name] for name in value if name in names}
+        found |= {name: lookup(value, name) for name in self._dotted if name in names}
+        return {name: flag for name, flag in found.items() if flag is not None}
 
     def of_a_turn(self, turn: dict[str, Any], what: str, where: str) -> bool | None:
         """Take the flags out of `turn`, whose values are not null; None where there is none. Raises BadDataError."""
-        return self._agreed({name: turn.pop(name) for name in self.of_turn.keys() & turn.keys()}, f"{what}.", where)
+        found = self.found_in(turn, self.of_turn)
+        for name in found.keys() & turn.keys():
+            del turn[name]
+        return self._agreed(found, f"{what}.", where)
 
     def of_a_record(self, value: Mapping[str, Any], num_turns: int, where: str) -> bool | list[bool | None] | None:
         """The flag of a record, or one for each of its turns; None where there is none. Raises BadDataError."""
-        found = {name: value[name] for name in self.of_record & value.keys() if value[name] is not None}
-        may_be_lists = [name for name in found if num_turns and (name == _OF_TURNS or name not in self._unclear)]
+        found = self.found_in(value, self.of_record)
+        may_be_lists = [
+            name for name in found if num_turns and (_UNCLEAR.get(name) == _OF_TURNS or name not in self._unclear)
+        ]
         lists = {name: found[name] for name in may_be_lists if isinstance(found[name], list)}
         if not lists:
             return self._agreed(found, "", where)
@@ -92,11 +122,11 @@ class Flags:
 
 
 def _unclear(name: str) -> str:
-    if name == _AMBIGUOUS:
+    if _UNCLEAR[name] == _AMBIGUOUS:
         return (
-            "means 'trained' to some programs and 'not trained' to others; write `fields: {masked: mask}` if 1 (true)"
-            " hides the text from training, `fields: {loss_mask: mask}` if 1 trains it"
+            f"means 'trained' to some programs and 'not trained' to others; write `fields: {{masked: {name}}}` if 1"
+            f" (true) hides the text from training, `fields: {{loss_mask: {name}}}` if 1 trains it"
         )
-    if name == _OF_TURNS:
+    if _UNCLEAR[name] == _OF_TURNS:
         return "must be a list with a flag for each turn"
     return "trains parts of a turn, which is not supported: make each part a turn of its own, or train the whole turn"

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from data_prep.config import ShapeName, SourceConfig, TurnRole
-from data_prep.errors import BadDataError, DataConfigError
+from data_prep.errors import BadDataError, DataConfigError, none_usable
 from data_prep.shapes.chat import TURN_FIELDS
 from data_prep.shapes.examples import ChatExample, Example, QuestionExample
 from data_prep.shapes.fields import (
@@ -93,8 +93,8 @@ def recognise(
     for fault, line in faults:
         on_fault(fault, line)
     if not examples:
-        raise faults[0][0]
-    return replace(shape, summary=_summary(shape, read, examples, len(faults)))
+        raise none_usable([fault for fault, _ in faults])
+    return replace(shape, summary=_summary(shape, read, examples, len(faults)), flagged=bool(flags_seen(shape, read)))
 
 
 def _check_agreement(
@@ -247,11 +247,13 @@ def _summary(shape: Shape, records: Sequence[Record], examples: Sequence[Example
         notes.append(f"some turns say themselves whether they are trained: {shown_list(flags)}")
     elif flags:
         notes.append(f"some records say themselves whether they are trained: {shown_list(flags)}")
+    if absent := [name for name in shape.turns.flags.given if name not in flags]:
+        notes.append(f"none of them has the training flag {shown_list(absent)} that `fields:` gives")
     if moved := sum(example.num_moved for example in examples if isinstance(example, QuestionExample)):
         notes.append(f"answers that stand elsewhere than they say: {moved}")
     present = dict.fromkeys(name for record in records for name in record.value)
     heads = {name if name in present else name.split(".")[0] for name in fields.values()}
-    if others := [name for name in present if name not in heads.union(flags)]:
+    if others := [name for name in present if name not in heads.union(flag.split(".")[0] for flag in flags)]:
         notes.append(f"not used: {shown_list(others)}")
     return f"{_mapping_line(shape, fields)} ({'; '.join(notes)})"
 

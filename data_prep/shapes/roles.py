@@ -35,7 +35,15 @@ class TurnForm:
 
     def role_of(self, given: str) -> TurnRole | None:
         """The meaning of a role; None for an unknown one."""
-        return self.roles.get(given) or ROLES.get(given) or ROLES.get(given.lower().replace("-", "_").replace(" ", "_"))
+        if role := self.roles.get(given) or ROLES.get(given):
+            return role
+        mapped = {folded(theirs): ours for theirs, ours in self.roles.items()}
+        return mapped.get(folded(given)) or ROLES.get(folded(given))
+
+
+def folded(role: str) -> str:
+    """A role in the form of ROLES."""
+    return role.lower().replace("-", "_").replace(" ", "_")
 
 
 def field_pair(turns: Any, given: Mapping[str, str], role: str, content: str) -> tuple[str, str]:

@@ -38,6 +38,7 @@ class Shape:
     two_lists: bool = False  # prompt: prompt and response are lists of turns
     as_chat: bool = False  # a prompt and its response are a conversation of two turns
     has_tools: bool = field(default=False, compare=False)  # some of the first records declare tools
+    flagged: bool = field(default=False, compare=False)  # some of the first records have training flags
     summary: str = field(default="", compare=False)
     labels: LabelNames | None = None  # label, tags: what the labels in the records are called
 
@@ -58,7 +59,10 @@ class Shape:
     def key(self) -> dict[str, Any]:
         """The parts that change the examples, as JSON values; part of a store's content key."""
         named = {} if self.labels is None else self.labels.key()
-        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many, **named}
+        # Stores made before training flags and the nulls of tables were understood have not this entry: they are not
+        # found again where it could matter.
+        flags = {"flags": True} if self.has_turns or self.flagged else {}
+        return {"name": self.name, "fields": dict(sorted(self.fields.items())), "many": self.many, **named, **flags}
 
 
 def to_example(shape: Shape, record: Record) -> Example:
@@ -70,7 +74,7 @@ def to_example(shape: Shape, record: Record) -> Example:
 def says_untrained(shape: Shape, record: Record) -> bool:
     """True if a record that holds no turns says itself that it is not trained. Raises BadDataError."""
     flags = shape.turns.flags
-    if shape.has_turns or record.value.keys().isdisjoint(flags.of_record):
+    if shape.has_turns or record.value.keys().isdisjoint(flags.heads):
         return False
     return flags.of_a_record(record.value, 0, record.where) is False
 

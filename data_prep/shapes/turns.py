@@ -81,7 +81,7 @@ def turn_fields(shape: Shape, records: Sequence[Record]) -> list[str]:
     """The fields of the turns in `records` that are not null, without the two of the form and the flags."""
     lists = _lists_of(shape, records) if shape.has_turns else []
     turns = [turn for turns in lists if isinstance(turns, list) for turn in turns if isinstance(turn, dict)]
-    own = {shape.turns.role, shape.turns.content, *shape.turns.flags.names}
+    own = {shape.turns.role, shape.turns.content, *shape.turns.flags.of_turn}
     return list(
         dict.fromkeys(name for turn in turns for name, value in turn.items() if value is not None and name not in own)
     )
@@ -90,7 +90,7 @@ def turn_fields(shape: Shape, records: Sequence[Record]) -> list[str]:
 def flags_seen(shape: Shape, records: Sequence[Record]) -> list[str]:
     """The training flags in `records` and their turns."""
     flags = shape.turns.flags
-    found = [name for record in records for name in record.value if name in flags.of_record]
+    found = [name for record in records for name in flags.found_in(record.value, flags.of_record)]
     lists = _lists_of(shape, records) if shape.has_turns else []
-    found += [name for turns in lists for turn in turns for name in turn if name in flags.names]
+    found += [name for turns in lists for turn in turns for name in flags.found_in(turn, flags.of_turn)]
     return list(dict.fromkeys(found))

@@ -6,6 +6,8 @@ Nulls in lists, and a column's own nulls, are the record's.
 
 from typing import Any
 
+from data_prep.sources.records import Record
+
 
 def has_filled_nulls(column: Any) -> bool:
     """True if an Arrow array has objects, at any depth, and one of them lacks a value."""
@@ -34,3 +36,10 @@ def without_nulls(value: Any) -> tuple[Any, int]:
         items = [without_nulls(item) for item in value]
         return [item for item, _ in items], sum(number for _, number in items)
     return value, 0
+
+
+def without_filled_nulls(record: Record) -> Record:
+    """A record of a table without the nulls in the objects of its fields, which are counted."""
+    found = {key: without_nulls(item) for key, item in record.value.items()}
+    value = {key: item for key, (item, _) in found.items()}
+    return record._replace(value=value, num_nulls=sum(number for _, number in found.values()))

@@ -13,7 +13,7 @@ from data_prep.errors import CannotWriteError, DataConfigError, MissingInputErro
 from data_prep.progress import Progress
 from data_prep.sources.archives import is_archive
 from data_prep.sources.class_names import class_labels
-from data_prep.sources.filled_nulls import without_nulls
+from data_prep.sources.filled_nulls import without_filled_nulls
 from data_prep.sources.read_tables import json_value
 from data_prep.sources.records import Record
 
@@ -53,7 +53,8 @@ def spool_hub(config: SourceConfig, dotted_key: str, cache_dir: Path, progress: 
         values = _values(iter(records), label, dotted_key)
         first = list(islice(values, _LOOKED_AT_RECORDS))
         if check is not None:
-            check([Record(value, f"{label}:{line}", line) for line, value in enumerate(first, 1)], config)
+            looked_at = [Record(value, f"{label}:{line}", line) for line, value in enumerate(first, 1)]
+            check([without_filled_nulls(record) for record in looked_at], config)
         # Before the records: once these are there, nothing is written any more.
         _write_names(class_labels(builder.info.features or {}), path.with_suffix(".names"))
         _write(chain(first, values), path, label, progress)
@@ -118,8 +119,7 @@ def _values(rows: Iterator[Any], label: str, dotted_key: str) -> Iterator[dict[s
             ) from error
         if record is None:
             return
-        plain = {key: json_value(item, key, f"{label}: row {row}") for key, item in record.items()}
-        yield {key: without_nulls(item)[0] for key, item in plain.items()}
+        yield {key: json_value(item, key, f"{label}: row {row}") for key, item in record.items()}
 
 
 def _write(values: Iterable[dict[str, Any]], path: Path, label: str, progress: bool) -> None:

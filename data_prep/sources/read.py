@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from data_prep.errors import BadDataError
 from data_prep.sources.decompress import all_blocks, file_blocks, stat_file
+from data_prep.sources.filled_nulls import without_filled_nulls
 from data_prep.sources.lines import OnFault, raise_fault
 from data_prep.sources.read_aligned import read_aligned
 from data_prep.sources.read_csv import dialect_of, read_csv, read_header
@@ -49,7 +50,8 @@ def _read(source: SourceFile, span: Span, on_fault: OnFault) -> Iterator[Record]
     path, label, config = source.path, source.label, source.config
     match source.format:
         case "jsonl":
-            return read_jsonl(_blocks(source, span), label, span.first_line, on_fault=on_fault)
+            records = read_jsonl(_blocks(source, span), label, span.first_line, on_fault=on_fault)
+            return records if config.hub is None else map(without_filled_nulls, records)
         case "csv" | "tsv":
             return _read_csv(source, span, on_fault)
         case "json":

@@ -170,4 +170,6 @@ def _logits(model: Any) -> Tensor:
         tokens[-1] = end  # where some classifiers read
     with torch.no_grad():
         output = model.eval()(input_ids=tokens[None], attention_mask=torch.ones(1, _TOKENS, dtype=torch.long))
-    return torch.cat([value.flatten() for name, value in output.items() if name.endswith("logits")])
+    found = [value for name, value in output.items() if name.endswith("logits")]
+    parts = [part for value in found for part in (value if isinstance(value, tuple) else (value,))]  # of routers
+    return torch.cat([part.flatten() for part in parts])

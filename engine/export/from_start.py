@@ -15,7 +15,7 @@ from engine.export.card import model_card
 from engine.export.folder import check_free, empty_model, model_shapes, read_config, weight_dtype
 from engine.export.from_checkpoint import write_export
 from engine.export.taught import taught_by
-from engine.model.build import StoreFacts, build_model, model_folder
+from engine.model.build import StoreFacts, build_model, fitting_task, model_folder
 from engine.model.model_folder import write_model_folder
 from engine.model.starting_weights import StartingWeights
 from engine.tensor_files.slices import LiveSlice
@@ -30,8 +30,9 @@ def export_start(config: RunConfig, store: TokenStore, out_dir: Path, dtype: str
     """
     weight_dtype(dtype)
     check_free(out_dir)
-    task = config.trained_task
-    model, weights = build_model(config.model, task, StoreFacts.of(store), config.seed)
+    facts = StoreFacts.of(store)
+    task = fitting_task(config.model, config.trained_task, facts, config.data.one_document_a_row)
+    model, weights = build_model(config.model, task, facts, config.seed)
     sources = {name: _source(weights, name, shape) for name, shape in model_shapes(model).items()}
     held = persistent_buffers(model)
     sources |= {name: _of_buffer(weights, name, held[name]) for name in sources.keys() & held.keys()}

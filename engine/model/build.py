@@ -21,9 +21,10 @@ from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.model.frozen import freeze
-from engine.model.isolation import check_isolation, fit_to_rows
+from engine.model.isolation import check_isolation, fit_to_rows, instead
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.model_folder import CARRIED_PATTERNS
+from engine.model.narrow import check_shape
 from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
@@ -129,7 +130,6 @@ def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_docum
     """
     if not one_document_a_row or task.padded is None:
         return task
-    register_packed_attention()
     folder = model_folder(section)
     config = _inline_config(section, facts, _extension(facts)) if folder is None else _stored_config(folder)
     return fit_to_rows(config, task, task.padded)
@@ -170,6 +170,7 @@ def made_model(
 
     DataError for one that cannot be built, or cannot keep the documents of a row apart.
     """
+    check_shape(config.get_text_config(), section.path or config.model_type)
     make: Callable[[], Any]
     attention = _attention(task)
     if is_empty:
@@ -182,7 +183,8 @@ def made_model(
     try:
         model = make()
     except _CANNOT_BUILD as error:
-        raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}") from error
+        hint = instead(task) if PACKED_ATTENTION in str(error) else ""
+        raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}{hint}") from error
     if task.causal:
         check_isolation(config, task)
     if section.activation_checkpointing:
@@ -198,7 +200,15 @@ def made_model(
 def _reason(error: Exception) -> str:
     """The error in one line; a bare name that a table of the family lacks is said to be a value."""
     text = " ".join(str(error).split())
+    if PACKED_ATTENTION in text:  # the family has a table of its own, or an attention that is built in
+        return "its attention cannot be exchanged for the one that keeps packed documents apart"
     return f"its configuration has the unknown value {text}" if isinstance(error, KeyError) else text
+
+
+def _first_sentence(error: Exception) -> str:
+    """The first line of an error, and the next where it only leads to that; transformers explains itself at length."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
 def _extension(facts: StoreFacts) -> Extension | None:
@@ -269,8 +279,7 @@ def _stored_config(folder: Path) -> Any:
     except (*_CANNOT_BUILD, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise RefusedForSecurityError(f"model.path: {folder} brings its own code, which is never run") from None
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"model.path: {folder}: {first}") from error
+        raise DataError(f"model.path: {folder}: {_first_sentence(error)}") from error
 
 
 def _check_vocabulary(vocab_size: int, needed: int, source: str, facts: StoreFacts) -> None:

@@ -13,6 +13,7 @@ from transformers import initialization
 from engine.errors import DataError
 from engine.finding import warning_lines
 from engine.fit.labels import Labels
+from engine.model.frozen import untrained_lines
 from engine.model.model_files import FLOATING_TYPES, FileTensor
 from engine.model.starting_weights import DerivedWeights, StartingWeights, exchange_parameters, read_whole
 from engine.model.vocabulary import NewRows
@@ -72,7 +73,8 @@ def pretrained_weights(
             raise DataError(f"model type {model.config.model_type} cannot take new tokens: {name} is not stored whole")
         made.append(DerivedWeights((name,), partial(_extend, rows, name, pieces[0])))
     weights = StartingWeights(direct, fresh, made, names.copies)
-    return weights, [*_label_lines(model, names, labels), *_lines(names, rows)]
+    untrained = untrained_lines(model, names.missing, rows.names if rows is not None else ())
+    return weights, [*_label_lines(model, names, labels), *_lines(names, rows), *untrained]
 
 
 def _label_lines(model: Any, names: NameMap, labels: Labels | None) -> list[str]:

@@ -18,9 +18,10 @@ from engine.fit.labels import names_of
 from engine.fit.model_facts import ModelFacts
 from engine.model.build import StoreFacts, fitting_task, freeze_and_check, made_model, model_config, model_folder
 from engine.model.empty_model import check_missing, has_head
+from engine.model.frozen import untrained_lines
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.positions import positions_of
-from engine.model.weight_names import map_names
+from engine.model.weight_names import NameMap, map_names
 from engine.tasks import TASKS
 from engine.tasks.task import Task
 
@@ -62,16 +63,24 @@ def examine(
     rows = int(model.get_input_embeddings().weight.shape[0])
     facts = ModelFacts(name, rows, positions_of(model), names_of(config.id2label) if task.new_head else ())
     if stored:
-        facts = dataclasses.replace(facts, has_head=bool(attempt(lambda: _match(model, stored, task))))
+        names = attempt(lambda: _match(model, stored, task))
+        if names is not None:
+            facts = dataclasses.replace(facts, has_head=task.new_head and has_head(model, names))
+            findings += map(_warning, untrained_lines(model, names.missing, ()))
     return facts, findings
 
 
-def _match(model: Any, stored: Mapping[str, FileTensor], task: Task) -> bool:
-    """True if the files have a head for the model. DataError for weights that are not the model's."""
+def _match(model: Any, stored: Mapping[str, FileTensor], task: Task) -> NameMap:
+    """The files' weights by the model's names. DataError for weights that are not the model's."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = map_names(model, stored, shapes, other_heads=task.new_head)
     check_missing(model, names, task, dict(stored))
-    return task.new_head and has_head(model, names)
+    return names
+
+
+def _warning(line: str) -> Finding:
+    found, _, to_do = line.removeprefix("warning: ").partition("; ")
+    return Finding("model", "warning", found, to_do)
 
 
 def main() -> int:

@@ -36,7 +36,7 @@ def frozen_names(model: Any, patterns: Sequence[str]) -> set[str]:
     frozen: set[str] = set()
     lost: list[str] = []
     for pattern in patterns:
-        found = {names[name] for name in names if _matches(name, pattern, prefix)}
+        found = {names[name] for name in names if matches(name, pattern, prefix)}
         frozen |= found
         if not found:
             lost.append(f"{pattern!r} matches no parameter{_near(pattern, names)}")
@@ -45,7 +45,8 @@ def frozen_names(model: Any, patterns: Sequence[str]) -> set[str]:
     return frozen
 
 
-def _matches(name: str, pattern: str, prefix: str) -> bool:
+def matches(name: str, pattern: str, prefix: str) -> bool:
+    """True if `pattern` names this parameter, or a module that it is in; `prefix` may be left out."""
     return any(
         fnmatchcase(candidate, wanted)
         for candidate in (name, name.removeprefix(prefix))
@@ -64,6 +65,24 @@ def _near(pattern: str, names: Iterable[str]) -> str:
     if near:
         return f" (near: {', '.join(near[:_NEAR])})"
     return f" (the model has {', '.join(module for module in modules if module.count('.') < 2)})"
+
+
+def untrained_lines(model: Any, fresh: Iterable[str], grown: Iterable[str]) -> list[str]:
+    """Warnings about frozen parameters that nothing has trained: `fresh` ones, and `grown` ones with new rows."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    new, longer = [name for name in fresh if name in frozen], [name for name in grown if name in frozen]
+    lines = []
+    if new:
+        lines.append(
+            f"warning: model.freeze keeps new, untrained weights as they are: {', '.join(new)}; leave them out of "
+            "model.freeze to train them"
+        )
+    if longer:
+        lines.append(
+            f"warning: model.freeze keeps the rows of new tokens as they start: {', '.join(longer)}; leave them out of "
+            "model.freeze to train them"
+        )
+    return lines
 
 
 def freeze_patterns(names: Iterable[str], all_names: Iterable[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.batches import Batch
 from engine.errors import DataError
-from engine.model.attention import PACKED_ATTENTION, CannotPackError, document_borders
+from engine.model.attention import PACKED_ATTENTION, CannotPackError, document_borders, register_packed_attention
 from engine.model.narrow import narrow_model
 from engine.tasks.task import Task
 
@@ -25,6 +25,7 @@ def check_isolation(config: Any, task: Task) -> None:
     `config` is the configuration of a model for `task`. The model that is run is narrow and has random
     weights, so that neither the size of the model nor its weights matter; see `engine.model.narrow`.
     """
+    register_packed_attention()
     name = config.model_type
     options = {"attn_implementation": PACKED_ATTENTION} if task.packs else {}
     failure: Exception | None = None
@@ -33,19 +34,19 @@ def check_isolation(config: Any, task: Task) -> None:
             model = narrow_model(config, task, options, is_whole)
             leak = find_leak(model, partial(_loss, model, task), _LENGTHS if task.packs else _LENGTHS[:1])
         except CannotPackError as error:
-            raise DataError(f"model type {name} cannot keep packed documents apart: {error}{_instead(task)}") from error
+            raise DataError(f"model type {name} cannot keep packed documents apart: {error}{instead(task)}") from error
         except Exception as error:
             # Some families have sizes of their own that the narrow form does not fit: then as it is.
             failure = failure or error
             continue
         if leak:
-            hint = "" if leak == _NOT_CAUSAL else _instead(task)
+            hint = "" if leak == _NOT_CAUSAL else instead(task)
             rows = "packed rows" if task.packs else "padded rows"
             raise DataError(f"model type {name} cannot be trained on {rows}: {leak}{hint}")
         return
     reason = " ".join(str(failure).split())
     fault = "keep packed documents apart" if task.packs else "be run"
-    raise DataError(f"model type {name} cannot {fault}: {reason}{_instead(task)}") from failure
+    raise DataError(f"model type {name} cannot {fault}: {reason}{instead(task)}") from failure
 
 
 def fit_to_rows(config: Any, packed: Task, padded: Task) -> Task:
@@ -98,7 +99,8 @@ def find_leak(
     return None
 
 
-def _instead(task: Task) -> str:
+def instead(task: Task) -> str:
+    """The way out for a family that cannot pack, as the end of a message."""
     return "" if task.padded is None else "; data.packing: none trains it on padded rows of one document each"
 
 

@@ -3,6 +3,7 @@
 It shows how the family computes (which parameters a task reaches, which tokens see which) before any weight is read.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.errors import DataError
 from engine.model.empty_model import empty_model, initialise
 from engine.tasks.task import Task
 
@@ -22,6 +24,14 @@ _WIDTHS = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+#: Names of a number, those of what it is taken from, and True if it must divide that.
+_WITHIN = (
+    (
+        ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k"),
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), False,
+    ),
+    (("num_key_value_heads",), ("num_attention_heads",), True),
+)  # fmt: skip
 _INNER_WIDTHS = (
     "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "moe_intermediate_size", "mlp_dim",
     "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "intermediate_size_mlp",
@@ -29,6 +39,24 @@ _INNER_WIDTHS = (
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 #: A family whose narrow form does not run is tried as it is, up to this many parameters.
 _MAX_PARAMETERS = 1_000_000_000
+
+
+def check_shape(config: Any, name: str) -> None:
+    """DataError for numbers of a text configuration that contradict one another, which only a step would show."""
+    for parts, wholes, must_divide in _WITHIN:
+        part, whole = (_first_number(config, names) for names in (parts, wholes))
+        if part is None or whole is None:
+            continue
+        (part_key, count), (whole_key, total) = part, whole
+        if must_divide and (count < 1 or total % count):
+            raise DataError(f"model: {name}: {whole_key} {total} is no multiple of {part_key} {count}")
+        if not must_divide and count > total:
+            raise DataError(f"model: {name}: {part_key} {count} is more than {whole_key} {total}")
+
+
+def _first_number(config: Any, names: Iterable[str]) -> tuple[str, int] | None:
+    found = ((name, getattr(config, name, None)) for name in names)
+    return next(((name, value) for name, value in found if type(value) is int), None)
 
 
 def narrow_model(config: Any, task: Task, options: dict[str, Any], is_whole: bool = False) -> Any:

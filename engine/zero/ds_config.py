@@ -80,7 +80,11 @@ def ds_config_notes(config: RunConfig, world_size: int) -> list[str]:
     """Lines about a JSON of the user's own: the values that "auto" stands for, and blocks that are left out."""
     if config.deepspeed in shipped_ds_configs():
         return []  # its "auto" are the run file's values, and nothing else
-    return _filled(config, world_size).notes(Path(config.deepspeed).name)
+    filled, name = _filled(config, world_size), Path(config.deepspeed).name
+    lines = filled.notes(name)
+    if "bf16" not in filled.values and "torch_autocast" not in filled.values:
+        lines.append(f"{name}: has no bf16 block, so it trains in fp32; for bf16 write bf16: {{enabled: true}}")
+    return lines
 
 
 def _filled(config: RunConfig, world_size: int) -> Filled:

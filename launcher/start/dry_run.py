@@ -1,11 +1,8 @@
 """``fulltune train --dry-run``: everything the run would do, printed; nothing is written or started."""
 
 import json
-import math
 import shlex
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_prep.token_store import StoreError, TokenStore, open_rows, resolve_store
@@ -14,6 +11,7 @@ from engine.config import RunConfig
 from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config
 from launcher.job.job import Job
 from launcher.job.run_config import Run
+from launcher.start.weights import Weights, count_weights
 
 _GIB = 2.0**30
 _PROCESS_GIB = 0.4
@@ -66,11 +64,11 @@ def _duration_lines(run: Run) -> list[str]:
 
 def swap_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
     """Room that optimizer states need on NVMe of the fullest node; "" where they are elsewhere."""
-    swap_dir, parameters = nvme_path(ds_config), count_parameters(config.model.path)
-    if swap_dir is None or parameters is None:
+    swap_dir, weights = nvme_path(ds_config), count_weights(config.model)
+    if swap_dir is None or weights is None:
         return ""
     ranks = max(len(node.slots) for node in job.nodes)
-    share = parameters * STATE_BYTES_PER_PARAMETER * ranks / job.num_ranks / _GIB
+    share = weights.trained * STATE_BYTES_PER_PARAMETER * ranks / job.num_ranks / _GIB
     return f"optimizer states: about {share:.1f} GiB a node in {swap_dir}, removed at the end"
 
 
@@ -78,7 +76,7 @@ def swap_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
 class HostMemory:
     """Memory that the fullest node needs by the measured rule for full CPU offload."""
 
-    parameters: int
+    weights: Weights
     bytes_each: int
     ranks: int
     num_ranks: int
@@ -86,51 +84,36 @@ class HostMemory:
     @property
     def bytes(self) -> float:
         """Of all the node's ranks."""
-        share = self.parameters * self.bytes_each * self.ranks / self.num_ranks
-        return share + self.ranks * _PROCESS_GIB * _GIB
+        of_all = self.weights.trained * self.bytes_each + self.weights.frozen_bytes
+        return of_all * self.ranks / self.num_ranks + self.ranks * _PROCESS_GIB * _GIB
 
     @property
     def sum_text(self) -> str:
         """The formula, for messages."""
-        return (
-            f"{self.parameters:,} parameters x {self.bytes_each} bytes x {self.ranks}/{self.num_ranks} ranks + "
-            f"{_PROCESS_GIB} GiB a process"
-        )
+        share = f"{self.ranks}/{self.num_ranks} ranks"
+        of_trained = f"{self.weights.trained:,} parameters x {self.bytes_each} bytes"
+        if self.weights.frozen:
+            frozen = f"{self.weights.frozen_bytes / _GIB:.1f} GiB frozen"
+            return f"({of_trained} + {frozen}) x {share} + {_PROCESS_GIB} GiB a process"
+        return f"{of_trained} x {share} + {_PROCESS_GIB} GiB a process"
 
 
 def host_memory(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> HostMemory | None:
     """The memory rule applied to a job; None where it does not apply, or the model's size is not known yet."""
     zero = ds_config["zero_optimization"]
     offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
-    parameters = count_parameters(config.model.path)
-    if offloads != ["cpu", "cpu"] or parameters is None:
+    weights = count_weights(config.model)
+    if offloads != ["cpu", "cpu"] or weights is None:
         return None
     accumulates_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     ranks = max(len(node.slots) for node in job.nodes)
-    return HostMemory(parameters, 22 if accumulates_fp32 else 20, ranks, job.num_ranks)
+    return HostMemory(weights, 22 if accumulates_fp32 else 20, ranks, job.num_ranks)
 
 
 def memory_rule(config: RunConfig, job: Job, ds_config: dict[str, Any]) -> str:
     """`host_memory` as one line; "" where there is none."""
     need = host_memory(config, job, ds_config)
     return "" if need is None else f"host memory: about {need.bytes / _GIB:.1f} GiB a node ({need.sum_text})"
-
-
-def count_parameters(model_path: str | None) -> int | None:
-    """Elements of all tensors in a local folder's safetensors files, from their headers; None if unknown."""
-    files = sorted(Path(model_path).glob("*.safetensors")) if model_path else []
-    total = 0
-    try:
-        for path in files:
-            with path.open("rb") as file:
-                (header_bytes,) = struct.unpack("<Q", file.read(8))
-                if header_bytes > 100_000_000:
-                    return None
-                header = json.loads(file.read(header_bytes))
-            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, struct.error):
-        return None  # the model's own loader names the fault
-    return total or None
 
 
 def _node_lines(job: Job) -> list[str]:

@@ -19,8 +19,8 @@ from engine.tasks import TASKS
 from engine.zero.ds_config import nvme_path
 from launcher.job.run_config import Run
 from launcher.start.compare import compare
-from launcher.start.dry_run import count_parameters
 from launcher.start.model_check import examine_model
+from launcher.start.weights import Weights, count_weights
 
 _GIB = 2.0**30
 _LEAST_INODES = 64
@@ -135,9 +135,9 @@ def _model(run: Run, vocab_size: int | None, stores: Stores | None, may_download
     if not found:
         facts, found = examine_model(run, vocab_size, may_download)
     if not is_bad(found) and facts is not None:
-        parameters = count_parameters(section.path)
+        weights = count_weights(section)
         what = f"configuration in {folder}" if folder is not None else "fresh weights from model.config"
-        found = [Finding("model", "ok", f"{parameters:,} parameters" if parameters else what), *found]
+        found = [Finding("model", "ok", f"{weights.count:,} parameters" if weights else what), *found]
     return [*found, *compare(run, facts, stores, vocab_size)]
 
 
@@ -233,9 +233,9 @@ def _room(name: str, folder: Mapping[str, Any], run: Run | None, num_nodes: int,
 
 def _needed(name: str, run: Run, num_nodes: int) -> tuple[int, str]:
     """Bytes that the run will add there, and what takes them; 0 where the model's size is not known."""
-    parameters = count_parameters(run.config.model.path) or 0
+    weights = count_weights(run.config.model) or Weights(0)
     if name == NVME:
-        return parameters * STATE_BYTES_PER_PARAMETER // num_nodes, "optimizer states"
+        return weights.trained * STATE_BYTES_PER_PARAMETER // num_nodes, "optimizer states"
     if name != RUN_DIR:
         return 0, ""
     checkpoint, export = run.config.checkpoint, run.config.export
@@ -245,5 +245,5 @@ def _needed(name: str, run: Run, num_nodes: int) -> tuple[int, str]:
     # A checkpoint is written before the oldest one goes, and the best one may be none of the newest.
     count = max(1, checkpoint.keep_checkpoints + 1 + checkpoint.save_best - there)
     exports = int(export.at_end) + (export.keep or 1 if export.every_steps else 0)
-    total = parameters * (count * STATE_BYTES_PER_PARAMETER + exports * _EXPORT_BYTES[export.dtype])
+    total = count * weights.checkpoint_bytes + weights.count * exports * _EXPORT_BYTES[export.dtype]
     return total, f"{count} checkpoints" + (f" and {exports} exports" if exports else "")

@@ -94,6 +94,14 @@ def test_refusals_name_line_key_and_remedy(tmp_path: Path, change: tuple[str, st
         assert "did you mean `seed`?" in refusal(tmp_path, MINIMAL + "seeed: 3\n")
 
 
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n", "null\n", "[]\n", "task\n"])
+def test_a_file_without_sections_is_refused_with_an_example(tmp_path: Path, text: str) -> None:
+    assert (
+        refusal(tmp_path, text)
+        == "run.yaml: a run file is a mapping of sections, for example `model: {path: models/base}`"
+    )
+
+
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
     assert "it belongs to section `evaluation`" in refusal(tmp_path, MINIMAL + "eval_every_steps: 5\n")
 

@@ -1,7 +1,6 @@
 """``--dry-run``: what it says about batches, nodes, memory and the command, and that it writes nothing."""
 
 import json
-import math
 import os
 import shlex
 import subprocess
@@ -13,13 +12,15 @@ import pytest
 from repository import ROOT
 from safetensors.numpy import save_file
 
+from engine.config import ModelSection
 from engine.errors import ConfigError, MissingInputError
 from engine.tasks import TASKS
 from launcher.job.hostfile import read_hostfile
 from launcher.job.hosts import Node, filter_nodes, local_gpus
 from launcher.job.run_config import load_run
-from launcher.start.dry_run import count_parameters, describe_plan
+from launcher.start.dry_run import describe_plan
 from launcher.start.start import plan_job
+from launcher.start.weights import Weights, count_weights
 
 RECIPES = sorted((ROOT / "launcher" / "recipes").glob("*.yaml"))
 
@@ -257,15 +258,40 @@ def test_bad_choices(tmp_path: Path) -> None:
         plan_job(run, ranks=0)
 
 
-def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:
-    shapes = [(3, 4), (5,), (2, 2, 2)]
-    for number, shape in enumerate(shapes):
-        save_file({f"t{number}": np.zeros(shape, np.float32)}, tmp_path / f"model-{number}.safetensors")
-    assert count_parameters(str(tmp_path)) == sum(math.prod(shape) for shape in shapes) == 25
-    assert count_parameters(None) is None
-    assert count_parameters(str(tmp_path / "nowhere")) is None
+def test_weights_are_counted_from_headers(tmp_path: Path) -> None:
+    shapes = {"model.tower.w": (3, 4), "model.tower.b": (5,), "model.head": (2, 2, 2)}
+    for number, (name, shape) in enumerate(shapes.items()):
+        save_file(
+            {name: np.zeros(shape, np.float32 if number else np.float16)}, tmp_path / f"model-{number}.safetensors"
+        )
+
+    def count(path: Path, *freeze: str) -> Weights | None:
+        return count_weights(ModelSection(path=str(path), freeze=list(freeze)))
+
+    assert count(tmp_path) == Weights(trained=25)
+    assert count(tmp_path, "tower.*") == count(tmp_path, "model.tower") == Weights(trained=8, frozen=17, wide=5)
+    frozen = count(tmp_path, "tower.*")
+    assert frozen is not None
+    assert (frozen.checkpoint_bytes, frozen.frozen_bytes) == (8 * 12 + 12 * 2 + 5 * 4, 12 * 2 + 5 * 6)
+    assert count_weights(ModelSection(init="random", config={"model_type": "llama"})) is None
+    assert count(tmp_path / "nowhere") is None
     (tmp_path / "model-9.safetensors").write_bytes(b"\xff" * 20)
-    assert count_parameters(str(tmp_path)) is None
+    assert count(tmp_path) is None
+
+
+def test_frozen_weights_have_no_optimizer_states(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    million = np.zeros((1 << 10, 1 << 10), np.float16)
+    save_file({"tower.w": million, "layers.w": million}, model / "model.safetensors")
+    path = run_file(tmp_path)
+    path.write_text(
+        path.read_text().replace("{config: {model_type: llama}, init: random}", f"{{path: {model}, freeze: [tower]}}")
+    )
+    expected = (2**20 * 22 + 2**20 * 2) / 2**30 + 2 * 0.4
+    assert f"about {expected:.1f} GiB a node ((1,048,576 parameters x 22 bytes + 0.0 GiB frozen) x 2/2 ranks" in plan(
+        path, [], ranks=2
+    )
 
 
 def test_host_memory_follows_the_measured_rule(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from equivalence_cases import make_model, memory_store
 
 from engine.config import ModelSection
 from engine.errors import DataError
-from engine.model.build import StoreFacts, fitting_task
+from engine.model.build import StoreFacts, fitting_task, made_model
 from engine.model.isolation import check_isolation, fit_to_rows
 from engine.tasks import TASKS
 from engine.tasks.task import Task
@@ -121,3 +121,17 @@ def test_only_rows_of_one_document_are_padded(one_document_a_row: bool, packs: b
     labels = replace(facts, label_names=("a", "b"))
     tagging = TASKS["token_classification"]
     assert fitting_task(section, tagging, labels, one_document_a_row) is tagging
+
+
+OWN_TABLE: dict[str, dict[str, Any]] = {
+    "gptj": {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+
+
+@pytest.mark.parametrize("family", OWN_TABLE)
+def test_an_attention_of_the_familys_own_is_refused_with_the_way_out(family: str) -> None:
+    """Families that look attention up in a table of their own, where the packed one is not."""
+    section = ModelSection.model_validate({"init": "random", "config": {"model_type": family}})
+    with pytest.raises(DataError, match=r"cannot be exchanged for .* apart; data\.packing: none trains it on padded"):
+        made_model(section, None, hf.AutoConfig.for_model(family, **OWN_TABLE[family]), PACKED, 0, {}, is_empty=True)

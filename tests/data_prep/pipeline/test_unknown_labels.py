@@ -41,6 +41,16 @@ def test_all_unknown_labels_come_together_with_all_known_ones(tmp_path: Path, na
     assert len(tokenised) == (1 if names else 2), "with label_names, held-out labels are looked at before train"
 
 
+def test_more_labels_than_lines_are_named_without_their_places(tmp_path: Path) -> None:
+    held_out = [{"text": "a", "label": f"new {number}"} for number in range(23)]
+    with pytest.raises(UnusableError) as caught:
+        made(values_of(tmp_path, TRAIN, held_out), "sequence_classification")
+    assert caught.value.lines[19:21] == (
+        f"{tmp_path}/v.jsonl:20: label 'new 19' (once)",
+        "and 3 more labels: new 20, new 21, new 22",
+    )
+
+
 def test_many_known_labels_are_counted_not_listed(tmp_path: Path) -> None:
     train = [{"text": "warm light", "label": str(number)} for number in range(150)]
     with pytest.raises(

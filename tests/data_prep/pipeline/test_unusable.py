@@ -178,6 +178,43 @@ def test_dropping_needs_no_second_pass_and_an_error_comes_back(tmp_path: Path) -
         assert words in str(caught.value)
 
 
+def test_a_source_without_a_usable_first_record_lists_them(tmp_path: Path) -> None:
+    flagged = [{**talk("a", "b"), **flag} for flag in ({"loss": 0.5}, {"loss": [1]}, {"mask": 1})]
+    path = tmp_path / "a.jsonl"
+    for content, words in ((lines_of(*flagged), ("loss must be", "1 flags", "mask means")), (b"a\nb\n", ("JSON",) * 2)):
+        path.write_bytes(content)
+        for how in ("error", "drop"):
+            error = attempt(values_of(tmp_path, "causal_lm", path, unusable=how))
+            *lines, last = str(error).splitlines()
+            assert error.exit_code == 65 and last.startswith(f"none of the first {len(words)} records of this source")
+            assert [line.startswith(f"{path}:{number}: ") for number, line in enumerate(lines, 1)] == [True] * len(
+                words
+            )
+            assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+def test_a_failed_preparation_of_nothing_useful_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for records, is_left in (([talk("a", "")] * 3, False), ([TALKED, talk("a", "")], True)):
+        path.write_bytes(lines_of(*records))
+        values = values_of(tmp_path, "causal_lm", path)
+        attempt(values)
+        assert bool(list(Path(values["store_dir"]).glob(".*.work"))) == is_left
+
+
+def test_what_was_left_out_is_said_again_of_a_store_that_is_reused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    think = {"role": "assistant", "content": "b", "reasoning_content": "deep thought"}
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "a"}, think]}, talk("a", "")])
+    values = values_of(tmp_path, "causal_lm", path, unusable="drop")
+    for first in ("train: ", "reusing train store "):
+        prepare(DataConfig.model_validate(values), values, "causal_lm")
+        said = capsys.readouterr().out
+        assert f"\n{first}" in said and "\nreasoning lost: 1 trained turn" in said
+        assert f"\nunusable: 1 empty_turn ({path}:2)\n" in said
+
+
 def test_too_many_are_an_error_with_counts(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [TALKED, talk("a", ""), talk("a", None)] * 30)
     error = attempt(values_of(tmp_path, "causal_lm", path, unusable="drop"))

@@ -100,3 +100,39 @@ def test_the_run_file_says_what_a_name_means() -> None:
     assert not says_untrained(
         recognised(value, "sequence_classification", shape="score", fields={"score": "weight"}), record(value)
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["Loss", "LOSS_MASK", "lossMask", "LossMask", "loss-mask", "Loss Mask", "Train", "WEIGHT"]
+)
+def test_the_way_a_name_is_spelt_does_not_matter(name: str) -> None:
+    assert trained(USER, {**ANSWER, name: 0}) == (None, False)
+    assert trained(*HI, **{name: 0}) == (False, False)
+    assert trained(USER, {**ANSWER, "Masked": 1}) == (None, False)
+    assert "`fields: {masked: Mask}`" in refusal({"messages": [USER, {**ANSWER, "Mask": True}]})
+    assert trained(*HI, messageLossMask=[1, 0]) == (True, False)
+    shape = recognised({"text": "a", name: 2.5}, fields={name: ""})
+    assert not says_untrained(shape, record({"text": "a", name: 2.5}))
+
+
+def test_a_flag_may_stand_inside_of_an_object() -> None:
+    inside = {"fields": {"loss": "meta.keep"}}
+    assert trained(*HI, meta={"keep": 0}, options=inside) == (False, False)
+    assert trained(USER, {**ANSWER, "meta": {"keep": 0}}, options=inside) == (None, False)
+    assert trained(*HI, meta={"other": 0}, options=inside) is None
+    value = {"prompt": "a", "response": "b", "meta": {"keep": 0}}
+    shape = recognised(value, fields={"loss": "meta.keep"})
+    assert says_untrained(shape, record(value))
+    assert "say themselves whether they are trained: meta.keep" in shape.describe()
+    assert "not used" not in shape.describe()
+
+
+def test_a_flag_of_the_run_file_that_no_record_has_is_said() -> None:
+    shape = recognised({"prompt": "a", "response": "b"}, fields={"loss": "kep"})
+    assert "none of them has the training flag kep that `fields:` gives" in shape.describe()
+
+
+def test_stores_made_before_flags_were_read_are_not_found_where_there_may_be_some() -> None:
+    assert recognised({"messages": HI}).key()["flags"] is True
+    assert recognised({"text": "a", "loss": 1}).key()["flags"] is True
+    assert "flags" not in recognised({"text": "a"}).key()

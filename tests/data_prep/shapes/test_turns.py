@@ -37,6 +37,14 @@ def test_roles_of_well_known_formats(role: str, meaning: str) -> None:
         assert found == ChatExample([{"role": meaning, "content": "a"}])
 
 
+def test_roles_are_mapped_whatever_their_capitals() -> None:
+    value = {"messages": [{"role": "Customer", "content": "q"}, {"role": "Help-Desk", "content": "a"}]}
+    found = chat(value, roles={"customer": "user", "help_desk": "assistant"})
+    assert [message["role"] for message in found.messages] == ["user", "assistant"]
+    found = chat({"messages": [{"role": "Human", "content": "q"}]}, roles={"human": "assistant"})
+    assert found.messages[0]["role"] == "assistant"  # what the run file says goes before what is known
+
+
 def test_other_roles_are_mapped_and_all_unknown_ones_are_named() -> None:
     talk = turns(("asker", "a"), ("Expert", "b"), ("asker", "c"), ("user", "d"))
     assert chat({"messages": talk}, {"asker": "user", "Expert": "assistant"}) == ChatExample(
@@ -118,4 +126,4 @@ def test_prompts_become_turns_where_the_run_file_says_so(shape: str, value: dict
 
 
 def test_nothing_changes_for_plain_records() -> None:
-    assert recognised({"messages": HI}).key() == {"name": "messages", "fields": {"messages": "messages", "system": "system", "tools": "tools"}, "many": False}  # fmt: skip
+    assert recognised({"messages": HI}).key() == {"name": "messages", "fields": {"messages": "messages", "system": "system", "tools": "tools"}, "many": False, "flags": True}  # fmt: skip

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from data_fixtures import write_jsonl
+from pyarrow import parquet
 
 from data_prep.config import SourceConfig
 from data_prep.errors import BadDataError, DataConfigError, MissingInputError
@@ -40,6 +42,17 @@ def test_a_split_is_spooled_once_and_again_when_it_changed(tmp_path: Path) -> No
     write_jsonl(folder / "train.jsonl", ROWS[:7])
     os.utime(folder / "train.jsonl", (1, 1))
     assert len(read(folder, cache_dir)) == 7
+
+
+def test_nulls_that_a_table_adds_to_objects_are_left_out_and_counted(tmp_path: Path) -> None:
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": {"c": 2}}}]
+    rows = [{"text": None, "calls": [call]} for call in calls]
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / "train.parquet")
+    for _ in range(2):  # fetched, and found on the disk
+        records = read(tmp_path / "set", tmp_path / "cache")
+        assert [record.value for record in records] == rows
+        assert [record.num_nulls for record in records] == [1, 1]
 
 
 def test_what_is_missing_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,35 +1,16 @@
 """An export is the base folder with what training changed: every key and file of a base with all settings turned on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from base_folders import FAMILIES, LABELS, RENAMED, base_folder, run_of
+from base_folders import FAMILIES, RENAMED, base_folder, changed, check_export, read, run_of
 from data_fixtures import sentences
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from launcher.commands.export import export_run
-
-#: Keys of config.json that an export may have otherwise than its base.
-ORIGIN = {"_name_or_path", "auto_map"}
-BOTH_FORMS = {
-    "dtype", "torch_dtype", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base",
-    "rotary_pct", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "global_attn_every_n_layers",
-    "sliding_window_pattern",
-}  # fmt: skip
-NEW_LABELS = {"id2label", "label2id", "problem_type", "num_labels"}
-
-
-def read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
-
-
-def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    missing = object()
-    return {key for key in before.keys() | after.keys() if before.get(key, missing) != after.get(key, missing)}
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool],
 )
 def test_the_difference_is_explained(exported: Any, family: str, older: bool) -> None:
     base, out = exported[family, older]
-    before, after = read(base / "config.json"), read(out / "config.json")
-    allowed = ORIGIN | BOTH_FORMS | (NEW_LABELS if FAMILIES[family][3] != "causal_lm" else set())
-    assert changed(before, after) <= allowed
-    assert all(after[key] == before[key] for key in BOTH_FORMS & before.keys() if "dtype" not in key)
-    assert ORIGIN.isdisjoint(after)
-    assert after["dtype"] == after["torch_dtype"] == "float32"
-    if FAMILIES[family][3] != "causal_lm":
-        assert sorted(after["id2label"].values()) == sorted(LABELS)
-        assert after["problem_type"] == "single_label_classification"
-    for key, value in FAMILIES[family][2].items():  # as transformers 4 wrote it, whichever wrote the base
-        assert after[key] == value
+    check_export(base, out, family, "float32")
     stored, original = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     assert stored.keys() == original.keys()
     assert all(torch.equal(stored[name], original[name]) for name in stored)

@@ -6,7 +6,7 @@ import transformers
 from equivalence_cases import make_model
 
 from engine.errors import ConfigError
-from engine.model.frozen import freeze, freeze_patterns, frozen_names
+from engine.model.frozen import freeze, freeze_patterns, frozen_names, untrained_lines
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,15 @@ def test_proposed_patterns_freeze_what_was_meant() -> None:
     meant = {name for name in names if "seg_embed" in name or "mask_emb" in name}
     with torch.device("meta"):
         assert frozen_names(model, freeze_patterns(meant, names)) == meant
+
+
+def test_frozen_weights_that_nothing_has_trained_are_named() -> None:
+    model = make_model("llama", packed=False)
+    freeze(model, ["lm_head", "embed_tokens"])
+    fresh, grown = ["lm_head.weight", "model.norm.weight"], ["model.embed_tokens.weight"]
+    head, rows = untrained_lines(model, fresh, grown)
+    assert head.startswith("warning: model.freeze keeps new, untrained weights as they are: lm_head.weight; leave")
+    assert rows.startswith(
+        "warning: model.freeze keeps the rows of new tokens as they start: model.embed_tokens.weight;"
+    )
+    assert untrained_lines(model, ["model.norm.weight"], []) == []

@@ -1,6 +1,7 @@
 """Where a model may come from, and what it must agree on with its data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def with_own_code(folder: Path) -> None:
     (folder / "code.py").write_text("import pathlib\npathlib.Path('ran').write_text('')\n")
 
 
+def with_config(**values: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return spoil
+
+
 def with_missing_weight(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -108,10 +117,13 @@ def with_other_shape(folder: Path) -> None:
         (with_cut_weights, DataError, "model"),
         (with_other_shape, DataError, "model.safetensors: model.norm.weight has the shape [31], the model needs [32]"),
         (with_missing_weight, DataError, "lacks 1 weights, for example model.norm.weight"),
+        (with_config(num_attention_heads=5), DataError, "The hidden size (32) is not a multiple of the number of attention"),
+        (with_config(vocab_size="many"), DataError, "Field 'vocab_size' expected int, got str"),
+        (with_config(num_attention_heads=4, num_key_value_heads=3), DataError, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         (lambda folder: (folder / "config.json").unlink(), MissingInputError, "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), DataError, "config.json"),
     ],
-)
+)  # fmt: skip
 def test_bad_folders_are_refused(
     saved: Path, spoil: Any, error: type[FulltuneError], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +199,15 @@ def test_a_missing_folder_is_named() -> None:
 )
 def test_bad_inline_configurations_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
+        whole_model(section(init="random", config=config), "causal_lm", FACTS, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"), [("qwen3_moe", "num_experts_per_tok"), ("gpt_oss", "num_experts_per_tok"), ("mixtral", "num_experts_per_tok")]
+)  # fmt: skip
+def test_more_experts_for_a_token_than_there_are_is_refused(kind: str, asked: str) -> None:
+    config = {"model_type": kind, "hidden_size": 32, "num_hidden_layers": 1, "num_local_experts": 4, asked: 5}
+    with pytest.raises(DataError, match=rf"{asked} 5 is more than num_(local_)?experts 4"):
         whole_model(section(init="random", config=config), "causal_lm", FACTS, 1)
 
 

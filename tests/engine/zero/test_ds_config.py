@@ -267,7 +267,8 @@ def test_every_auto_and_every_block_left_out_is_said(tmp_path: Path, name: str) 
     (tmp_path / "m" / "config.json").write_text('{"text_config": {"d_model": 40}}')
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(OTHERS[name]))
-    lines = ds_config_notes(config(str(path), model=str(tmp_path / "m")), 2)
+    notes = ds_config_notes(config(str(path), model=str(tmp_path / "m")), 2)
+    lines = [line for line in notes if "trains in fp32" not in line]
     assert len(lines) <= 2
 
     def autos(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -306,9 +307,30 @@ def test_without_a_hidden_size_deepspeed_has_its_own_defaults(tmp_path: Path) ->
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(zero(reduce_bucket_size="auto", overlap_comm="auto")))
     assert resolve_ds_config(config(str(path)), 2)["zero_optimization"] == {"stage": 3}
-    (line,) = ds_config_notes(config(str(path)), 2)
+    line, precision = ds_config_notes(config(str(path)), 2)
     assert "default for zero_optimization.reduce_bucket_size, zero_optimization.overlap_comm" in line
     assert ds_config_notes(config("zero3"), 2) == []
+    assert precision == "ds.json: has no bf16 block, so it trains in fp32; for bf16 write bf16: {enabled: true}"
+
+
+@pytest.mark.parametrize(
+    ("given", "is_said"),
+    [
+        ({"fp16": {"enabled": "auto", "loss_scale": 0}}, True),
+        ({"fp16": {"enabled": False}}, True),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, False),
+        ({"bf16": {"enabled": True}}, False),
+        ({"bf16": {"enabled": False}}, False),
+    ],
+)
+def test_training_in_fp32_that_nobody_asked_for_is_said(tmp_path: Path, given: dict[str, Any], is_said: bool) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(zero() | given))
+    lines = ds_config_notes(config(str(path)), 2)
+    assert any("trains in fp32" in line for line in lines) == is_said
+    assert (resolve_ds_config(config(str(path)), 2)["bf16"]["enabled"] is False) == (
+        is_said or "bf16" not in given or given["bf16"]["enabled"] is False
+    )
 
 
 def test_all_refused_keys_come_at_once(tmp_path: Path) -> None:

@@ -38,7 +38,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "qwen3": ("Qwen3", _GROUPED, {"rope_theta": 5000000.0, "rope_scaling": None}, "causal_lm"),
     "mistral": ("Mistral", _GROUPED | {"sliding_window": None}, {"rope_theta": 1000000.0}, "causal_lm"),
     "mixtral": (
-        "Mixtral", _GROUPED | {"num_local_experts": 2, "sliding_window": None}, {"rope_theta": 1000000.0}, "causal_lm",
+        "Mixtral", _GROUPED | {"num_local_experts": 2, "sliding_window": None, "output_router_logits": True},
+        {"rope_theta": 1000000.0}, "causal_lm",
+    ),
+    "gemma2": (
+        "Gemma2", _GROUPED | {"attn_logit_softcapping": 50.0, "sliding_window": 8}, {"rope_theta": 10000.0}, "causal_lm",
     ),
     "olmo2": ("Olmo2", _SIZES, {"rope_theta": 500000.0, "rope_scaling": None}, "causal_lm"),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}, {}, "causal_lm"),
@@ -64,6 +68,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
 }  # fmt: skip
 #: The families whose keys transformers 4 and 5 name in different ways, beside the type of the weights.
+UNPACKED = ("gemma2",)  # trained on padded rows alone
 RENAMED = ("llama", "gpt_neox", "phi3", "gemma3", "modernbert")
 LABELS = ["bad", "good", "great"]
 
@@ -148,10 +153,12 @@ def run_of(base: Path, folder: Path) -> Path:
         records = [
             {"text": text, "text_pair": texts[-place], "label": LABELS[place % 3]} for place, text in enumerate(texts)
         ]
-    data = {
+    data: dict[str, Any] = {
         "store_dir": str(folder / "stores"), "train": str(write_jsonl(folder / "train.jsonl", records)),
         "tokenizer": str(base), "row_tokens": 512, "workers": 1,
     }  # fmt: skip
+    if json.loads((base / "config.json").read_text())["model_type"] in UNPACKED:
+        data["packing"] = "none"
     values = {
         "run_dir": str(folder / "run"), "task": task, "seed": 3, "data": data, "model": {"path": str(base)},
         "optimizer": {"learning_rate": 1e-3}, "batch": {"global_rows": 2, "micro_rows": 1}, "duration": {"steps": 2},
@@ -164,6 +171,42 @@ def run_of(base: Path, folder: Path) -> Path:
     path = folder / "run.yaml"
     path.write_text(dump_yaml(values))
     return path
+
+
+#: Keys of config.json that an export may have otherwise than its base.
+_ORIGIN = {"_name_or_path", "auto_map"}
+_BOTH_FORMS = {
+    "dtype", "torch_dtype", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base",
+    "rotary_pct", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "global_attn_every_n_layers",
+    "sliding_window_pattern",
+}  # fmt: skip
+_NEW_LABELS = {"id2label", "label2id", "problem_type", "num_labels"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a JSON file."""
+    return dict(json.loads(path.read_text()))
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The keys in which two mappings differ."""
+    missing = object()
+    return {key for key in before.keys() | after.keys() if before.get(key, missing) != after.get(key, missing)}
+
+
+def check_export(base: Path, out: Path, family: str, dtype: str) -> None:
+    """AssertionError unless every difference between the config.json of a base and of its export is explained."""
+    task = FAMILIES[family][3]
+    before, after = read(base / "config.json"), read(out / "config.json")
+    assert changed(before, after) <= _ORIGIN | _BOTH_FORMS | (_NEW_LABELS if task != "causal_lm" else set())
+    assert all(after[key] == before[key] for key in _BOTH_FORMS & before.keys() if "dtype" not in key)
+    assert _ORIGIN.isdisjoint(after)
+    assert after["dtype"] == after["torch_dtype"] == dtype
+    if task != "causal_lm":
+        assert sorted(after["id2label"].values()) == sorted(LABELS)
+        assert after["problem_type"] == "single_label_classification"
+    for key, value in FAMILIES[family][2].items():  # as transformers 4 wrote it, whichever wrote the base
+        assert after[key] == value
 
 
 def _class_of(base: Path) -> str:

@@ -343,7 +343,7 @@ FAULTS: dict[str, tuple[Callable[[Setting], None], str, str, str]] = {
     "hostfile misspelt": (_hosts("worker-0 slot=8\n"), "hosts", "error", "hosts:1: write `host slots=N`"),
     "hostfile empty": (_hosts("# none\n"), "hosts", "error", "names no host"),
     "host given twice": (_hosts("a slots=1\na slots=1\n"), "hosts", "error", "given twice"),
-    "host like an option": (_hosts("-oProxyCommand=touch${IFS}canary slots=1\n"), "hosts", "error", "write `host slots=N`"),
+    "host like an option": (_hosts("-oProxyCommand=touch${IFS}canary slots=1\n"), "hosts", "error", "canary` is no host name"),
     "host that does not exist": (_hosts("a.invalid slots=1\nb.invalid slots=1\n"), "ssh", "error", "resolve"),
     "host to leave out unknown": (_hosts("a slots=1\n", "--exclude", "b"), "hosts", "error", "host b is not in"),
     "slot unknown": (_hosts("a slots=2\n", "--include", "a:0,7"), "hosts", "error", "no slot 7"),
