@@ -49,7 +49,7 @@ class Finding(NamedTuple):
     text: str
 
     def place(self) -> tuple[int, int]:
-        """What sorts findings in the order of their input."""
+        """The key that sorts findings in the order of their input."""
         return self.piece, self.line
 
 
@@ -115,7 +115,7 @@ class RefusedError(PreparationError):
 
 
 class DataConfigError(PreparationError):
-    """The ``data`` section asks for something impossible."""
+    """The ``data`` section has values that cannot be meant."""
 
     exit_code = 78
 

@@ -27,7 +27,7 @@ class Finding:
 
     @property
     def text(self) -> str:
-        """What was found and what to do, in one line."""
+        """The finding and its advice, in one line."""
         return f"{self.found}; {self.to_do}" if self.to_do else self.found
 
 

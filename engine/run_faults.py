@@ -37,7 +37,7 @@ _ELSEWHERE = {
 
 
 class Places:
-    """Tells where a dotted key of a run file was written: a line of the file, or an override."""
+    """The places where dotted keys of a run file were written: a line of the file, or an override."""
 
     def __init__(self, path: Path, lines: Mapping[str, int], overrides: Mapping[str, str]):
         self.path = path
@@ -71,7 +71,7 @@ def _names(message: str, dotted: str) -> bool:
 def describe_faults(
     faults: Iterable[ErrorDetails], places: Places, prefix: tuple[str, ...], model: type[BaseModel]
 ) -> list[str]:
-    """One line for each fault, misspelt keys first; a key that is missing because it is misspelt is left out."""
+    """A line for each fault, misspelt keys first; a key that is missing because it is misspelt is left out."""
     unknown, others, meant = [], [], set()
     for fault in faults:
         location = prefix + _location(fault)

@@ -70,7 +70,7 @@ class RunFile:
     def find_faults(
         self, model: type[BaseModel], section: str | None = None, needed: Collection[str] | None = None
     ) -> list[str]:
-        """One line for every fault, in the text and against `model`.
+        """A line for every fault, in the text and against `model`.
 
         With `needed`, names of sections, what is missing outside of these is no fault; what is there is checked.
         """

@@ -56,11 +56,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     from engine.zero.wrap import wrap  # imports DeepSpeed, which takes seconds
 
     folder = _own_folder(config, ranks, fresh)
-    with ranks.together():
-        stores = open_stores(config, run_file.values["data"])
-        ds_config = resolve_ds_config(config, ranks.world_size)
-        for line in ds_config_notes(config, ranks.world_size) if ranks.rank == 0 else ():
-            print(line, flush=True)
+    stores, ds_config = _open_inputs(run_file, config, ranks)
     model, weights, task = _build_model(config, stores, ranks)
     store, rows = stores.training
     ds_config_here = _with_swap_folder(config, ds_config, folder, ranks, model)
@@ -102,14 +98,27 @@ def _own_folder(config: RunConfig, ranks: Ranks, fresh: bool) -> RunFolder:
     return folder
 
 
+def _open_inputs(run_file: RunFile, config: RunConfig, ranks: Ranks) -> tuple[Stores, dict[str, Any]]:
+    """The stores, and the DeepSpeed configuration, which is the same on every rank.
+
+    The model is on every node before: "auto" in a DeepSpeed JSON may stand for a value that follows from its size.
+    """
+    with ranks.together():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            model_folder(config.model)  # one download a node, before all ranks look
+    with ranks.together():
+        stores = open_stores(config, run_file.values["data"])
+        ds_config = resolve_ds_config(config, ranks.world_size)
+        for line in ds_config_notes(config, ranks.world_size) if ranks.rank == 0 else ():
+            print(line, flush=True)
+    return stores, ds_config
+
+
 def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, StartingWeights, Task]:
     """The model that fits the stores, its starting weights (none where a checkpoint will replace them), and the task.
 
     The task is as the model's family can train it: on packed or on padded rows.
     """
-    with ranks.together():
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            model_folder(config.model)  # one download a node, before all ranks look
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
         facts = StoreFacts.of(*(store for store, _ in stores.opened))

@@ -23,7 +23,7 @@ def lost_reasoning(message: Message, written: str) -> bool:
 
 
 def _reasoning_and_words(message: Message) -> tuple[str, str]:
-    """What was thought, and the last line of what is said."""
+    """The reasoning of a turn, and the last line of its other words."""
     content = message.get("content")
     content = content if isinstance(content, str) else ""
     reasoning = message.get("reasoning_content")

@@ -1,4 +1,4 @@
-"""What the chat settings make of a conversation before a template writes it: folded, merged, cut into documents."""
+"""Conversations as the chat settings have them before a template writes them: folded, merged, cut into documents."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING

@@ -162,7 +162,7 @@ def ragged(column: Column, values: Sequence[Sequence[int]], dtype: Any) -> dict[
 
 
 def cut_columns(tokens: Sequence[int], targets: Sequence[int]) -> dict[str, np.ndarray]:
-    """What encoding cut off each document, as columns of a block; none where it cut nothing."""
+    """The tokens and targets that encoding cut off each document, as columns of a block; none where it cut nothing."""
     if not any(tokens) and not any(targets):
         return {}
     return {CUT_TOKENS: np.array(tokens, dtype=np.uint32), CUT_TARGETS: np.array(targets, dtype=np.uint32)}

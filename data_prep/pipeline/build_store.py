@@ -201,10 +201,7 @@ def _join_content(
         "format": FORMAT_VERSION,
         "task": run.task.name,
         "content_key": split.content_key,
-        "vocab_size": tokenizer.vocab_size,
-        "pad_id": tokenizer.pad_id,
-        "eos_id": tokenizer.eos_id,
-        "bos_id": tokenizer.bos_id,
+        **{name: getattr(tokenizer, name) for name in ("vocab_size", "pad_id", "eos_id", "bos_id")},
         "label_names": names,
         "columns": columns,
         "num_documents": sum(account.num_documents for account in remaining),
@@ -233,10 +230,6 @@ def _account_sources(
         own = list(islice(pairs, len(one.work)))
         files = _account_files(one, [left for _, left in own], first_document)
         num_documents = sum(file["num_documents"] for file in files)
-        dropped: dict[str, int] = {}
-        for account, _ in own:
-            for reason, count in account.dropped.items():
-                dropped[reason] = dropped.get(reason, 0) + count
         result.append(
             {
                 "name": one.name,
@@ -248,7 +241,7 @@ def _account_sources(
                 "records_read": sum(account.num_read for account, _ in own),
                 "records_of_other_split": sum(account.num_other_split for account, _ in own),
                 "duplicates": sum(account.num_documents - left.num_documents for account, left in own),
-                "dropped": dropped,
+                "dropped": add_counts(account.dropped for account, _ in own),
                 "extra_documents": sum(account.num_extra for account, _ in own),
                 "records_truncated": sum(account.num_truncated for account, _ in own),
                 "answers_moved": sum(account.num_moved for account, _ in own),
@@ -266,7 +259,7 @@ def _account_sources(
 
 
 def _notes_of(accounts: Sequence[PartAccount]) -> dict[str, dict[str, int]]:
-    """What people should know of a source, counted; without an entry where there is nothing, as in older stores."""
+    """Counts that people should know of a source; without an entry where there are none, as in older stores."""
     notes = {name: count for name, count in add_counts(account.notes for account in accounts).items() if count}
     return {"notes": notes} if notes else {}
 

@@ -48,7 +48,7 @@ class Encoder:
             self._chat = ChatFormat(job.chat_template, *names, job.now, job.config.chat, read_plan(plan))
 
     def context(self, names: Names) -> Context:
-        """What the encode functions take, with a book for the names they meet."""
+        """The arguments of the encode functions, with a book for the names they meet."""
         config = self.job.config
         cuts = not self.job.task.packs and config.overlong == "truncate"
         return Context(
@@ -92,12 +92,14 @@ class Encoder:
         return self._encode(chosen, [_example(shape, record) for record in chosen], context), kept
 
     def _faults(self, records: Sequence[Record], shape: Shape, context: Context) -> dict[int, BadDataError]:
-        """What is wrong with each record that cannot be used: batches that fail are tried in halves."""
+        """The fault of each record that cannot be used: batches that fail are tried in halves."""
         faults: dict[int, BadDataError] = {}
         examples: dict[int, Example] = {}
         for index, record in enumerate(records):
             try:
                 examples[index] = _example(shape, record)
+            except FatalDataError:
+                raise
             except BadDataError as fault:
                 faults[index] = fault
         pending = [list(examples)] if examples else []

@@ -194,7 +194,7 @@ def _inputs(run: Preparation, sources: tuple[SourceConfig, ...], key: str) -> tu
 
 
 def _recognised(run: Preparation, first: Sequence[Record], source: SourceConfig) -> Shape:
-    """What the first records of a source are."""
+    """The shape of the first records of a source."""
     shapes_of = {task.name: task.shapes for task in TASKS.values()}
     chat = run.config.chat
     shape = recognise(first, source, run.task.name, shapes_of, _told_later, chat.roles, chat.apply_to)
@@ -240,7 +240,7 @@ def _told_later(_fault: BadDataError, _line: int) -> None:
 
 
 def _first_records(file: SourceFile) -> list[Record]:
-    """The first records of a file without those that cannot be read, which are told when their turn comes."""
+    """The first records of a file without those that cannot be read, which are reported when their span is encoded."""
     records: list[Record] = []
     faults: list[BadDataError] = []
 

@@ -1,4 +1,4 @@
-"""What sources are called in tables and charts: by the run file, else by what tells their paths apart."""
+"""The names of sources in tables and charts: from the run file, else from the parts in which their paths differ."""
 
 import re
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def _of_glob(path: str) -> str:
 
 
 def _where_from(source: SourceConfig, files: Sequence[SourceFile]) -> tuple[str, ...]:
-    """All that could tell a source from another: folders and the name, or the parts of a data set on the Hub."""
+    """All in which two sources can differ: folders and the name, or the parts of a data set on the Hub."""
     if source.hub is not None:
         return (*Path(source.hub).parts, source.config or "", source.split or "", source.revision or "")
     path = source.path or files[0].label

@@ -136,7 +136,7 @@ def write_content(
 
 
 class _Cuts:
-    """What encoding cut off the documents of a part, summed up."""
+    """The sums of what encoding cut off the documents of a part."""
 
     def __init__(self, task: DataTask, least_targets: int):
         self._task, self._least = task, least_targets

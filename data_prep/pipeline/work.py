@@ -1,7 +1,7 @@
 """The work of encoding: spans of files, the splits that are made of them, and what every process must know."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -75,6 +75,8 @@ def record_hash(record: Record) -> int:
 
 #: Takes the fault of a record, with the number of its piece and its line.
 OnUnreadable = Callable[[int, int, BadDataError], None]
+#: Of each split the records that wait to be encoded, and the number of the piece of each.
+_Batches = dict[str, tuple[list[Record], list[int]]]
 
 
 def batches_of(
@@ -86,9 +88,8 @@ def batches_of(
     batch with records before them. Reading ends early when `enough` says so. Raises BadDataError for a file that
     cannot be read on, after the batches before it.
     """
-    batches: dict[str, tuple[list[Record], list[int]]] = {split.name: ([], []) for split in splits}
-    waiting = size = number = 0
-    broken: BadDataError | None = None
+    batches: _Batches = {split.name: ([], []) for split in splits}
+    waiting, size, number, broken = 0, 0, 0, None
     everything = batches[splits[0].name] if len(splits) == 1 and splits[0].chosen is None else None
 
     def on_fault(fault: BadDataError, line: int) -> None:
@@ -109,24 +110,26 @@ def batches_of(
                 else:
                     _deal(record, number, splits, batches)
                 if size >= _BATCH_CHARACTERS or waiting >= _BATCH_RECORDS:
-                    for name, (records, pieces) in batches.items():
-                        yield name, records[:], pieces[:]
-                        records.clear()
-                        pieces.clear()
+                    yield from _taken(batches)
                     waiting = size = 0
                     if enough():
                         return
     except BadDataError as error:
         broken = error
-    for name, (records, pieces) in batches.items():  # those before the place where reading ended
-        yield name, records, pieces
+    yield from _taken(batches)  # those before the place where reading ended
     if broken is not None:
         raise broken
 
 
-def _deal(
-    record: Record, piece: int, splits: Sequence[SplitJob], batches: Mapping[str, tuple[list[Record], list[int]]]
-) -> None:
+def _taken(batches: _Batches) -> Iterator[tuple[str, list[Record], list[int]]]:
+    """The records that wait in `batches`, which are empty afterwards."""
+    for name, (records, pieces) in batches.items():
+        yield name, records[:], pieces[:]
+        records.clear()
+        pieces.clear()
+
+
+def _deal(record: Record, piece: int, splits: Sequence[SplitJob], batches: _Batches) -> None:
     """Put a record into the batches of its splits."""
     digest = record_hash(record)
     for split in splits:

@@ -63,7 +63,7 @@ def _end_with_parent() -> None:
 
 
 def open_in_worker() -> None:
-    """Open the encoder of this process, but for its template; what fails is told."""
+    """Open the encoder of this process, but for its template."""
     global _encoder
     if _encoder is None:
         assert _job is not None

@@ -242,7 +242,7 @@ class _Window:
         return Segments(numbers, segments.starts, segments.lengths, segments.targets, _NO_ROWS)
 
     def _count_lost_answers(self, segments: Segments, dropped: np.ndarray) -> None:
-        """Tell the account how many answers end behind their row, and how many are in `dropped` documents.
+        """Count the answers that end behind their row, and those in `dropped` documents.
 
         An answer is a run of targets: its prompt or the next turn's header stands between it and the next one.
         """
@@ -285,7 +285,7 @@ class _Window:
 
 
 def answer_ends(marks: np.ndarray) -> np.ndarray:
-    """Where runs of targets end in a document of which `marks` (bool [tokens]) says what is a target."""
+    """The ends of the runs of targets in a document; `marks` (bool [tokens]) is true at each target."""
     ends: np.ndarray = np.flatnonzero(marks & ~np.append(marks[1:], False)) + 1
     return ends
 

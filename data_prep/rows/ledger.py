@@ -128,11 +128,7 @@ class SourceAccount:
             "rows_per_epoch": rows_per_epoch,
             "tokens_per_epoch": round(self.tokens_in_rows * rows_per_epoch / self.rows) if self.rows else 0,
             "epochs": rows_per_epoch / self.rows if self.rows else 0.0,
-            "lengths": [
-                {"up_to": 1 << bucket, "documents": int(documents), "tokens": int(tokens)}
-                for bucket, (documents, tokens) in enumerate(self._histogram.T)
-                if documents
-            ],
+            "lengths": self._lengths(),
         }
         if any(before.values()):
             entry |= {"tokens_cut_at_encoding": before["tokens_cut"], "targets_cut_at_encoding": before["targets_cut"]}
@@ -140,6 +136,13 @@ class SourceAccount:
             entry |= {"answers_cut": self.answers_cut, "answers_dropped": self.answers_dropped}
         check_identities(entry)
         return entry
+
+    def _lengths(self) -> list[dict[str, int]]:
+        return [
+            {"up_to": 1 << bucket, "documents": int(documents), "tokens": int(tokens)}
+            for bucket, (documents, tokens) in enumerate(self._histogram.T)
+            if documents
+        ]
 
 
 def check_identities(entry: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from data_prep.sources.strict_json import parse_value
 
 
 def read_calls(value: Any, what: str, where: str) -> list[Any]:
-    """One tool call or a list of them, or JSON text of either, in OpenAI's form.
+    """A tool call or a list of them, or JSON text of either, in OpenAI's form.
 
     A call is ``{"name", "arguments"}`` or ``{"type": "function", "function": {"name", "arguments"}}``.
     """

@@ -1,4 +1,4 @@
-"""What the labels of a source are called: by position for numbers, by a map, or by what the data says itself."""
+"""The names of a source's labels: by position for numbers, by a map, or from the data itself."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress

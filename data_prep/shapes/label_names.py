@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from data_prep.errors import BadDataError, FatalDataError
 from data_prep.shapes.examples import Example, LabelledExample, TaggedExample
@@ -27,9 +28,12 @@ class LabelNames:
     own: tuple[str, ...] | None = None  # the names that the data itself has for its numbers, in their order
     note: str = field(default="", compare=False)  # for people
 
-    def key(self) -> dict[str, str]:
-        """The part that changes examples."""
-        return dict(sorted(self.names.items()))
+    def key(self) -> dict[str, Any]:
+        """The parts that change examples or the order of labels; empty where there are none."""
+        return {
+            **({"labels": dict(sorted(self.names.items()))} if self.names else {}),
+            **({"own_labels": list(self.own)} if self.own else {}),
+        }
 
     def name_all(self, labels: Sequence[str], where: str) -> tuple[str, ...]:
         """The names of a record's labels; one that has none stays as it is, and is unknown where names are numbered.

@@ -8,7 +8,16 @@ from itertools import pairwise
 from typing import Any
 
 from data_prep.config import ShapeName, SourceConfig
-from data_prep.shapes.fields import FIELDS_TO_LEAVE_OUT, OPTIONAL, dotted_names, known_fields, lookup, shown, shown_list
+from data_prep.shapes.fields import (
+    FIELDS_TO_LEAVE_OUT,
+    OPTIONAL,
+    Reading,
+    dotted_names,
+    known_fields,
+    lookup,
+    shown,
+    shown_list,
+)
 from data_prep.shapes.usual_names import folded, names_of
 from data_prep.sources.read_csv import Dialect, other_delimiter
 from data_prep.sources.records import Record
@@ -66,7 +75,7 @@ def _nearest(value: Mapping[str, Any], shape: ShapeName, ours: str, given: Mappi
 
 
 def other_format(records: Sequence[Record], config: SourceConfig, shapes: Sequence[ShapeName]) -> str:
-    """What lines of text look like, where they are records of another format; else nothing."""
+    """Advice for lines of text that look like records of another format; else nothing."""
     if config.format not in (None, "text") or any(list(record.value) != ["text"] for record in records):
         return ""
     lines = [str(record.value["text"]) for record in records]
@@ -90,7 +99,7 @@ def other_format(records: Sequence[Record], config: SourceConfig, shapes: Sequen
 
 
 def other_table(record: Record, config: SourceConfig) -> str:
-    """What to write for a table whose first line may be no header, or whose columns are parted by another character."""
+    """Advice for a table whose first line may be no header, or whose columns are parted by another character."""
     name = record.where.rpartition(":")[0].lower()
     ending = next((one for one in (".csv", ".tsv", ".tab") if name.removesuffix(".gz").endswith(one)), "")
     if config.columns is not None or not (ending or config.format in ("csv", "tsv")):
@@ -118,3 +127,21 @@ def is_json(lines: Sequence[str]) -> bool:
         return bool(lines) and all(line.lstrip()[:1] == "{" and isinstance(json.loads(line), dict) for line in lines)
     except (ValueError, RecursionError):
         return False
+
+
+def readings_said(found: Sequence[Reading]) -> str:
+    """The readings of a record for a message."""
+    said = [f"{one.shape} ({', '.join(f'{ours} = {shown(theirs)}' for ours, theirs in one.names)})" for one in found]
+    return " and ".join(said[:4]) or "no shape"
+
+
+def how_to_ask(one: Reading, found: Sequence[Reading]) -> str:
+    """What to write in a run file for this reading and none of the others."""
+    rivals = [other for other in found if other.shape == one.shape and other != one]
+    if not rivals:
+        return f"`shape: {one.shape}`"
+    names = {ours: shown(theirs) for ours, theirs in one.names}
+    left_out = {ours: '""' for other in rivals for ours, _ in other.names if ours not in names}
+    fields = ", ".join(f"{ours}: {theirs}" for ours, theirs in {**names, **left_out}.items())
+    shape = "" if len(rivals) + 1 == len(found) else f"`shape: {one.shape}` and "
+    return f"{shape}`fields: {{{fields}}}`"

@@ -37,7 +37,7 @@ from data_prep.shapes.fields import (
     shown_list,
 )
 from data_prep.shapes.flags import FLAG_NAMES
-from data_prep.shapes.misfit import is_json, nearest_forms, other_format, other_table
+from data_prep.shapes.misfit import how_to_ask, is_json, nearest_forms, other_format, other_table, readings_said
 from data_prep.shapes.shape import Shape, number_of, to_example
 from data_prep.shapes.turns import (
     FIELDS_OF_TURNS,
@@ -68,10 +68,9 @@ def recognise(
 
     `shapes_of` has the shapes that each task takes; those of other tasks are hints for a record that fits none.
     ``shape:`` and ``fields:`` of the source decide over what the records look like. `roles` gives the meaning of
-    roles that the records have, `apply_to` the shapes of prompts that become conversations. The records are also
-    read as examples; `on_fault` gets those that cannot be. Raises BadDataError naming file:line (nothing fits,
-    two shapes fit, records differ, every record is faulty), DataConfigError for a ``shape:`` or ``fields:`` that
-    cannot be meant.
+    roles that the records have, `apply_to` the shapes of prompts that become conversations. `on_fault` gets records
+    that cannot be read as examples. Raises BadDataError naming file:line (nothing fits, two shapes fit, records
+    differ, every record is faulty), DataConfigError for a ``shape:`` or ``fields:`` that cannot be meant.
     """
     shapes = _shapes_asked(config, task, shapes_of[task])
     if not records:
@@ -79,19 +78,13 @@ def recognise(
     candidates = candidates_of(shapes, of_records(config.fields), config.shape is not None)
     asked = TurnsAsked(config.fields, roles or {}, apply_to, "messages" in shapes_of[task])
     fits = [readings(record.value, candidates) for record in records]
-    if not any(fits):
-        fits = [_usual_readings(record, shapes, config) for record in records]
+    fits = fits if any(fits) else [_usual_readings(record, shapes, config) for record in records]
     usable = [any(_reads(one, record, asked) for one in own) for record, own in zip(records, fits, strict=True)]
     first = usable.index(True) if any(usable) else next((index for index, own in enumerate(fits) if own), 0)
     found = fits[first]
     if len(found) != 1:
         _refuse(records[first:], found, config, task, shapes, shapes_of)
-    for record, others, is_usable in zip(records, fits, usable, strict=True):
-        if is_usable and others != found:
-            raise BadDataError(
-                f"{record.where}: the records of a source must agree: this one fits {_said(others)},"
-                f" {records[first].where} is {_said(found)}; split the source, or say which with `shape:` and `fields:`"
-            )
+    _check_agreement(records, fits, usable, first)
     seen = [record for record, is_usable in zip(records, usable, strict=True) if is_usable] or [records[first]]
     shape = with_turns(_shape_of(found[0], seen, config, task, shapes_of[task]), seen, asked)
     read, examples, faults = _examples(shape, records)
@@ -102,6 +95,19 @@ def recognise(
     if not examples:
         raise none_usable([fault for fault, _ in faults])
     return replace(shape, summary=_summary(shape, read, examples, len(faults)), flagged=bool(flags_seen(shape, read)))
+
+
+def _check_agreement(
+    records: Sequence[Record], fits: Sequence[list[Reading]], usable: Sequence[bool], first: int
+) -> None:
+    """Raise BadDataError for a usable record that fits other shapes than record number `first`."""
+    for record, others, is_usable in zip(records, fits, usable, strict=True):
+        if is_usable and others != fits[first]:
+            raise BadDataError(
+                f"{record.where}: the records of a source must agree: this one fits {readings_said(others)},"
+                f" {records[first].where} is {readings_said(fits[first])}; split the source, or say which with"
+                " `shape:` and `fields:`"
+            )
 
 
 def _examples(
@@ -299,19 +305,14 @@ def _or(shapes: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _said(found: Sequence[Reading]) -> str:
-    said = [f"{one.shape} ({', '.join(f'{ours} = {shown(theirs)}' for ours, theirs in one.names)})" for one in found]
-    return " and ".join(said[:4]) or "no shape"
-
-
 def _refuse(records: Sequence[Record], found: list[Reading], config: SourceConfig, task: str,
             shapes: Sequence[ShapeName], shapes_of: TaskShapes) -> NoReturn:  # fmt: skip
     """The error for a record that no shape fits, or more than one."""
     record = records[0]
     where, names = record.where, field_names(record.value)
     if found:
-        how = " or ".join(_how_to_ask(one, found) for one in found[:3])
-        raise BadDataError(f"{where}: {len(found)} readings fit, {_said(found)}; say which with {how}")
+        how = " or ".join(how_to_ask(one, found) for one in found[:3])
+        raise BadDataError(f"{where}: {len(found)} readings fit, {readings_said(found)}; say which with {how}")
     table = other_format(records, config, shapes) or other_table(record, config)
     if config.shape is not None or config.fields:
         shape = shapes[0]
@@ -333,15 +334,3 @@ def _refuse(records: Sequence[Record], found: list[Reading], config: SourceConfi
         or ("; say which with `shape:`, and what its fields are called with `fields:`")
     )
     raise BadDataError(f"{where}: no shape of task {task} ({', '.join(shapes)}) fits (fields: {names}){advice}{hint}")
-
-
-def _how_to_ask(one: Reading, found: Sequence[Reading]) -> str:
-    """What to write in a run file for this reading and none of the others."""
-    rivals = [other for other in found if other.shape == one.shape and other != one]
-    if not rivals:
-        return f"`shape: {one.shape}`"
-    names = {ours: shown(theirs) for ours, theirs in one.names}
-    left_out = {ours: '""' for other in rivals for ours, _ in other.names if ours not in names}
-    fields = ", ".join(f"{ours}: {theirs}" for ours, theirs in {**names, **left_out}.items())
-    shape = "" if len(rivals) + 1 == len(found) else f"`shape: {one.shape}` and "
-    return f"{shape}`fields: {{{fields}}}`"

@@ -34,7 +34,7 @@ class TurnForm:
     flags: Flags = field(default_factory=lambda: Flags({}), compare=False)
 
     def role_of(self, given: str) -> TurnRole | None:
-        """What a role means; None for an unknown one."""
+        """The meaning of a role; None for an unknown one."""
         if role := self.roles.get(given) or ROLES.get(given):
             return role
         mapped = {folded(theirs): ours for theirs, ours in self.roles.items()}

@@ -58,7 +58,7 @@ class Shape:
 
     def key(self) -> dict[str, Any]:
         """The parts that change the examples, as JSON values; part of a store's content key."""
-        named = {"labels": self.labels.key()} if self.labels is not None and self.labels.names else {}
+        named = {} if self.labels is None else self.labels.key()
         # Stores made before training flags and the nulls of tables were understood have not this entry: they are not
         # found again where it could matter.
         flags = {"flags": True} if self.has_turns or self.flagged else {}

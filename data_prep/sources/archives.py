@@ -30,7 +30,7 @@ _METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate", zipfi
 
 @dataclass(frozen=True)
 class Member:
-    """One file in an archive. `start`: of its local header in a zip, of its content in a tar, which has no sums."""
+    """A file in an archive. `start`: of its local header in a zip, of its content in a tar, which has no checksums."""
 
     start: int
     stored_bytes: int
@@ -77,7 +77,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def find_member(archive: str, name: str) -> Member:
-    """What the archive's index says about a member. Raises MissingInputError, BadDataError, StorageError."""
+    """The entry of a member in the archive's index. Raises MissingInputError, BadDataError, StorageError."""
     member = _index_of(archive).get(name)
     if member is None:
         raise MissingInputError(f"{archive}!{name}: the archive has no such member")
@@ -106,7 +106,7 @@ def _index_of(archive: str) -> dict[str, Member]:
 
 @lru_cache(maxsize=8)
 def _read_index(archive: str, size: int, _modified_ns: int) -> dict[str, Member]:
-    """The files of an archive of `size` bytes. Raises BadDataError for one that could not be told from a bomb."""
+    """The files of an archive of `size` bytes. Raises BadDataError for one that may be a bomb."""
     is_zip = archive.lower().endswith(".zip")
     members = _zip_members(archive) if is_zip else _tar_members(archive)
     index = dict(members)

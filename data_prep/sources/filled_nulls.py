@@ -1,7 +1,7 @@
 """Nulls that a table puts into objects: a column of objects gives every row the keys of all rows.
 
-A null inside of an object that comes from a table cannot be told from one that the table added, so all of them are
-left out. Nulls in lists, and a column's own nulls, are the record's.
+A null inside of an object that comes from a table looks like one that the table added, so all of them are left out.
+Nulls in lists, and a column's own nulls, are the record's.
 """
 
 from typing import Any

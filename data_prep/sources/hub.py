@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,22 @@ def spool_hub(config: SourceConfig, dotted_key: str, cache_dir: Path, progress: 
         if check is not None:
             looked_at = [Record(value, f"{label}:{line}", line) for line, value in enumerate(first, 1)]
             check([without_filled_nulls(record) for record in looked_at], config)
+        # Before the records: once these are there, nothing is written any more.
+        _write_names(class_labels(builder.info.features or {}), path.with_suffix(".names"))
         _write(chain(first, values), path, label, progress)
-        if names := class_labels(builder.info.features or {}):
-            features = {field: {"names": few} for field, few in names.items()}
-            path.with_suffix(".names").write_text(json.dumps({"features": features}), encoding="utf-8")
     return path
+
+
+def _write_names(names: Mapping[str, list[str]], path: Path) -> None:
+    """Keep the names of label numbers beside the records."""
+    if not names:
+        return
+    features = {field: {"names": few} for field, few in names.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"features": features}), encoding="utf-8")
+    except OSError as error:
+        raise CannotWriteError(f"{path}: {error.strerror or error}") from error
 
 
 def _refuse_archives(name: str, files: Sequence[str], dotted_key: str) -> None:

@@ -20,14 +20,14 @@ _NEWLINE, _QUOTE = 10, 34
 
 @dataclass(frozen=True)
 class Dialect:
-    """How fields are told apart."""
+    """The characters that part fields."""
 
     delimiter: str
     quoting: bool  # a double quote at the start of a field quotes it
 
 
 def dialect_of(name: str, config: SourceConfig) -> Dialect:
-    """How the fields of a csv or tsv file are told apart."""
+    """The characters that part the fields of a csv or tsv file."""
     return Dialect(config.delimiter or ("," if name == "csv" else "\t"), config.quoting)
 
 

@@ -135,7 +135,7 @@ def read_arrow(
 
 
 def schema_metadata(path: str, compression: Compression) -> str:
-    """What `datasets` wrote about the columns of a table into its schema, as JSON; empty where it wrote nothing."""
+    """The JSON that `datasets` wrote into the schema of a table about its columns; empty where it wrote nothing."""
     from pyarrow import ipc
     from pyarrow.parquet import read_schema
 

@@ -10,7 +10,7 @@ from data_prep.sources.decompress import Compression
 
 
 class Record(NamedTuple):
-    """One input object, where it stands for people (``file:line``), and the line, row or element as a number from 1.
+    """An input object, its place for people (``file:line``), and the line, row or element as a number from 1.
 
     `num_characters`: roughly what its texts take in memory, where the reader knows. `sound`: the reader has seen to
     it that UTF-8 can hold all its texts. `num_nulls`: nulls inside of its fields that a table has and the record may
@@ -26,7 +26,7 @@ class Record(NamedTuple):
     item_lines: Sequence[int] = ()
 
     def place(self, item: int) -> str:
-        """Where item number `item` (from 0) of the record stands: its own line, where it has one."""
+        """The place of item number `item` (from 0) of the record: its own line, where it has one."""
         if item >= len(self.item_lines):
             return self.where
         return f"{self.where.rpartition(':')[0]}:{self.item_lines[item]}"

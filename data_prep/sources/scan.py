@@ -122,7 +122,7 @@ class HashedBlocks:
 def scan_file(
     path: str, label: str, name: Format, compression: Compression, config: SourceConfig, advance: Advance
 ) -> SourceFile:
-    """Hash a file and cut it, in one pass with constant memory. `advance` is told the bytes that were read."""
+    """Hash a file and cut it, in one pass with constant memory. `advance` gets the number of bytes read."""
     hashed = HashedBlocks(path, advance)
     is_stream = compression != "none" or split_member(path) is not None
     if name in ("parquet", "arrow"):

@@ -68,7 +68,7 @@ def _encoding_of(head: bytes) -> str | None:
 
 
 def _text_kind(head: bytes, name: Format) -> str | None:
-    """What text of another format is, where its beginning shows that beyond doubt."""
+    """The format of text that is of another one, where its beginning shows that beyond doubt, and the line to write."""
     body = head.removeprefix(BOM).lstrip()
     first, ended, _ = body.partition(b"\n")
     whole = _object_or_none(first) is not None
@@ -96,7 +96,7 @@ def _line_ends(head: bytes, name: Format, config: SourceConfig) -> str | None:
 
 
 def sniff_json(blocks: Iterator[bytes]) -> Format:
-    """True if a .json file is an array, an object of arrays, SQuAD, or one object a line in disguise."""
+    """The format of a .json file: json (an array, or an object of arrays), squad, or jsonl (an object a line)."""
     head = b""
     for block in blocks:
         head += block

@@ -39,7 +39,7 @@ _COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.zst", ".tar.xz", ".7z",
 
 
 def find_files(config: SourceConfig, dotted_key: str) -> list[str]:
-    """What a path, glob, folder or archive names, sorted; a member of an archive is ``archive!member``."""
+    """The files that a path, glob, folder or archive names, sorted; a member is ``archive!member``."""
     assert config.path is not None
     inside = split_member(config.path)
     outer, inner = inside or (config.path, None)

@@ -59,7 +59,7 @@ def hash_file(path: Path) -> str:
 
 
 def place_prefix(file: Mapping[str, Any]) -> str:
-    """What the places of records in a file of the manifest begin with: lines are numbered unless `unit` says else."""
+    """The beginning of the places of records in a file of the manifest: lines are numbered unless `unit` says else."""
     unit = file.get("unit")
     return f"{file['path']}: {unit} " if unit else f"{file['path']}:"
 

@@ -329,7 +329,7 @@ class TokenStore:
         return np.array([file["first_document"] for file in files], dtype=np.int64), [*map(place_prefix, files)]
 
     def locate(self, document: int) -> str:
-        """Where the record of a document stands: ``path/to/file.jsonl:123``, or ``file.json: element 123``."""
+        """The place of a document's record: ``path/to/file.jsonl:123``, or ``file.json: element 123``."""
         firsts, prefixes = self._file_starts
         return f"{prefixes[int(np.searchsorted(firsts, document, side='right')) - 1]}{int(self._lines[document])}"
 
@@ -338,8 +338,7 @@ def _count_bits(marks: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.n
     """int64 [S]: set bits of `marks` (most significant first) in ascending ranges of bit positions."""
     base = int(begins[0]) >> 3
     octets = np.concatenate((marks[base : (int(ends[-1]) + 7) >> 3], np.zeros(1, dtype=np.uint8)))
-    before = np.zeros(len(octets) + 1, dtype=np.uint32)
-    np.cumsum(np.bitwise_count(octets), dtype=np.uint32, out=before[1:])
+    before = np.append(np.uint32(0), np.cumsum(np.bitwise_count(octets), dtype=np.uint32))
 
     def set_before(places: np.ndarray) -> np.ndarray:
         octet = (places >> 3) - base

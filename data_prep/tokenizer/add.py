@@ -5,7 +5,6 @@ tokenizer gives it as plain text, for the engine to make the first weights of it
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from data_prep.errors import BadDataError, DataConfigError, PreparationError
+from data_prep.tokenizer.chat_templates import missing_tokens
 from data_prep.tokenizer.open import locate_tokenizer, open_tokenizer, read_tokenizer_config
 from data_prep.tokenizer.tokenizer import EXTENSION_NAME, Tokenizer
 from data_prep.tokenizer.train import write_folder
@@ -28,7 +28,6 @@ _PROBES = (
 )
 #: Vocabularies in other forms, which do not know the new tokens; tokenizer.json takes their place.
 _OLDER_FORMS = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe")
-_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>'\"{}\s]+\|>|<(?:start|end)_of_turn>")
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,25 @@ def add_tokens(name: str, specials: Sequence[str], chat_template: str | None) ->
     pipeline = json.loads(backend.to_str())
     if file.name == "tokenizer.json":
         pipeline = {**json.loads(file.read_text(encoding="utf-8")), "added_tokens": pipeline["added_tokens"]}
+    files = _files(base, file, pipeline, chat_template)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder) / "tokenizer", files)
+        result = open_tokenizer(str(Path(folder) / "tokenizer"))
+    _check(base, result, wanted)
+    replaced = {*_OLDER_FORMS, EXTENSION_NAME} | ({file.name} if file.suffix == ".model" else set())
+    return Addition(
+        base,
+        files,
+        frozenset(replaced),
+        added,
+        present,
+        tuple(missing_tokens(result.chat_template or "", result.control_strings)),
+        result.vocab_size,
+    )
+
+
+def _files(base: Tokenizer, file: Path, pipeline: dict[str, Any], chat_template: str | None) -> dict[str, bytes]:
+    """The files to write for the new `pipeline`, whose base has the vocabulary `file`."""
     files = {
         "tokenizer.json": json.dumps(pipeline, indent=2, ensure_ascii=False).encode() + b"\n",
         "tokenizer_config.json": _config(base, file, pipeline["added_tokens"], chat_template),
@@ -88,21 +106,7 @@ def add_tokens(name: str, specials: Sequence[str], chat_template: str | None) ->
     if (file.parent / "added_tokens.json").is_file():
         numbers = {token["content"]: token["id"] for token in pipeline["added_tokens"]}
         files["added_tokens.json"] = json.dumps(numbers, indent=2, ensure_ascii=False).encode() + b"\n"
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder) / "tokenizer", files)
-        result = open_tokenizer(str(Path(folder) / "tokenizer"))
-    _check(base, result, wanted)
-    unknown = tuple(dict.fromkeys(_TEMPLATE_TOKEN.findall(result.chat_template or "")))
-    replaced = {*_OLDER_FORMS, EXTENSION_NAME} | ({file.name} if file.suffix == ".model" else set())
-    return Addition(
-        base,
-        files,
-        frozenset(replaced),
-        added,
-        present,
-        tuple(text for text in unknown if text not in result.control_strings),
-        result.vocab_size,
-    )
+    return files
 
 
 def _config(base: Tokenizer, file: Path, tokens: list[dict[str, Any]], chat_template: str | None) -> bytes:
@@ -125,7 +129,7 @@ def _config(base: Tokenizer, file: Path, tokens: list[dict[str, Any]], chat_temp
 
 
 def _check(base: Tokenizer, result: Tokenizer, wanted: Sequence[str]) -> None:
-    """What must not have changed, and that the tokens are there. A fault is ours: nothing is written."""
+    """Raise PreparationError if something old has changed, BadDataError if a token is not there."""
     faults = []
     if base.encode_batch(_PROBES) != result.encode_batch(_PROBES):
         faults.append("a text has other ids")

@@ -68,7 +68,7 @@ def _asked(config: Mapping[str, Any], has_bos: bool, has_eos: bool) -> Ends | No
 
 
 def _ends(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> Ends:
-    """Whether bos stands before a text now, and eos behind it."""
+    """True for bos if it stands before a text now, and for eos if it stands behind it."""
     around = backend.encode("a")
     own = [place for place, special in enumerate(around.special_tokens_mask) if not special]
     first, last = (own[0], own[-1] + 1) if own else (len(around.ids), len(around.ids))

@@ -32,7 +32,7 @@ _NEW_CLASSES = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """What a folder holds beside the pipeline.
+    """The files of a folder beside the pipeline.
 
     config: tokenizer_config.json, as changed by what opening found. others: further files, by name. pipeline: the text
     of tokenizer.json where it is another than that of the pipeline in use: it may cut or pad, which nothing here does.

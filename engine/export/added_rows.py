@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import DataError, MissingInputError
+from engine.errors import DataError, MissingInputError, RefusedForSecurityError
 from engine.export.folder import empty_model, read_config, write_json_file
 from engine.model.vocabulary import MADE_ROWS, Extension, NewRows, grow_vocabulary
 from engine.tensor_files.reader import TensorEntry, opened, read_header, read_into
@@ -37,13 +37,20 @@ class GrownModel:
 
 
 def weight_files(model_dir: Path) -> list[str]:
-    """Names of the safetensors files that hold the model, none where there are none. DataError for a broken index."""
+    """Names of the safetensors files that hold the model, none where there are none.
+
+    DataError for a broken index, RefusedForSecurityError for one that names other files than those beside it.
+    """
     index = model_dir / _INDEX
     if index.is_file():
         try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{index}: not an index of safetensors files: {error}") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise RefusedForSecurityError(f"{index} names {name!r}: only *.safetensors in the same folder are read")
+        return names
     return ["model.safetensors"] if (model_dir / "model.safetensors").is_file() else []
 
 

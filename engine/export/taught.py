@@ -1,4 +1,4 @@
-"""What a token store shows that training taught beyond the weights: end tokens, and second texts."""
+"""The things beside the weights that training taught, as the token store shows them: end tokens, second texts."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Taught:
 
 
 def taught_by(store: TokenStore, task: Task) -> Taught:
-    """What `store` teaches with `task`; end tokens are those of up to 2,000 documents spread over it."""
+    """The things that `store` teaches with `task`; end tokens are those of up to 2,000 documents spread over it."""
     pairs = task.second_texts is not None and bool(store.column(task.second_texts).any())
     if not store.marks_targets:
         return Taught(second_texts=pairs)

@@ -72,7 +72,7 @@ def _settle_class(folder: Path) -> None:
 
 
 def _opened(folder: Path) -> Any:
-    """What AutoTokenizer makes of the folder; None where it cannot open it, or only with code of the folder."""
+    """The folder's tokenizer as AutoTokenizer opens it; None where it cannot, or only with code of the folder."""
     from transformers import AutoTokenizer
 
     try:

@@ -18,7 +18,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model is, before its weights. `name` says in messages where it comes from.
+    """Facts of a model without its weights. `name` says in messages where it comes from.
 
     `label_names` are those of its configuration, by number; `has_head`: its files have the weights for them.
     """

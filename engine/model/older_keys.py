@@ -69,7 +69,7 @@ def _reads_alike(values: Mapping[str, Any], config: Any) -> bool:
 
 
 def _older_rotary_keys(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """What `rope_parameters` was in transformers 4."""
+    """The keys that transformers 4 has in place of `rope_parameters`."""
     if not config.nested_rope_parameter_keys(rope):
         return _flat_keys(config, rope)
     names = _BASE_NAMES.get(config.model_type)

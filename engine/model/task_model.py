@@ -24,16 +24,15 @@ class TaskModel(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
-        # The last one stands for UNKNOWN_LABEL, which is -1 in the store and in the model.
+        # UNKNOWN_LABEL is -1 in the store and in the model: as an index it takes the last number, itself.
         self._to_model = None if label_numbers is None else torch.tensor([*label_numbers, UNKNOWN_LABEL])
         self._to_store = None if label_numbers is None else _inverse(label_numbers, model.config.num_labels)
 
     def forward(self, batch: Batch) -> Output:
         if self._to_model is None or self._to_store is None:
             return self.task.loss(self.model, batch)
-        ids, device = batch.target_ids, batch.target_ids.device
-        numbers = self._to_model.to(device)[ids.clamp(min=0)]
-        own = dataclasses.replace(batch, target_ids=torch.where(ids == UNKNOWN_LABEL, ids, numbers))
+        device = batch.target_ids.device
+        own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
         output = self.task.loss(self.model, own)
         if (predicted := output.values.get("predicted")) is None:
             return output

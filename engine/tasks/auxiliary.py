@@ -1,4 +1,4 @@
-"""Losses beside the cross-entropy that a family's configuration asks for, and those that it asks for in vain.
+"""Losses beside the cross-entropy that a family's configuration names: those that are added, and those left out.
 
 The balancing loss of a router (Switch Transformers, Fedus et al. 2021) is a product of two means over tokens, so
 the sum over parts of a batch is not the one of the whole. It is therefore defined for each row, by the family's own
@@ -79,7 +79,7 @@ def z_sum(model: Any, logits: "Tensor") -> "Tensor | None":
 
 
 def lines(model: Any, is_computed: bool) -> Iterator[str]:
-    """Lines for people: what is added to the loss of `model`, and what its configuration asks for in vain.
+    """Lines for people: the losses added to that of `model`, and those left out although its configuration names them.
 
     Without `is_computed` the task adds nothing.
     """

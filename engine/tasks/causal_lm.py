@@ -40,7 +40,7 @@ def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) 
 
 
 def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
-    """One document a row. Targets are positions in the flattened (B, T) whose next token is marked."""
+    """A document in each row. Targets are positions in the flattened (B, T) whose next token is marked."""
     from engine.batches import padded_batch
 
     batch = padded_batch(store, index, rows, filler_row)

@@ -10,7 +10,7 @@ from engine.arithmetic import list_checkpoints
 from engine.config import RunConfig
 from engine.errors import CannotWriteError, MissingInputError
 from engine.file_modes import set_umask
-from engine.run_file import RunFile, load_run_file, with_absolute_paths
+from engine.run_file import load_run_file, with_absolute_paths
 from launcher.commands.arguments import add_weight_options
 
 
@@ -48,11 +48,12 @@ def export_run(run: Path, out_dir: Path, step: int | None, best: bool, dtype: st
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CannotWriteError(f"{out_dir}: exists and is not an empty folder; remove it or name another")
     given = load_run_file(run_file)
-    loaded = RunFile(given.path, with_absolute_paths(given.values), given.places, given.faults)
-    config = loaded.parse(RunConfig)
+    given.parse(RunConfig)  # names every fault; paths can be made absolute in a sound file only
+    values = with_absolute_paths(given.values)
+    config = RunConfig.model_validate(values)
     run_dir = config.run_dir if run.is_file() else run
     set_umask(config.share_with_group)
-    store_path = resolve_store(config.data.store_dir, "train", loaded.values["data"], config.task)
+    store_path = resolve_store(config.data.store_dir, "train", values["data"], config.task)
     if store_path is None:
         raise MissingInputError(f"{config.data.store_dir}: has no train split; the export needs its tokenizer")
     store = TokenStore.open(store_path)

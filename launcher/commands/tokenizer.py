@@ -196,14 +196,20 @@ def _copy_others(model_dir: Path, folder: Path, addition: Addition) -> list[str]
     from engine.export.added_rows import weight_files
 
     made = {*addition.files, *addition.replaced, *weight_files(model_dir), *(path.name for path in folder.iterdir())}
-    left_out = []
+    left_out: list[str] = []
+
+    def left_out_in(place: str, names: list[str]) -> set[str]:
+        unwanted = {name for name in names if Path(name).suffix in _LEFT_OUT}
+        left_out.extend(str(Path(place, name).relative_to(model_dir)) for name in sorted(unwanted))
+        return unwanted
+
     for path in sorted(model_dir.iterdir()):
         if path.name in made or path.name.startswith("."):
             continue
         if path.suffix in _LEFT_OUT or path.name.endswith((".index.json",)) or path.name in ("onnx", "openvino"):
             left_out.append(path.name)
         elif path.is_dir():
-            shutil.copytree(path, folder / path.name)
+            shutil.copytree(path, folder / path.name, ignore=left_out_in)
         else:
             shutil.copyfile(path, folder / path.name)
     return left_out

@@ -1,4 +1,4 @@
-"""What a start needs of the machine that it is made on: memory, DeepSpeed's ops, folders and their room."""
+"""Checks of the machine that a start is made on: memory, DeepSpeed's ops, folders and their room."""
 
 import os
 from pathlib import Path

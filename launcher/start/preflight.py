@@ -57,8 +57,8 @@ def check_prepared(run: Run) -> list[Finding]:
     """The same of the model and the data alone, once the data are prepared."""
     stores, store = _stores(run)
     vocab_size = None if stores is None else stores.training[0].vocab_size
-    facts, _ = examine_model(run, vocab_size, may_download=True)
-    return [store, *compare(run, facts, stores, vocab_size)]
+    facts, found = examine_model(run, vocab_size, may_download=True)
+    return [store, *found, *compare(run, facts, stores, vocab_size)]
 
 
 def _records(run: Run) -> Iterator[Finding]:

@@ -131,7 +131,7 @@ def start(
     """Prepare what is missing, then run `job` to its end, again after crashes; (exit code, one line unless it is 0).
 
     `master_port`: where ranks of several hosts shall meet, if a person has chosen it. `here`: findings about
-    this machine, to be told together with those about the run; RefusedError if anything would break it.
+    this machine, to be printed together with those about the run; RefusedError if anything would break it.
     """
     check_not_held(run.config.run_dir)
     if job.starts_through_srun and "--fresh" not in job.command and runs.is_complete(run):

@@ -114,6 +114,14 @@ def test_answers_without_torch_in_one_line(folder: Path, arguments: list[str], c
     assert not (folder / "store").exists()
 
 
+def test_the_faults_of_a_run_file_to_export_are_named(folder: Path) -> None:
+    (folder / "made-by-hand" / "run.yaml").write_text("data: 3\nmodel: {path: [1]}\n")
+    result = fulltune("export", "made-by-hand", "out", cwd=folder)
+    assert result.returncode == 78
+    assert "run.yaml:1: `data` is a section: write its keys below it, not 3" in result.stderr
+    assert "Traceback" not in result.stderr and "`run_dir` is missing" in result.stderr
+
+
 def test_debug_shows_the_traceback(folder: Path) -> None:
     result = fulltune("train", "run.yaml", "--dry-run", "--debug", "seed=x", cwd=folder)
     assert result.returncode == 78

@@ -260,3 +260,28 @@ def test_weights_in_other_files_are_named(tmp_path: Path, capsys: pytest.Capture
     assert add(base, tmp_path / "out", "--chat") == 0
     assert "not copied: modeling_x.py, pytorch_model.bin" in capsys.readouterr().out
     assert not (tmp_path / "out" / "modeling_x.py").exists()
+
+
+def test_files_that_do_not_travel_stay_behind_in_folders_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_tied(tmp_path / "base")
+    (base / "original").mkdir()
+    for name in ("consolidated.00.pth", "params.json"):
+        (base / "original" / name).write_text("{}")
+    assert add(base, tmp_path / "out", "--chat") == 0
+    assert "not copied: original/consolidated.00.pth\n" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out" / "original").iterdir()] == ["params.json"]
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "weights.bin"])
+def test_an_index_that_names_other_files_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = make_tied(tmp_path / "base")
+    shutil.copyfile(base / "model.safetensors", tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert add(base, tmp_path / "out", "--chat") == 77
+    assert f"names '{name}': only *.safetensors in the same folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

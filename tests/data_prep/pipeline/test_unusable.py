@@ -14,7 +14,7 @@ from preparations import file_bytes
 from pyarrow import parquet
 
 from data_prep.config import DataConfig
-from data_prep.errors import UnusableError
+from data_prep.errors import BadDataError, UnusableError
 from data_prep.prepare import prepare
 from data_prep.token_store import TokenStore
 
@@ -333,3 +333,12 @@ def test_overlong_records_are_listed_together_and_never_dropped_as_unusable(tmp_
     store, _ = prepared(values_of(tmp_path, "causal_lm", path, unusable="drop", overlong="drop"))
     total = store.ledger["total"]
     assert total["dropped_at_encoding"] == {"null_field": 1} and total["dropped"]["overlong"] == 2
+
+
+def test_a_name_among_label_numbers_is_never_dropped_even_behind_a_bad_record(tmp_path: Path) -> None:
+    rows: list[Any] = [{"text": "warm light", "label": number % 2} for number in range(150)]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines_of(*rows, {"text": None, "label": 1}, {"text": "cold winter", "label": "good"}))
+    values = values_of(tmp_path, "sequence_classification", path, unusable="drop", label_names=["bad", "good"])
+    error = attempt(values, "sequence_classification")
+    assert isinstance(error, BadDataError) and "label 'good' is a name, while the first records" in str(error)

@@ -136,6 +136,30 @@ def test_names_of_a_data_set_that_is_spooled(tmp_path: Path) -> None:
         assert (tuple(store.label_names), labels) == (NAMES, [0, 1, 2, 2])
 
 
+def test_names_stay_with_a_spool_whose_writing_broke_off(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    card = "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
+    card += "      class_label:\n        names: {'0': low, '1': high}\n---\n"
+    write_jsonl(folder / "train.jsonl", [{"text": "good film", "label": number % 2} for number in range(9)])
+    (folder / "README.md").write_text(card)
+    (spool,) = (files[0] for files in find_sources((SourceConfig(hub=str(folder)),), "data.train", tmp_path / "c"))
+    names, records = Path(spool.path).with_suffix(".names"), Path(spool.path)
+    assert class_names(spool, "label") == ("low", "high")
+    assert names.stat().st_mtime_ns <= records.stat().st_mtime_ns, "records that are there are never spooled again"
+
+
+def test_another_order_in_the_description_makes_another_store(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "d" / "train.jsonl", [{"text": "good film", "label": name} for name in NAMES]))
+    found = []
+    for order in (list(NAMES), list(NAMES[::-1])):
+        features = {"text": {"dtype": "string"}, "label": {"names": order, "_type": "ClassLabel"}}
+        (tmp_path / "d" / "dataset_info.json").write_text(json.dumps({"features": features}))
+        store, labels = store_of(tmp_path, path)
+        assert (list(store.label_names), labels) == (order, [order.index(name) for name in NAMES])
+        found.append(store.path)
+    assert found[0] != found[1]
+
+
 def test_positions_and_maps_reach_the_store(tmp_path: Path) -> None:
     rows = [{"text": "good film", "label": number % 3} for number in range(6)]
     path = str(write_jsonl(tmp_path / "train.jsonl", rows))
