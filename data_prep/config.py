@@ -229,6 +229,8 @@ class DataConfig(_Section):
             strange = [name for name in dict.fromkeys(self.label_map.values()) if name not in names]
             if strange:
                 raise ValueError(f"data.label_map gives {', '.join(strange)}, which data.label_names does not have")
+        if self.max_unusable_fraction is not None and self.unusable != "drop":
+            raise ValueError("data.max_unusable_fraction has no effect without data.unusable: drop")
         weighted = [source for source in self.train if source.weight is not None]
         if weighted and len(weighted) != len(self.train):
             raise ValueError("give every source in data.train a weight, or none")

@@ -38,7 +38,7 @@ class Marked(NamedTuple):
 def chat_from_turns(record: Record, fields: Mapping[str, str], name: str, form: TurnForm) -> ChatExample:
     """The conversation in field `name` of a record. Raises BadDataError naming the place in the record."""
     value = record.value
-    messages, trained = None, None
+    messages, trained, whole = None, None, None
     if value.keys().isdisjoint(form.flags.heads):
         messages = plain_messages(value.get(name), form, record.sound)
     if messages is None:
@@ -47,7 +47,7 @@ def chat_from_turns(record: Record, fields: Mapping[str, str], name: str, form: 
         messages, trained = _messages_and_marks(_with_flags(turns, whole), record.where)
     if _get(value, fields, "system") is None and _get(value, fields, "tools") is None:
         return ChatExample(messages, None, trained)
-    return _with_surroundings(record, fields, messages, trained)
+    return _with_surroundings(record, fields, messages, trained, whole is False)
 
 
 def chat_from_two_lists(record: Record, fields: Mapping[str, str], form: TurnForm) -> ChatExample:
@@ -56,7 +56,7 @@ def chat_from_two_lists(record: Record, fields: Mapping[str, str], form: TurnFor
     answer = read_turns(record, fields["response"], form)
     whole = form.flags.of_a_record(record.value, len(prompt) + len(answer), record.where)
     turns = _with_flags([*(turn._replace(trained=bool(turn.trained)) for turn in prompt), *answer], whole)
-    return _with_surroundings(record, {"tools": "tools"}, *_messages_and_marks(turns, record.where))
+    return _with_surroundings(record, {"tools": "tools"}, *_messages_and_marks(turns, record.where), whole is False)
 
 
 def _with_flags(turns: list[Marked], whole: bool | list[bool | None] | None) -> list[Marked]:
@@ -128,9 +128,16 @@ def read_turns(record: Record, name: str, form: TurnForm) -> list[Marked]:
 
 
 def _with_surroundings(
-    record: Record, fields: Mapping[str, str], messages: list[Message], trained: tuple[bool | None, ...] | None
+    record: Record,
+    fields: Mapping[str, str],
+    messages: list[Message],
+    trained: tuple[bool | None, ...] | None,
+    untrained: bool,
 ) -> ChatExample:
-    """The conversation with the record's own system prompt before it and its tools."""
+    """The conversation with the record's own system prompt before it and its tools.
+
+    `untrained`: the record's flag is false, which holds for that prompt as well.
+    """
     system = _get(record.value, fields, "system")
     if system is not None and system != "":
         text = checked_text(system, f"field {shown(fields['system'])!r}", record.where)
@@ -139,7 +146,7 @@ def _with_surroundings(
                 f"{record.where}: field {shown(fields['system'])!r} and the first turn are both a system prompt"
             )
         messages = [{"role": "system", "content": text}, *messages]
-        trained = None if trained is None else (None, *trained)
+        trained = None if trained is None else (False if untrained else None, *trained)
     tools = _get(record.value, fields, "tools")
     found = None if tools is None else read_tools(tools, shown(fields["tools"]), record.where)
     return ChatExample(messages, found, trained)

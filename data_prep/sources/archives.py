@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.errors import BadDataError, MissingInputError, StorageError
+from data_prep.errors import BadDataError, DataConfigError, MissingInputError, StorageError
 from data_prep.sources.inflate import BLOCK_BYTES, RATIO_FREE_BYTES, RATIO_LIMIT, output_of
 
 ENDINGS = (".zip", ".tar")
@@ -66,14 +66,17 @@ def matching_names(archive: str, inner: str) -> list[str]:
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """A glob as `Path.glob` has it: ** is any number of folders, the others stay in one."""
+    """A glob as `Path.glob` has it: ** is any number of folders, the others stay in one. Raises DataConfigError."""
     translated, place = "", 0
     for match in re.finditer(r"\*\*/|\*+|\?|\[!?[^\]]+\]", pattern):
         translated += re.escape(pattern[place : match.start()])
         mark, place = match[0], match.end()
         plain = {"**/": "(?:[^/]+/)*", "?": "[^/]"}.get(mark, "[^/]*" if mark[0] == "*" else "")
         translated += plain or "[" + mark[1:-1].replace("\\", "\\\\").replace("!", "^", mark[1] == "!") + "]"
-    return re.compile(translated + re.escape(pattern[place:]), re.DOTALL)
+    try:
+        return re.compile(translated + re.escape(pattern[place:]), re.DOTALL)
+    except re.error as error:
+        raise DataConfigError(f"the path inside an archive, {pattern!r}, is no pattern: {error.msg}") from None
 
 
 def find_member(archive: str, name: str) -> Member:

@@ -158,6 +158,7 @@ def test_a_label_only_validation_has(tmp_path: Path) -> None:
         ({"row_tokens": 1}, "row_tokens"),
         ({"validation": "v.jsonl", "validation_fraction": 0.1}, "at most one of data.validation and data.validation_fraction"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"max_unusable_fraction": 0.5}, "no effect without data.unusable: drop"),
         ({"label_names": ["one"]}, "data.label_names needs at least two"),
         ({"label_names": ["one", "one"]}, "data.label_names needs at least two"),
         ({"train": []}, "train"),

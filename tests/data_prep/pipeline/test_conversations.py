@@ -247,6 +247,10 @@ def test_named_templates_are_chosen_and_said(tmp_path: Path, capsys: pytest.Capt
         MissingInputError, match=r"nope: no such file .*; the tokenizer's own templates are default, tool_use, mine"
     ):
         prepared(section(tmp_path, both, plain, chat={"template": "nope"}))
+    (both / "additional_chat_templates" / "mine.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(BadDataError, match=r"mine\.jinja: not UTF-8 \(byte 3\)"):
+        prepared(section(tmp_path, both, plain, chat={"template": "mine"}))
+    (both / "additional_chat_templates" / "mine.jinja").unlink()
     without = named(tmp_path / "c", chat=CHATML, tool_use=TOOLS)
     with pytest.raises(
         DataConfigError, match=r"no chat template named default, but chat, tool_use; .*data\.chat\.template: chat"

@@ -36,6 +36,11 @@ def test_every_name_and_every_way_to_write_a_bit(name: str) -> None:
         assert f"messages[1].{name} must be 0 or 1" in refusal({"messages": [USER, {**ANSWER, name: value}]})
 
 
+def test_a_record_that_is_not_trained_has_no_trained_system_prompt() -> None:
+    assert trained(USER, ANSWER, system="be brief", loss=0) == (False, False, False)
+    assert trained(USER, {**ANSWER, "loss": 0}, system="be brief") == (None, None, False)
+
+
 @pytest.mark.parametrize("name", sorted(FLAGS))
 def test_a_record_of_any_shape_may_say_it(name: str) -> None:
     no, yes = (0, 1) if FLAGS[name] else (1, 0)

@@ -103,6 +103,12 @@ def test_members_by_name_folder_and_glob(tmp_path: Path, make: Any, inner: str, 
     assert texts(f"{path}{inner}") == wanted
 
 
+def test_a_pattern_that_is_none_is_refused(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", {"a.jsonl": LINES})
+    with pytest.raises(DataConfigError, match=r"'\[z-a\]\.jsonl', is no pattern: bad character range z-a"):
+        find_sources((SourceConfig(path=f"{archive}![z-a].jsonl"),), "data.train", tmp_path)
+
+
 def test_several_archives_and_archives_beside_files(tmp_path: Path) -> None:
     zipped(tmp_path / "1.zip", {"train.jsonl": b'{"text": "a"}', "test.jsonl": b'{"text": "x"}'})
     zipped(tmp_path / "2.zip", {"train.jsonl": b'{"text": "b"}'})
