@@ -185,7 +185,7 @@ def forward_backward(zero: ZeroModel, arguments: Arguments, count: int) -> float
     dist.barrier()
     started = time.perf_counter()
     for number in range(count):
-        loss_sum, _ = zero.engine(make_batch(arguments, number))
+        loss_sum, *_ = zero.engine(make_batch(arguments, number))
         zero.engine.backward(loss_sum / arguments["micro_tokens"], scale_wrt_gas=False)
     dist.barrier()
     return time.perf_counter() - started
