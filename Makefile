@@ -32,7 +32,7 @@ demo: $(STAMP) ## train a small model from nothing on this machine: corpus to ge
 PYTEST = $(BIN)/python -m pytest
 PARALLEL = -n $(TEST_PROCESSES) --dist loadgroup
 
-test: $(STAMP) ## the tests, real DeepSpeed on 2 CPU ranks where ranks matter (12 minutes on 2 cores)
+test: $(STAMP) ## the tests, real DeepSpeed on 2 CPU ranks where ranks matter (15 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL)
 
 test-unit: $(STAMP) ## those of them that start no ranks (3 minutes on 2 cores)
