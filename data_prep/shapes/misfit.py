@@ -136,7 +136,7 @@ def readings_said(found: Sequence[Reading]) -> str:
 
 
 def how_to_ask(one: Reading, found: Sequence[Reading]) -> str:
-    """What to write in a run file for this reading and none of the others."""
+    """The keys of a run file that choose this reading and none of the others."""
     rivals = [other for other in found if other.shape == one.shape and other != one]
     if not rivals:
         return f"`shape: {one.shape}`"
