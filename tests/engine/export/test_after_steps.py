@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from base_folders import base_folder, check_export, run_of
+from base_folders import FAMILIES, base_folder, check_export, run_of
 from ranks import run_ranks
 from repository import WORKERS
 from safetensors.torch import load_file
@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from launcher.commands.export import export_run
 
 pytestmark = pytest.mark.ranks
-FAMILIES = ("mistral", "mixtral", "gpt2", "gpt_neox", "gemma3", "bert")
 
 
 @pytest.fixture(scope="module")
