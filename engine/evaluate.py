@@ -22,7 +22,7 @@ from engine.ranks import heartbeat
 from engine.ranks.agreement import from_rank_0, gather_json
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
-from engine.tasks.task import DocumentResult, Task, mean_loss
+from engine.tasks.task import STILL, DocumentResult, Task, mean_loss
 from engine.zero.zero_model import DeepSpeedEngine
 
 #: (document, its first token here, number of the source, loss, number of targets, details): as JSON carries it.
@@ -86,7 +86,7 @@ def _own_entries(
             return None
         here = groups[first : first + ranks.world_size]
         number, rows = here[ranks.rank] if ranks.rank < len(here) else nothing
-        batch = task.batch(store, index, rows, int(here[-1][1][-1])).to(ranks.device)
+        batch = task.batch(store, index, rows, int(here[-1][1][-1]), STILL).to(ranks.device)
         output = engine(batch)
         if len(rows):
             documents, starts, _, _ = segments_of(index, rows)
@@ -104,7 +104,7 @@ def _figures(entries: Sequence[_Entry], task: Task, store: TokenStore, index: Ro
     loss = mean_loss(results)
     if not math.isfinite(loss):
         raise NumericalStopError("the held-out loss is not finite: the weights are unusable; go back to a checkpoint")
-    figures = {"loss": loss} | task.figures(results, store.label_names)
+    figures = {"loss": loss} | task.figures(results, store)
     names = [source.name for source in index.sources]
     if len(set(names)) > 1:
         sources: dict[str, list[DocumentResult]] = {name: [] for name in names}

@@ -24,7 +24,7 @@ from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
 from engine.run_log import memory_gib
 from engine.tasks.auxiliary import AUXILIARY, weight
-from engine.tasks.task import Output
+from engine.tasks.task import Draw, Output
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.zero_model import ZeroModel
 
@@ -184,7 +184,9 @@ def forward_backward(training: Training, step: StepPlan, clock: Stopwatch, stop:
             if ranks.any(stop.asked):
                 raise StepDroppedError
         with clock.phase("data"):
-            batch = training.zero.task.batch(training.store, training.rows, parts[ranks.rank], int(step.rows[0]))
+            batch = training.zero.task.batch(
+                training.store, training.rows, parts[ranks.rank], int(step.rows[0]), Draw(config.seed, step.number)
+            )
             tokens, padding = tokens + batch.num_tokens, padding + batch.num_padding
             used += rows_hash(batch.rows)
             batch = batch.to(ranks.device)

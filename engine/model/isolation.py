@@ -12,7 +12,7 @@ from engine.batches import Batch
 from engine.errors import DataError
 from engine.model.attention import PACKED_ATTENTION, CannotPackError, document_borders, register_packed_attention
 from engine.model.narrow import narrow_model
-from engine.tasks.task import Task
+from engine.tasks.task import LossOptions, Task
 
 #: Tokens of the documents that are tried: another number for each, so that no two are mistaken for one another.
 _LENGTHS = (23, 16, 41)
@@ -111,4 +111,4 @@ def _loss(model: Any, task: Task, input_ids: Tensor, positions: Tensor, borders:
         batch = replace(batch, position_ids=positions, document_ends=borders, longest_document_tokens=longest)
     else:
         batch = replace(batch, lengths=torch.tensor([input_ids.numel()]))
-    return task.loss(model, batch).loss_sum
+    return task.loss(model, batch, LossOptions()).loss_sum

@@ -9,7 +9,7 @@ from engine.errors import DataError
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.frozen import freeze, freeze_patterns
 from engine.model.narrow import narrow_model
-from engine.tasks.task import Task
+from engine.tasks.task import LossOptions, Task
 
 _DOES_NOT_RUN = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, DataError)
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # which of them a token reaches is the router's choice
@@ -38,7 +38,7 @@ def _trained_once(config: Any, task: Task, frozen: Sequence[str], is_whole: bool
     text = model.config.get_text_config()
     end = getattr(text, "eos_token_id", None)
     batch = task.sample(text.vocab_size, end if isinstance(end, int) else 0)
-    task.loss(model, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
+    task.loss(model, batch, LossOptions()).loss_sum.backward()  # type: ignore[no-untyped-call]
     return model
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.batches import Batch
 from engine.fit.labels import match_labels, names_of
-from engine.tasks.task import UNKNOWN_LABEL, Output, Task
+from engine.tasks.task import UNKNOWN_LABEL, LossOptions, Output, Task
 
 
 class TaskModel(nn.Module):
@@ -20,20 +20,27 @@ class TaskModel(nn.Module):
     where they differ: batches and results have the store's, the model inside has its own.
     """
 
-    def __init__(self, model: Any, task: Task, label_numbers: Sequence[int] | None = None):
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        label_numbers: Sequence[int] | None = None,
+        options: LossOptions | None = None,
+    ):
         super().__init__()
         self.model = model
         self.task = task
+        self._options = options or LossOptions()
         # UNKNOWN_LABEL is -1 in the store and in the model: as an index it takes the last number, itself.
         self._to_model = None if label_numbers is None else torch.tensor([*label_numbers, UNKNOWN_LABEL])
         self._to_store = None if label_numbers is None else _inverse(label_numbers, model.config.num_labels)
 
     def forward(self, batch: Batch) -> Output:
         if self._to_model is None or self._to_store is None:
-            return self.task.loss(self.model, batch)
+            return self.task.loss(self.model, batch, self._options)
         device = batch.target_ids.device
         own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
-        output = self.task.loss(self.model, own)
+        output = self.task.loss(self.model, own, self._options)
         if (predicted := output.values.get("predicted")) is None:
             return output
         return output._replace(values=output.values | {"predicted": self._to_store.to(device)[predicted]})

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.tasks.auxiliary import auxiliary_sums, balancing_of
-from engine.tasks.task import DocumentResult, Output, Task, document_results, mean_loss, target_loss
+from engine.tasks.task import DocumentResult, Draw, LossOptions, Output, Task, document_results, mean_loss, target_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +33,13 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
     from engine.batches import packed_batch
 
     return packed_batch(store, index, rows, filler_row)
 
 
-def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
     """A document in each row. Targets are positions in the flattened (B, T) whose next token is marked."""
     from engine.batches import padded_batch
 
@@ -121,7 +121,7 @@ def _padded_forward(model: Any, batch: "Batch") -> tuple["Tensor", Any]:
     return cast("Tensor", output.logits)[batch.target_positions // width, places], output
 
 
-def _loss(model: Any, batch: "Batch") -> Output:
+def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
     logits, output = (_packed_forward if batch.lengths is None else _padded_forward)(model, batch)
     return target_loss(logits, batch.target_ids)._replace(auxiliary=auxiliary_sums(model, output, logits, batch))
 
@@ -137,7 +137,7 @@ def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
     return document_results(output.values["losses"], owners, len(ends))
 
 
-def _figures(results: Sequence[DocumentResult], _names: Sequence[str]) -> dict[str, float]:
+def _figures(results: Sequence[DocumentResult], _store: "TokenStore") -> dict[str, float]:
     return {"perplexity": math.exp(min(mean_loss(results), 700.0))}
 
 

@@ -5,7 +5,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import DataError
-from engine.tasks.task import UNKNOWN_LABEL, DocumentResult, Output, Task, document_results, target_loss
+from engine.tasks.task import (
+    UNKNOWN_LABEL,
+    DocumentResult,
+    Draw,
+    LossOptions,
+    Output,
+    Task,
+    document_results,
+    target_loss,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +29,7 @@ def _auto_class(_config: Any) -> Any:
     return transformers.AutoModelForSequenceClassification
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
     """Targets are rows and their labels. Column pair_starts has the first token of a second text, or 0."""
     import torch
 
@@ -87,7 +96,7 @@ def _token_types(batch: "Batch") -> "Tensor":
     return ((starts > 0) & (positions >= starts)).long() * batch.attention_mask
 
 
-def _loss(model: Any, batch: "Batch") -> Output:
+def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
     return target_loss(classification_logits(model, batch)[batch.target_positions], batch.target_ids)
 
 
@@ -99,7 +108,7 @@ def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
     return document_results(losses, owners, len(batch.rows), details)
 
 
-def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[str, float]:
+def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, float]:
     import numpy as np
 
     from engine.tasks.metrics import label_figures
@@ -107,7 +116,7 @@ def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[st
     truth, predicted = (
         np.array([result.details[key] for result in results], dtype=np.int64) for key in ("label", "predicted")
     )
-    return label_figures(truth, predicted, len(names))
+    return label_figures(truth, predicted, len(store.label_names))
 
 
 TASK = Task(

@@ -18,6 +18,28 @@ if TYPE_CHECKING:
 Detail = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 
 
+class Draw(NamedTuple):
+    """The numbers from which a task draws what is random in a batch, together with each document's own number.
+
+    No rank and no micro-batch is in it, so the same documents get the same masks however a step is split.
+    """
+
+    seed: int
+    step: int  # of training, from 1; an evaluation has 0, so its draws stay the same
+
+
+#: The draw of batches outside training.
+STILL = Draw(0, 0)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The settings of a run that change a loss; the defaults change nothing."""
+
+    label_smoothing: float = 0.0  # the share of a target's weight that is spread evenly over all labels
+    class_weights: tuple[float, ...] | None = None  # by the model's number of a label
+
+
 class Output(NamedTuple):
     """The result of a forward pass. A tuple, because DeepSpeed's hooks find tensors only in tuples, lists and dicts."""
 
@@ -46,13 +68,13 @@ class Task:
     causal: bool  # a target is predicted from the tokens before it: models that see later ones are refused
     new_head: bool  # the head is made where the model's files have none; a head of another task is left out
     columns: Mapping[str, str]  # what it needs in the store, by column: what to say of a store without it
-    #: (store, row index, rows, filler row) -> the rows' tensors. Without rows: the filler row's, without targets.
-    batch: Callable[["TokenStore", "Rows", "Rows64", int], "Batch"]
+    #: (store, row index, rows, filler row, draw) -> the rows' tensors. Without rows: the filler row's, without targets.
+    batch: Callable[["TokenStore", "Rows", "Rows64", int, Draw], "Batch"]
     sample: Callable[[int, int], "Batch"]  # (vocabulary, end token) -> a batch to try a model with, of any ids below
-    loss: Callable[[Any, "Batch"], Output]  # (Hugging Face model, batch) -> ...
+    loss: Callable[[Any, "Batch", LossOptions], Output]  # (Hugging Face model, batch, options) -> ...
     results: Callable[[Output, "Batch"], list[DocumentResult]]  # one for each document, in the batch's order
-    #: (results of all documents, label names of the store) -> figures beside the loss
-    figures: Callable[[Sequence[DocumentResult], Sequence[str]], dict[str, float]]
+    #: (results of all documents in their order, the store they are of) -> figures beside the loss
+    figures: Callable[[Sequence[DocumentResult], "TokenStore"], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.tasks.task import UNKNOWN_LABEL, DocumentResult, Output, Task, document_results, target_loss
+from engine.tasks.task import (
+    UNKNOWN_LABEL,
+    DocumentResult,
+    Draw,
+    LossOptions,
+    Output,
+    Task,
+    document_results,
+    target_loss,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +29,7 @@ def _auto_class(_config: Any) -> Any:
     return transformers.AutoModelForTokenClassification
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
     """Targets are the marked tokens, at their positions in the flattened (B, T), and their tags."""
     import numpy as np
     import torch
@@ -54,7 +63,7 @@ def tag_logits(model: Any, batch: "Batch") -> "Tensor":
     return cast("Tensor", output.logits).flatten(0, 1)[batch.target_positions]
 
 
-def _loss(model: Any, batch: "Batch") -> Output:
+def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
     return target_loss(tag_logits(model, batch), batch.target_ids)
 
 
@@ -70,7 +79,7 @@ def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
     return document_results(output.values["losses"][known], owners[known], len(batch.rows), details)
 
 
-def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[str, float]:
+def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, float]:
     import numpy as np
 
     from engine.tasks.metrics import label_figures
@@ -79,7 +88,7 @@ def _figures(results: Sequence[DocumentResult], names: Sequence[str]) -> dict[st
         np.concatenate([np.array(result.details[key], dtype=np.int64) for result in results])
         for key in ("tags", "predicted")
     )
-    return label_figures(truth, predicted, len(names))
+    return label_figures(truth, predicted, len(store.label_names))
 
 
 TASK = Task(

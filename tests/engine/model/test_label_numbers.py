@@ -1,6 +1,7 @@
 """A model with a head of its own order inside `TaskModel`: batches and results have the store's numbers, it has its own."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_figures_count_a_label_that_the_data_lack_as_wrong() -> None:
         model.classifier.bias[2] = 100.0  # always mixed, which no record has
         batch = batch_of("sequence_classification", [0, 1, 2, 2, 1, 0])
         output = TaskModel(model, task, NUMBERS)(batch)
-    figures = task.figures(task.results(output, batch), STORE)
+    figures = task.figures(task.results(output, batch), SimpleNamespace(label_names=STORE))
     assert figures == {"accuracy": 0.0, "macro_f1": 0.0}
 
 
