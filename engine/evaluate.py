@@ -9,11 +9,12 @@ computes the figures from them once: two kinds of hosts cannot disagree about wh
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_prep.token_store import Rows, TokenStore
 from engine.batches import MicroBatches, Rows64, row_groups, segments_of
@@ -37,9 +38,11 @@ def evaluate(
     ranks: Ranks,
     size: MicroBatches,
     stop: StopSignal | None = None,
+    show: Callable[[Mapping[str, str | NDArray[np.uint8]]], None] | None = None,
 ) -> dict[str, float] | None:
     """Loss over all targets of the store, and the task's figures. All ranks call it.
 
+    On rank 0 `show` gets the task's report for people: texts and pictures by name.
     None if `stop` was asked for on any rank in the meantime: then nothing has been counted.
     With several sources, also the loss of each, as ``loss/<name>``. Every row is used exactly once.
     Raises NumericalStopError when the loss is not finite.
@@ -60,7 +63,7 @@ def evaluate(
     heartbeat.beat("results")
     parts = gather_json(entries, ranks.cpu_group)
     del entries  # a few hundred bytes a document, which rank 0 holds a second time now
-    figures = from_rank_0(lambda: _figures(sorted(itertools.chain(*(parts or []))), task, store, index))
+    figures = from_rank_0(lambda: _figures(sorted(itertools.chain(*(parts or []))), task, store, index, show))
     return figures | {"seconds": time.perf_counter() - started}
 
 
@@ -98,13 +101,21 @@ def _own_entries(
     return entries
 
 
-def _figures(entries: Sequence[_Entry], task: Task, store: TokenStore, index: Rows) -> dict[str, float]:
-    """The figures of an evaluation, from the entries of all documents in their order."""
+def _figures(
+    entries: Sequence[_Entry],
+    task: Task,
+    store: TokenStore,
+    index: Rows,
+    show: Callable[[Mapping[str, str | NDArray[np.uint8]]], None] | None,
+) -> dict[str, float]:
+    """The figures of an evaluation, from the entries of all documents in their order; `show` gets the task's report."""
     results = [DocumentResult(loss, targets, details) for _, _, _, loss, targets, details in entries]
     loss = mean_loss(results)
     if not math.isfinite(loss):
         raise NumericalStopError("the held-out loss is not finite: the weights are unusable; go back to a checkpoint")
     figures = {"loss": loss} | task.figures(results, store)
+    if show is not None and task.report is not None:
+        show(task.report(results, store))
     names = [source.name for source in index.sources]
     if len(set(names)) > 1:
         sources: dict[str, list[DocumentResult]] = {name: [] for name in names}

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 from engine.batches import MicroBatches
@@ -75,7 +76,7 @@ def _finish(training: Training, progress: Progress, log: RunLog) -> None:
         _export(export_end, training, progress, log)
     if progress.step < training.total_steps:
         log.say(
-            f"no better {training.config.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
+            f"no better {training.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
             f"best {progress.best_value} after step {progress.best_step}"
         )
 
@@ -94,7 +95,7 @@ def save(training: Training, progress: Progress, at_once: bool) -> None:
     best = None
     if progress.best_step == progress.step:
         assert progress.best_value is not None
-        best = Best(training.config.best_metric, progress.best_value)
+        best = Best(training.best_metric, progress.best_value)
     with heartbeat.during("save"):
         (training.saves.save_now if at_once else training.saves.begin)(_state(training, progress), best)
 
@@ -124,7 +125,7 @@ def _is_evaluation_due(training: Training, progress: Progress) -> bool:
 def _evaluate_at_start(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> None:
     """Evaluate the weights that the run starts from, or catch up on the evaluation that a stop came before."""
     if progress.step == 0 and training.validation:
-        results = _evaluate(training, stop)
+        results = _evaluate(training, progress, log, stop)
         if results is None:
             _stop(training, progress, is_saved=True)
         log.evaluation(0, results)
@@ -136,17 +137,17 @@ def _evaluate_at_start(training: Training, progress: Progress, log: RunLog, stop
 
 def _evaluate_pending(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> bool:
     """Evaluate after this step and compare with the best; False if a stop came first: then it stays pending."""
-    results = _evaluate(training, stop)
+    results = _evaluate(training, progress, log, stop)
     if results is None:
         return False
     log.evaluation(progress.step, results)
-    metric = training.config.best_metric
-    update_best(progress, results[metric], training.config.trained_task.metrics[metric])
+    metric = training.best_metric
+    update_best(progress, results[metric], training.zero.task.metrics[metric])
     progress.evaluation_pending = False
     return True
 
 
-def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
+def _evaluate(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> dict[str, float] | None:
     assert training.validation is not None
     store, rows = training.validation
     with heartbeat.during("evaluation"):
@@ -154,7 +155,7 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
         batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
         size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
         engine, task = training.zero.engine, training.zero.task
-        return evaluate(engine, task, store, rows, training.ranks, size, stop)
+        return evaluate(engine, task, store, rows, training.ranks, size, stop, partial(log.report, progress.step))
 
 
 def update_best(progress: Progress, value: float, best: Literal["min", "max"]) -> None:

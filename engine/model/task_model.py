@@ -38,12 +38,25 @@ class TaskModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         if self._to_model is None or self._to_store is None:
             return self.task.loss(self.model, batch, self._options)
-        device = batch.target_ids.device
-        own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
-        output = self.task.loss(self.model, own, self._options)
-        if (predicted := output.values.get("predicted")) is None:
-            return output
-        return output._replace(values=output.values | {"predicted": self._to_store.to(device)[predicted]})
+        output = self.task.loss(self.model, dataclasses.replace(batch, target_ids=self._own(batch)), self._options)
+        to_store = self._to_store.to(batch.target_ids.device)
+        values = dict(output.values)
+        if (predicted := values.get("predicted")) is not None:
+            values["predicted"] = to_store[predicted]
+        if (probabilities := values.get("probabilities")) is not None:
+            values["probabilities"] = torch.empty_like(probabilities)
+            values["probabilities"][:, to_store] = probabilities
+        return output._replace(values=values)
+
+    def _own(self, batch: Batch) -> Tensor:
+        """The targets in the model's numbers: a number each (U,), or a value for each label (U, L)."""
+        assert self._to_model is not None
+        numbers, targets = self._to_model.to(batch.target_ids.device), batch.target_ids
+        if targets.ndim == 1:
+            return numbers[targets]
+        own = targets.new_zeros(len(targets), self.model.config.num_labels)
+        own[:, numbers[:-1]] = targets
+        return own
 
 
 def _inverse(label_numbers: Sequence[int], num_labels: int) -> Tensor:

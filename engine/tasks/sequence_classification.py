@@ -1,22 +1,20 @@
-"""Classification of whole texts, or of pairs of texts: one label a document."""
+"""Classification of whole texts, or of pairs of texts: one label, several labels or a score for a document.
 
-from collections.abc import Sequence
+A target is a document, whatever the kind; the store's columns decide which it is.
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import DataError
-from engine.tasks.task import (
-    UNKNOWN_LABEL,
-    DocumentResult,
-    Draw,
-    LossOptions,
-    Output,
-    Task,
-    document_results,
-    target_loss,
-)
+from engine.tasks import label_sets, scores, single_labels
+from engine.tasks.task import Draw, LossOptions, Output, Task
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from data_prep.token_store import Rows, TokenStore
@@ -29,18 +27,46 @@ def _auto_class(_config: Any) -> Any:
     return transformers.AutoModelForSequenceClassification
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
-    """Targets are rows and their labels. Column pair_starts has the first token of a second text, or 0."""
+#: The targets of documents (U): labels (U,), sets of labels (U, L) as ones and zeros, or scores (U,); and columns of
+#: the batch that belong to them.
+_Learned = tuple["Tensor", dict[str, "Tensor"]]
+
+
+def _batch(
+    learned: Callable[["TokenStore", "NDArray[np.int64]"], _Learned],
+    store: "TokenStore",
+    index: "Rows",
+    rows: "Rows64",
+    filler_row: int,
+    _draw: Draw,
+) -> "Batch":
+    """Targets are rows and what is `learned` of them. Column pair_starts has the first token of a second text, or 0."""
     import torch
 
     from engine.batches import padded_batch, segments_of
 
     documents, _, _, _ = segments_of(index, rows)
-    labels = store.column("labels")[documents]
     padded = padded_batch(store, index, rows, filler_row, ("pair_starts",))
-    return replace(
-        padded, target_positions=torch.arange(len(rows)), target_ids=torch.from_numpy(labels.astype("int64"))
-    )
+    targets, columns = learned(store, documents)
+    columns = {**padded.columns, **columns}
+    return replace(padded, target_positions=torch.arange(len(rows)), target_ids=targets, columns=columns)
+
+
+def _labels(store: "TokenStore", documents: "NDArray[np.int64]") -> _Learned:
+    import torch
+
+    return torch.from_numpy(store.column("labels")[documents].astype("int64")), {}
+
+
+def _label_sets(store: "TokenStore", documents: "NDArray[np.int64]") -> _Learned:
+    sets = [store.ragged("label_sets", document) for document in documents.tolist()]
+    return label_sets.targets_of(sets, len(store.label_names))
+
+
+def _scores(store: "TokenStore", documents: "NDArray[np.int64]") -> _Learned:
+    import torch
+
+    return torch.from_numpy(store.column("scores")[documents].astype("float32")), {}
 
 
 def _sample(vocab_size: int, end_id: int) -> "Batch":
@@ -96,43 +122,74 @@ def _token_types(batch: "Batch") -> "Tensor":
     return ((starts > 0) & (positions >= starts)).long() * batch.attention_mask
 
 
-def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
-    return target_loss(classification_logits(model, batch)[batch.target_positions], batch.target_ids)
+def _target_logits(model: Any, batch: "Batch") -> "Tensor":
+    """The logits (U, L) of the batch's targets."""
+    return classification_logits(model, batch)[batch.target_positions]
 
 
-def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
-    labels, predicted = batch.target_ids.tolist(), output.values["predicted"].tolist()
-    details = [{"label": label, "predicted": guess} for label, guess in zip(labels, predicted, strict=True)]
-    known = batch.target_ids != UNKNOWN_LABEL  # the others have no loss
-    losses, owners = output.values["losses"][known], batch.target_positions[known]
-    return document_results(losses, owners, len(batch.rows), details)
+def _label_loss(model: Any, batch: "Batch", options: LossOptions) -> Output:
+    return single_labels.loss(_target_logits(model, batch), batch.target_ids, options)
 
 
-def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, float]:
+def _set_loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
+    return label_sets.loss(_target_logits(model, batch), batch.target_ids)
+
+
+def _score_loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
+    return scores.loss(_target_logits(model, batch), batch.target_ids)
+
+
+def _label_counts(store: "TokenStore") -> "NDArray[np.int64]":
     import numpy as np
 
-    from engine.tasks.metrics import label_figures
-
-    truth, predicted = (
-        np.array([result.details[key] for result in results], dtype=np.int64) for key in ("label", "predicted")
-    )
-    return label_figures(truth, predicted, len(store.label_names))
+    return np.bincount(store.column("labels"), minlength=len(store.label_names))
 
 
-TASK = Task(
+_ONE_LABEL = Task(
     name="sequence_classification",
     pipeline="text-classification",
     auto_class=_auto_class,
     packs=False,
     causal=False,
     new_head=True,
-    columns={"labels": "holds scores or several labels a text; one label each can be trained yet"},
-    batch=_batch,
+    columns={"labels": "holds no labels, sets of labels or scores"},
+    batch=partial(_batch, _labels),
     sample=_sample,
-    loss=_loss,
-    results=_results,
-    figures=_figures,
-    metrics={"accuracy": "max", "macro_f1": "max", "loss": "min"},
+    loss=_label_loss,
+    results=single_labels.results,
+    figures=single_labels.figures,
+    metrics=single_labels.METRICS,
     best="accuracy",
+    report=single_labels.report,
+    problem="single_label_classification",
+    label_counts=_label_counts,
+    out_of_scope=single_labels.with_scope,
     second_texts="pair_starts",
 )
+_SEVERAL_LABELS = replace(
+    _ONE_LABEL,
+    columns={"label_sets": "holds no sets of labels"},
+    batch=partial(_batch, _label_sets),
+    loss=_set_loss,
+    results=label_sets.results,
+    figures=label_sets.figures,
+    metrics=label_sets.METRICS,
+    best="micro_f1",
+    report=label_sets.report,
+    problem="multi_label_classification",
+    label_counts=None,
+    out_of_scope=None,
+)
+_SCORES = replace(
+    _SEVERAL_LABELS,
+    columns={"scores": "holds no scores"},
+    batch=partial(_batch, _scores),
+    loss=_score_loss,
+    results=scores.results,
+    figures=scores.figures,
+    metrics=scores.METRICS,
+    best="pearson",
+    report=None,
+    problem="regression",
+)
+TASK = replace(_ONE_LABEL, kinds={"labels": _ONE_LABEL, "label_sets": _SEVERAL_LABELS, "scores": _SCORES})

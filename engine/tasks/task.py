@@ -9,10 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
+
+#: transformers' names for what a head of the class for whole texts computes.
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 #: Anything that JSON carries: results travel between ranks.
 Detail = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -34,10 +39,13 @@ STILL = Draw(0, 0)
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The settings of a run that change a loss; the defaults change nothing."""
+    """The settings of a run that change the loss of training; the defaults change nothing.
+
+    An evaluation leaves them out: its loss is the plain one, so that runs with different settings can be compared.
+    """
 
     label_smoothing: float = 0.0  # the share of a target's weight that is spread evenly over all labels
-    class_weights: tuple[float, ...] | None = None  # by the model's number of a label
+    class_weights: tuple[float, ...] | None = None  # by the model's number of a label; their mean over targets is 1
 
 
 class Output(NamedTuple):
@@ -77,26 +85,50 @@ class Task:
     figures: Callable[[Sequence[DocumentResult], "TokenStore"], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
+    #: The same results for people, by name: texts, and pictures (H, W, 3).
+    report: Callable[[Sequence[DocumentResult], "TokenStore"], Mapping[str, "str | NDArray[np.uint8]"]] | None = None
+    problem: Problem | None = None  # what the model's configuration calls it, where several are possible
+    #: How often each label is a target of a store, by its number: weights and smoothing of labels have a meaning.
+    label_counts: Callable[["TokenStore"], "NDArray[np.int64]"] | None = None
+    #: (this task, a label) -> the same with figures about records that belong to none of the other labels.
+    out_of_scope: Callable[["Task", str], "Task"] | None = None
+    kinds: Mapping[str, "Task"] = field(default_factory=dict)  # by a column of the store: the task as it is with it
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
+
+    def on(self, store: "TokenStore") -> "Task":
+        """The task as it is on a store: its columns decide among the task's kinds."""
+        return next((kind for column, kind in self.kinds.items() if column in store.columns), self)
+
+    @property
+    def known_metrics(self) -> tuple[str, ...]:
+        """The metrics of all its kinds."""
+        return tuple(dict.fromkeys(name for task in (self, *self.kinds.values()) for name in task.metrics))
 
 
 #: The number of a held-out label that train has not: no prediction equals it, and it has no loss.
 UNKNOWN_LABEL = -1
 
 
-def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
+def target_loss(logits: "Tensor", target_ids: "Tensor", options: LossOptions | None = None) -> Output:
     """The cross-entropy of logits (U, V) for target_ids (U,), computed in fp32; 0 for UNKNOWN_LABEL.
 
-    Without gradients, as in an evaluation, the values are "losses" (U,), fp32, and "predicted" (U,), the likeliest ids.
+    With gradients, as in training, it is that of torch with the weights and the smoothing of `options`. The weights
+    have the mean 1 over the targets of the training store, so the sum is divided by the number of targets as ever.
+    Without gradients, as in an evaluation, it is the plain one, and the values are "losses" (U,), fp32, and
+    "predicted" (U,), the likeliest ids.
     """
     import torch
     import torch.nn.functional as F
 
     scores = logits.float()
-    loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     if torch.is_grad_enabled():
+        options = options or LossOptions()
+        weights = None if options.class_weights is None else scores.new_tensor(options.class_weights)
+        chosen = {"weight": weights, "label_smoothing": options.label_smoothing}
+        loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL, **chosen)
         return Output(loss_sum, {}, {})
+    loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)
     return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)}, {})
 
