@@ -13,7 +13,7 @@ from engine.tasks.task import (
     Output,
     Task,
     document_results,
-    target_loss,
+    label_loss,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def tag_logits(model: Any, batch: "Batch") -> "Tensor":
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
-    return target_loss(tag_logits(model, batch), batch.target_ids)
+    return label_loss(tag_logits(model, batch), batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
