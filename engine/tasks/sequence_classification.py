@@ -12,7 +12,7 @@ from engine.tasks.task import (
     Output,
     Task,
     document_results,
-    target_loss,
+    label_loss,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
     from engine.tasks.forward import document_logits
 
-    return target_loss(document_logits(model, batch)[batch.target_positions], batch.target_ids)
+    return label_loss(document_logits(model, batch)[batch.target_positions], batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
@@ -89,6 +89,17 @@ def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str
     return label_figures(truth, predicted, len(store.label_names))
 
 
+def _predictions(output: Output, _batch: "Batch", store: "TokenStore") -> list[dict[str, Any]]:
+    """The likeliest label of each document, and the probability of every label."""
+    names = store.label_names
+    return [
+        {"label": names[label], "probabilities": dict(zip(names, probabilities, strict=True))}
+        for label, probabilities in zip(
+            output.values["predicted"].tolist(), output.values["logits"].float().softmax(-1).tolist(), strict=True
+        )
+    ]
+
+
 _FLAT = Task(
     name="sequence_classification",
     pipeline="text-classification",
@@ -105,5 +116,6 @@ _FLAT = Task(
     metrics={"accuracy": "max", "macro_f1": "max", "loss": "min"},
     best="accuracy",
     second_texts="pair_starts",
+    predictions=_predictions,
 )
 TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))
