@@ -41,11 +41,10 @@ class TaskModel(nn.Module):
         output = self.task.loss(self.model, dataclasses.replace(batch, target_ids=self._own(batch)), self._options)
         to_store = self._to_store.to(batch.target_ids.device)
         values = dict(output.values)
-        if (predicted := values.get("predicted")) is not None:
-            values["predicted"] = to_store[predicted]
-        if (probabilities := values.get("probabilities")) is not None:
-            values["probabilities"] = torch.empty_like(probabilities)
-            values["probabilities"][:, to_store] = probabilities
+        if "predicted" in values:
+            values["predicted"] = to_store[values["predicted"]]
+        if "logits" in values:
+            values["logits"] = values["logits"][:, to_store.argsort()]
         return output._replace(values=values)
 
     def _own(self, batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
 """Any number of labels for each text: its loss, its figures, and what people see of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from engine.tasks.task import UNKNOWN_LABEL, DocumentResult, Output, document_results
 
@@ -39,29 +39,31 @@ def loss(logits: "Tensor", targets: "Tensor") -> Output:
     """The binary cross-entropy of logits (U, L) for targets (U, L): of each document the mean over its labels.
 
     A target is a document, so the loss of a step is the mean over documents and labels, as transformers defines it.
-    Without gradients the values are "losses" (U,), fp32, and "probabilities" (U, L).
+    Targets (U, 1) stand for all labels alike. Without gradients the values are "losses" (U,), fp32, and "logits"
+    (U, L).
     """
     import torch
     import torch.nn.functional as F
 
-    losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(-1)
+    own = targets.expand_as(logits)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), own, reduction="none").mean(-1)
     if torch.is_grad_enabled():
         return Output(losses.sum(), {}, {})
-    return Output(losses.sum(), {"losses": losses, "probabilities": logits.float().sigmoid()}, {})
+    return Output(losses.sum(), {"losses": losses, "logits": logits}, {})
 
 
 def results(output: Output, batch: "Batch") -> list[DocumentResult]:
     """With the true and the predicted labels of each document, and how many of its labels train has not."""
-    true, guessed = batch.target_ids > 0, output.values["probabilities"] >= THRESHOLD
+    true, guessed = batch.target_ids > 0, output.values["logits"].float().sigmoid() >= THRESHOLD
     details = [
         {
             "labels": own.nonzero().flatten().tolist(),
             "predicted": guess.nonzero().flatten().tolist(),
             "unknown": unknown,
         }
-        for own, guess, unknown in zip(true, guessed, batch.columns["num_unknown"].tolist(), strict=False)
+        for own, guess, unknown in zip(true, guessed, batch.columns["num_unknown"].tolist(), strict=True)
     ]
-    return document_results(output.values["losses"], batch.target_positions, len(batch.rows), details)
+    return document_results(output.values["losses"], batch.target_owners, len(batch.rows), details)
 
 
 def _sets(
@@ -92,3 +94,15 @@ def report(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, 
 
     truth, predicted, _ = _sets(results, len(store.label_names))
     return {"labels": set_table(truth, predicted, store.label_names)}
+
+
+def predictions(output: Output, _batch: "Batch", store: "TokenStore") -> list[dict[str, Any]]:
+    """The labels of each document whose probability reaches the threshold, and the probability of every label."""
+    names = store.label_names
+    return [
+        {
+            "labels": [name for name, value in zip(names, own, strict=True) if value >= THRESHOLD],
+            "probabilities": dict(zip(names, own, strict=True)),
+        }
+        for own in output.values["logits"].float().sigmoid().tolist()
+    ]

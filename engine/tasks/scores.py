@@ -1,7 +1,7 @@
 """A score for each text or pair, as similarity: its loss and its figures."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.tasks.task import DocumentResult, Output, document_results
 
@@ -15,14 +15,14 @@ METRICS: Mapping[str, Literal["min", "max"]] = {"pearson": "max", "spearman": "m
 
 
 def loss(logits: "Tensor", targets: "Tensor") -> Output:
-    """The squared error of the only logit (U, 1) for scores (U,), in fp32.
+    """The squared error of the first logit of (U, 1) for scores (U,), in fp32.
 
     A target is a document, so the loss of a step is the mean over documents, as transformers defines it. Without
     gradients the values are "losses" (U,) and "predicted" (U,), fp32.
     """
     import torch
 
-    predicted = logits.float().squeeze(-1)
+    predicted = logits.float()[:, 0]
     losses = (predicted - targets).square()
     return Output(losses.sum(), {} if torch.is_grad_enabled() else {"losses": losses, "predicted": predicted}, {})
 
@@ -31,7 +31,7 @@ def results(output: Output, batch: "Batch") -> list[DocumentResult]:
     """With the true and the predicted score of each document."""
     true, guessed = batch.target_ids.tolist(), output.values["predicted"].tolist()
     details = [{"score": score, "predicted": guess} for score, guess in zip(true, guessed, strict=True)]
-    return document_results(output.values["losses"], batch.target_positions, len(batch.rows), details)
+    return document_results(output.values["losses"], batch.target_owners, len(batch.rows), details)
 
 
 def figures(results: Sequence[DocumentResult], _store: "TokenStore") -> dict[str, float]:
@@ -44,3 +44,8 @@ def figures(results: Sequence[DocumentResult], _store: "TokenStore") -> dict[str
         np.array([result.details[key] for result in results], dtype=np.float64) for key in ("score", "predicted")
     )
     return score_figures(truth, predicted)
+
+
+def predictions(output: Output, _batch: "Batch", _store: "TokenStore") -> list[dict[str, Any]]:
+    """The score of each document."""
+    return [{"score": score} for score in output.values["predicted"].tolist()]

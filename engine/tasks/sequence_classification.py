@@ -6,9 +6,8 @@ A target is a document, whatever the kind; the store's columns decide which it i
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from engine.errors import DataError
 from engine.tasks import label_sets, scores, single_labels
 from engine.tasks.task import Draw, LossOptions, Output, Task
 
@@ -34,22 +33,40 @@ _Learned = tuple["Tensor", dict[str, "Tensor"]]
 
 def _batch(
     learned: Callable[["TokenStore", "NDArray[np.int64]"], _Learned],
+    is_padded: bool,
     store: "TokenStore",
     index: "Rows",
     rows: "Rows64",
     filler_row: int,
     _draw: Draw,
 ) -> "Batch":
-    """Targets are rows and what is `learned` of them. Column pair_starts has the first token of a second text, or 0."""
+    """Targets are documents and what is `learned` of them."""
+    from engine.batches import flat_batch, padded_batch, segments_of
+
+    make = padded_batch if is_padded else flat_batch
+    documents, _, _, _ = segments_of(index, rows)
+    return _with_targets(make(store, index, rows, filler_row, ("pair_starts",)), *learned(store, documents))
+
+
+def _sample(learned: Callable[[], "Tensor"], is_padded: bool, vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
+
+    batch = sample_batch(vocab_size, end_id, is_padded=is_padded, columns={"pair_starts": (0, 7, 30)})
+    return _with_targets(batch, learned(), {})
+
+
+def _with_targets(batch: "Batch", target_ids: "Tensor", columns: dict[str, "Tensor"]) -> "Batch":
+    """The same batch with its documents as targets."""
     import torch
 
-    from engine.batches import padded_batch, segments_of
-
-    documents, _, _, _ = segments_of(index, rows)
-    padded = padded_batch(store, index, rows, filler_row, ("pair_starts",))
-    targets, columns = learned(store, documents)
-    columns = {**padded.columns, **columns}
-    return replace(padded, target_positions=torch.arange(len(rows)), target_ids=targets, columns=columns)
+    documents = torch.arange(len(target_ids))
+    return replace(
+        batch,
+        target_positions=documents,
+        target_owners=documents,
+        target_ids=target_ids,
+        columns={**batch.columns, **columns},
+    )
 
 
 def _labels(store: "TokenStore", documents: "NDArray[np.int64]") -> _Learned:
@@ -69,62 +86,29 @@ def _scores(store: "TokenStore", documents: "NDArray[np.int64]") -> _Learned:
     return torch.from_numpy(store.column("scores")[documents].astype("float32")), {}
 
 
-def _sample(vocab_size: int, end_id: int) -> "Batch":
+def _sample_labels() -> "Tensor":
     import torch
 
-    from engine.batches import Batch
-
-    ids = (torch.arange(64) % vocab_size).reshape(2, 32)
-    ids[:, -1] = end_id
-    starts = torch.tensor([0, 16])
-    rows = torch.arange(2)
-    lengths = torch.tensor([32, 32])
-    return Batch(ids, rows, torch.zeros_like(rows), (0, 1), 64, lengths=lengths, columns={"pair_starts": starts})
+    return torch.zeros(3, dtype=torch.int64)
 
 
-def classification_logits(model: Any, batch: "Batch") -> "Tensor":
-    """Label logits of each row, (B, L).
-
-    Heads that pool the last token get it by the stored length: the stock ones search for it by
-    comparing ids with the padding or end token, which is wrong as soon as a text contains one.
-    Encoders pool the first token, or a masked mean, and need no help.
-    """
+def _sample_sets() -> "Tensor":
     import torch
 
-    assert batch.lengths is not None
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    last = (torch.arange(len(batch.lengths), device=batch.lengths.device), batch.lengths - 1)
-    if model.config.is_encoder_decoder:
-        ends = batch.input_ids[last]
-        if (ends != model.config.eos_token_id).any():
-            raise DataError(
-                f"documents do not end with the model's end token {model.config.eos_token_id}, which its "
-                "classification head needs: use the model's own tokenizer, and drop over-long records"
-            )
-        # The model shifts its own input right for the decoder, as the stock class does.
-        decoder_ids = model._shift_right(batch.input_ids)
-        hidden = model.base_model(**inputs, decoder_input_ids=decoder_ids, use_cache=False).last_hidden_state
-        return cast("Tensor", model.classification_head(hidden[last]))
-    if hasattr(model, "score"):
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        return cast("Tensor", model.score(hidden[last]))
-    if (getattr(model.config, "type_vocab_size", None) or 1) > 1:  # BERT kinds tell the texts of a pair apart
-        inputs["token_type_ids"] = _token_types(batch)
-    return cast("Tensor", model(**inputs).logits)
+    return torch.zeros(3, 1)  # for any number of labels
 
 
-def _token_types(batch: "Batch") -> "Tensor":
-    """(B, T): 1 for the tokens of the second text of a pair, else 0."""
+def _sample_scores() -> "Tensor":
     import torch
 
-    starts = batch.columns["pair_starts"][:, None]
-    positions = torch.arange(batch.input_ids.shape[1], device=starts.device)
-    return ((starts > 0) & (positions >= starts)).long() * batch.attention_mask
+    return torch.zeros(3)
 
 
 def _target_logits(model: Any, batch: "Batch") -> "Tensor":
     """The logits (U, L) of the batch's targets."""
-    return classification_logits(model, batch)[batch.target_positions]
+    from engine.tasks.forward import document_logits
+
+    return document_logits(model, batch)[batch.target_positions]
 
 
 def _label_loss(model: Any, batch: "Batch", options: LossOptions) -> Output:
@@ -145,16 +129,31 @@ def _label_counts(store: "TokenStore") -> "NDArray[np.int64]":
     return np.bincount(store.column("labels"), minlength=len(store.label_names))
 
 
-_ONE_LABEL = Task(
+def _both_forms(
+    task: Task,
+    learned: Callable[["TokenStore", "NDArray[np.int64]"], _Learned],
+    sample: Callable[[], "Tensor"],
+) -> Task:
+    """`task` on flat batches, and on padded ones."""
+    flat, padded = (
+        replace(
+            task, packs=packs, batch=partial(_batch, learned, not packs), sample=partial(_sample, sample, not packs)
+        )
+        for packs in (True, False)
+    )
+    return replace(flat, padded=padded)
+
+
+_LABELS = Task(
     name="sequence_classification",
     pipeline="text-classification",
     auto_class=_auto_class,
-    packs=False,
+    packs=True,
     causal=False,
     new_head=True,
     columns={"labels": "holds no labels, sets of labels or scores"},
-    batch=partial(_batch, _labels),
-    sample=_sample,
+    batch=partial(_batch, _labels, False),
+    sample=partial(_sample, _sample_labels, False),
     loss=_label_loss,
     results=single_labels.results,
     figures=single_labels.figures,
@@ -165,11 +164,11 @@ _ONE_LABEL = Task(
     label_counts=_label_counts,
     out_of_scope=single_labels.with_scope,
     second_texts="pair_starts",
+    predictions=single_labels.predictions,
 )
-_SEVERAL_LABELS = replace(
-    _ONE_LABEL,
+_SETS = replace(
+    _LABELS,
     columns={"label_sets": "holds no sets of labels"},
-    batch=partial(_batch, _label_sets),
     loss=_set_loss,
     results=label_sets.results,
     figures=label_sets.figures,
@@ -179,11 +178,11 @@ _SEVERAL_LABELS = replace(
     problem="multi_label_classification",
     label_counts=None,
     out_of_scope=None,
+    predictions=label_sets.predictions,
 )
 _SCORES = replace(
-    _SEVERAL_LABELS,
+    _SETS,
     columns={"scores": "holds no scores"},
-    batch=partial(_batch, _scores),
     loss=_score_loss,
     results=scores.results,
     figures=scores.figures,
@@ -191,5 +190,11 @@ _SCORES = replace(
     best="pearson",
     report=None,
     problem="regression",
+    predictions=scores.predictions,
 )
-TASK = replace(_ONE_LABEL, kinds={"labels": _ONE_LABEL, "label_sets": _SEVERAL_LABELS, "scores": _SCORES})
+_KINDS = {
+    "labels": _both_forms(_LABELS, _labels, _sample_labels),
+    "label_sets": _both_forms(_SETS, _label_sets, _sample_sets),
+    "scores": _both_forms(_SCORES, _scores, _sample_scores),
+}
+TASK = replace(_KINDS["labels"], kinds=_KINDS)

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from engine.tasks.task import UNKNOWN_LABEL, DocumentResult, LossOptions, Output, Task, document_results, target_loss
+from engine.tasks.task import UNKNOWN_LABEL, DocumentResult, LossOptions, Output, Task, document_results, label_loss
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,11 +26,8 @@ METRICS: Mapping[str, Literal["min", "max"]] = {
 
 
 def loss(logits: "Tensor", labels: "Tensor", options: LossOptions) -> Output:
-    """The cross-entropy of logits (U, L) for labels (U,), and in an evaluation the probabilities too."""
-    output = target_loss(logits, labels, options)
-    if not output.values:
-        return output
-    return output._replace(values=output.values | {"probabilities": logits.float().softmax(-1)})
+    """The cross-entropy of logits (U, L) for labels (U,)."""
+    return label_loss(logits, labels, options)
 
 
 def results(output: Output, batch: "Batch") -> list[DocumentResult]:
@@ -38,7 +35,7 @@ def results(output: Output, batch: "Batch") -> list[DocumentResult]:
     labels, predicted = batch.target_ids.tolist(), output.values["predicted"].tolist()
     details = [{"label": label, "predicted": guess} for label, guess in zip(labels, predicted, strict=True)]
     known = batch.target_ids != UNKNOWN_LABEL  # the others have no loss
-    losses, owners = output.values["losses"][known], batch.target_positions[known]
+    losses, owners = output.values["losses"][known], batch.target_owners[known]
     return document_results(losses, owners, len(batch.rows), details)
 
 
@@ -70,6 +67,17 @@ def report(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, 
         "most confused": most_confused(confusion, store.label_names),
         "confusion": confusion_picture(confusion, store.label_names),
     }
+
+
+def predictions(output: Output, _batch: "Batch", store: "TokenStore") -> list[dict[str, Any]]:
+    """The likeliest label of each document, and the probability of every label."""
+    names = store.label_names
+    labels = output.values["predicted"].tolist()
+    probabilities = output.values["logits"].float().softmax(-1).tolist()
+    return [
+        {"label": names[label], "probabilities": dict(zip(names, own, strict=True))}
+        for label, own in zip(labels, probabilities, strict=True)
+    ]
 
 
 def with_scope(task: Task, label: str) -> Task:

@@ -72,7 +72,7 @@ class Task:
     name: str
     pipeline: str  # the Hub's name for it, for the model card
     auto_class: Callable[[Any], Any]  # configuration -> the transformers class that makes and loads its models
-    packs: bool  # rows hold several documents: attention keeps them apart, and models that cannot are refused
+    packs: bool  # batches are flat, with documents end to end: attention keeps them apart, and models must be able to
     causal: bool  # a target is predicted from the tokens before it: models that see later ones are refused
     new_head: bool  # the head is made where the model's files have none; a head of another task is left out
     columns: Mapping[str, str]  # what it needs in the store, by column: what to say of a store without it
@@ -95,6 +95,12 @@ class Task:
     kinds: Mapping[str, "Task"] = field(default_factory=dict)  # by a column of the store: the task as it is with it
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
+    why_padded: str = ""  # the reason for which a model's batches are padded, for people
+    #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
+    #: `fulltune predict` writes. It needs no true labels. None: the task predicts nothing of a record.
+    predictions: Callable[[Output, "Batch", "TokenStore"], list[dict[str, Any]]] | None = None
+    #: The objects of all documents of one record, in their order -> that of the record. None: a record is one document.
+    join: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
 
     def on(self, store: "TokenStore") -> "Task":
         """The task as it is on a store: its columns decide among the task's kinds."""
@@ -131,6 +137,14 @@ def target_loss(logits: "Tensor", target_ids: "Tensor", options: LossOptions | N
     loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)
     return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)}, {})
+
+
+def label_loss(logits: "Tensor", target_ids: "Tensor", options: LossOptions | None = None) -> Output:
+    """As `target_loss`, of logits (U, L) over labels: without gradients, the values have these "logits" as well."""
+    import torch
+
+    output = target_loss(logits, target_ids, options)
+    return output if torch.is_grad_enabled() else output._replace(values=output.values | {"logits": logits})
 
 
 def document_results(
