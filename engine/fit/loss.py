@@ -49,4 +49,5 @@ def given_weights(given: Mapping[str, float], names: Sequence[str], counts: NDAr
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"loss.class_weights: {', '.join(unknown)} is no label of the data{hint}")
     weights = np.array([given.get(name, 1.0) for name in names])
-    return weights * (counts.sum() / (weights * counts).sum())
+    scaled: NDArray[np.float64] = weights * (counts.sum() / (weights * counts).sum())
+    return scaled

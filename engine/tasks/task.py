@@ -131,8 +131,10 @@ def target_loss(logits: "Tensor", target_ids: "Tensor", options: LossOptions | N
     if torch.is_grad_enabled():
         options = options or LossOptions()
         weights = None if options.class_weights is None else scores.new_tensor(options.class_weights)
-        chosen = {"weight": weights, "label_smoothing": options.label_smoothing}
-        loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL, **chosen)
+        smoothing = options.label_smoothing
+        loss_sum = F.cross_entropy(
+            scores, target_ids, weights, reduction="sum", ignore_index=UNKNOWN_LABEL, label_smoothing=smoothing
+        )
         return Output(loss_sum, {}, {})
     loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)

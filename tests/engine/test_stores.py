@@ -1,7 +1,6 @@
 """The stores of a run must have what its task trains on."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from data_fixtures import bert_vocabulary, prepared, section, write_jsonl
 from engine.config import RunConfig
 from engine.errors import ConfigError, DataError
 from engine.fit.stores import Stores, open_stores
-from engine.tasks import TASKS
 from engine.tasks.task import DocumentResult
 
 ONE = [{"text": "the river", "label": "a"}, {"text": "a stone", "label": "b"}]
@@ -45,17 +43,6 @@ def test_the_columns_decide_what_is_trained(tmp_path: Path, train: list[Any], pr
     stores = opened(tmp_path, train, train)
     assert (stores.task.problem, stores.task.best) == (problem, best)
     assert stores.task.name == "sequence_classification" and not stores.task.kinds
-
-
-def test_a_store_without_targets_of_the_task_is_refused(tmp_path: Path) -> None:
-    stores = opened(tmp_path, ONE)
-    store = stores.training[0]
-    columns = {name: value for name, value in store.columns.items() if name != "labels"}
-    bare = SimpleNamespace(columns=columns)
-    assert stores.task.kinds == {}
-    assert [fault for column, fault in TASKS[store.task].on(bare).columns.items() if column not in columns] == [
-        "holds no labels, sets of labels or scores"
-    ]
 
 
 @pytest.mark.parametrize(("train", "validation"), [(ONE, SCORES), (SCORES, ONE)], ids=["scores", "labels"])
