@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine.tasks.entities import OUTSIDE, Entity, Tag, lenient_entities, scheme_of, score_of
-from engine.tasks.task import DocumentResult, Draw, LossOptions, Output, label_loss
+from engine.tasks.task import DocumentResult, Draw, LossOptions, Output, Task, label_loss
 from engine.tasks.token_classification import TASK as TAGGING
 from engine.tasks.token_classification import (
     TagPair,
@@ -33,17 +33,30 @@ _TYPES = "predicate_types"
 _VERB = ("V", "C-V")
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, draw: Draw) -> "Batch":
+def _role_batch(make: Any, store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
     """As for tags, with the token types of the predicate, in the form of the input ids."""
     import torch
 
     from engine.batches import pad, row_lengths
 
-    batch = tag_batch(store, index, rows, filler_row, draw)
+    batch = tag_batch(make, store, index, rows, filler_row)
     if len(rows) == 0:
         return batch
-    types = pad(token_values(store, index, rows, _TYPES), row_lengths(index, rows), 0)
-    return replace(batch, columns={**batch.columns, _TYPES: torch.from_numpy(types)})
+    types = token_values(store, index, rows, _TYPES).astype("int64")
+    shaped = types[None] if batch.lengths is None else pad(types, row_lengths(index, rows), 0)
+    return replace(batch, columns={**batch.columns, _TYPES: torch.from_numpy(shaped)})
+
+
+def _flat_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
+    from engine.batches import flat_batch
+
+    return _role_batch(flat_batch, store, index, rows, filler_row)
+
+
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
+    from engine.batches import padded_batch
+
+    return _role_batch(padded_batch, store, index, rows, filler_row)
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
@@ -81,13 +94,19 @@ def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str
     return figures | {"accuracy": word_figures(sentences, len(store.label_names))["accuracy"]}
 
 
-TASK = replace(
-    TAGGING,
-    name="semantic_roles",
-    columns={"tags": "holds no roles", _TYPES: "does not say which words are the predicate"},
-    batch=_batch,
-    loss=_loss,
-    figures=_figures,
-    metrics={"f1": "max", "accuracy": "max", "loss": "min"},
-    best="f1",
-)
+def _as_roles(tagging: Task) -> Task:
+    """The task of tags, flat or padded, as that of roles."""
+    return replace(
+        tagging,
+        name="semantic_roles",
+        columns={"tags": "holds no roles", _TYPES: "does not say which words are the predicate"},
+        batch=_flat_batch if tagging.packs else _padded_batch,
+        loss=_loss,
+        figures=_figures,
+        metrics={"f1": "max", "accuracy": "max", "loss": "min"},
+        best="f1",
+        padded=None if tagging.padded is None else _as_roles(tagging.padded),
+    )
+
+
+TASK = _as_roles(TAGGING)

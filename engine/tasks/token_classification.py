@@ -1,6 +1,5 @@
 """Tagging: a label for each marked token, the first piece of a word or every piece. Figures count words."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -50,26 +49,19 @@ def auto_class(_config: Any) -> Any:
     return transformers.AutoModelForTokenClassification
 
 
-def tag_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
-    """Targets are the marked tokens, at their positions in the flattened (B, T), and their tags.
+def tag_batch(make: Any, store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int) -> "Batch":
+    """The batch that `make` (`flat_batch` or `padded_batch`) lays out: targets are the marked tokens and their tags.
 
-    Columns: those of the store that belong to a word or a window, where it has them.
+    Columns: those of the store that belong to a window (D,) or a target (U,), where it has them.
     """
-    import numpy as np
     import torch
 
-    from engine.batches import padded_batch
-
     numbers = (_SENTENCES,) if _SENTENCES in store.columns else ()
-    padded = padded_batch(store, index, rows, filler_row, numbers)
-    if len(rows) == 0:
-        return padded
-    marks = marks_of(store, index, rows)
-    columns = dict(padded.columns)
-    if _WORD_STARTS in store.columns:
-        columns[_WORD_STARTS] = torch.from_numpy(token_values(store, index, rows, _WORD_STARTS)[marks].astype(bool))
-    tags = token_values(store, index, rows, "tags")[marks].astype(np.int64)
-    return replace(padded, target_ids=torch.from_numpy(tags), columns=columns)
+    batch: Batch = make(store, index, rows, filler_row, numbers, target_column="tags")
+    if len(rows) == 0 or _WORD_STARTS not in store.columns:
+        return batch
+    starts = token_values(store, index, rows, _WORD_STARTS)[_marks_of(store, index, rows)]
+    return replace(batch, columns={**batch.columns, _WORD_STARTS: torch.from_numpy(starts.astype(bool))})
 
 
 def token_values(store: "TokenStore", index: "Rows", rows: "Rows64", column: str) -> "NDArray[Any]":
@@ -83,7 +75,7 @@ def token_values(store: "TokenStore", index: "Rows", rows: "Rows64", column: str
     return np.concatenate([store.token_column(column, *piece) for piece in pieces])
 
 
-def marks_of(store: "TokenStore", index: "Rows", rows: "Rows64") -> "NDArray[Any]":
+def _marks_of(store: "TokenStore", index: "Rows", rows: "Rows64") -> "NDArray[Any]":
     """bool: which of the tokens that `token_values` gives are targets."""
     from engine.batches import segments_of
 
@@ -91,22 +83,36 @@ def marks_of(store: "TokenStore", index: "Rows", rows: "Rows64") -> "NDArray[Any
     return store.gather(documents, starts, lengths)[1]
 
 
-def _sample(vocab_size: int, _end_id: int) -> "Batch":
-    import torch
+def _flat_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
+    from engine.batches import flat_batch
 
-    from engine.batches import Batch
+    return tag_batch(flat_batch, store, index, rows, filler_row)
 
-    ids = (torch.arange(64) % vocab_size).reshape(2, 32)
-    targets = torch.arange(64)
-    return Batch(ids, targets, torch.zeros_like(targets), (0, 1), 64, lengths=torch.tensor([32, 32]))
+
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
+    from engine.batches import padded_batch
+
+    return tag_batch(padded_batch, store, index, rows, filler_row)
+
+
+def _flat_sample(vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
+
+    return sample_batch(vocab_size, end_id, is_padded=False)
+
+
+def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
+
+    return sample_batch(vocab_size, end_id, is_padded=True)
 
 
 def tag_logits(model: Any, batch: "Batch", **inputs: "Tensor") -> "Tensor":
     """Tag logits of the batch's targets, (U, L); `inputs` are further ones of the model."""
-    # Causal families would keep keys and values for text to come, which never comes.
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs, **options)
-    return cast("Tensor", output.logits).flatten(0, 1)[batch.target_positions]
+    from engine.tasks.forward import model_inputs
+
+    logits = cast("Tensor", model(**model_inputs(model, batch), **inputs).logits)
+    return logits.flatten(0, 1)[batch.target_positions]
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
@@ -115,8 +121,7 @@ def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
 
 def tag_results(output: Output, batch: "Batch") -> list[DocumentResult]:
     """With the true and the predicted tags of each document, in the order of its words, and its sentence's number."""
-    owners = batch.target_positions // batch.input_ids.shape[1]
-    words = _words_of(batch)
+    owners, words = batch.target_owners, _words_of(batch)
     details: list[dict[str, Any]] = [{"tags": [], "predicted": []} for _ in batch.rows]
     chosen = (owners[words].tolist(), batch.target_ids[words].tolist(), output.values["predicted"][words].tolist())
     for owner, tag, predicted in zip(*chosen, strict=True):
@@ -202,7 +207,7 @@ def _entity_figures(sentences: Sequence[TagPair], names: Sequence[str], scheme: 
 def tag_predictions(output: Output, batch: "Batch", store: "TokenStore") -> list[dict[str, Any]]:
     """The likeliest tag of each word of each document that is scored in it."""
     words = _words_of(batch)
-    owners = (batch.target_positions // batch.input_ids.shape[1])[words]
+    owners = batch.target_owners[words]
     tags: list[list[str]] = [[] for _ in batch.rows]
     for owner, predicted in zip(owners.tolist(), output.values["predicted"][words].tolist(), strict=True):
         tags[owner].append(store.label_names[predicted])
@@ -214,16 +219,16 @@ def joined_tags(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"tags": [tag for window in windows for tag in window["tags"]]}
 
 
-TASK = Task(
+_FLAT = Task(
     name="token_classification",
     pipeline="token-classification",
     auto_class=auto_class,
-    packs=False,
+    packs=True,
     causal=False,
     new_head=True,
     columns={"tags": "holds no tags"},
-    batch=tag_batch,
-    sample=_sample,
+    batch=_flat_batch,
+    sample=_flat_sample,
     loss=_loss,
     results=tag_results,
     figures=_figures,
@@ -239,3 +244,4 @@ TASK = Task(
     predictions=tag_predictions,
     join=joined_tags,
 )
+TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))

@@ -1,6 +1,5 @@
 """Prepared stores of tags and roles through the tasks of the engine: windows, pieces, and the figures of sentences."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,8 @@ def test_figures_are_those_of_whole_sentences(tmp_path: Path) -> None:
     task = TASKS["token_classification"]
     model = None
     figures = []
-    for name, more in {"windows": {"overlong": "split"}, "whole": {"row_tokens": 400}}.items():
+    cases: dict[str, dict[str, Any]] = {"windows": {"overlong": "split"}, "whole": {"row_tokens": 400}}
+    for name, more in cases.items():
         folder = tmp_path / name
         path = write_jsonl(folder / "a.jsonl", records)
         values = section(
@@ -135,28 +135,32 @@ ROLES = [
 
 def test_the_predicate_is_marked_for_models_with_token_types(tmp_path: Path) -> None:
     store, rows = store_of(tmp_path, ROLES, "semantic_roles")
-    task = TASKS["semantic_roles"]
-    batch = task.batch(store, rows, np.arange(2), 0, STILL)
+    flat_task = TASKS["semantic_roles"]
+    task = flat_task.padded
+    assert task is not None
+    flat, batch = (one.batch(store, rows, np.arange(2), 0, STILL) for one in (flat_task, task))
+    assert batch.lengths is not None
     types = batch.columns["predicate_types"]
-    ids = batch.input_ids
-    for row, record in enumerate(ROLES):
-        number = record["predicate"][0] if isinstance(record["predicate"], list) else record["predicate"]
-        own = ids[row][: int(batch.lengths[row])]  # type: ignore[index]
-        (first_separator, last) = (own == 3).nonzero().flatten().tolist()
-        marked = types[row].nonzero().flatten().tolist()
-        second = list(range(first_separator + 1, last + 1))
-        inside = [place for place in marked if place < first_separator]
-        assert [place for place in marked if place >= first_separator] == second
-        assert own[inside].tolist() == own[second[:-1]].tolist(), "the predicate's pieces, here and there"
-        targets = batch.target_positions[batch.target_positions // ids.shape[1] == row] % ids.shape[1]
-        assert inside[0] == int(targets[number])
+    lengths = batch.lengths.tolist()
+    apart = [own[:length].tolist() for own, length in zip(types, lengths, strict=True)]
+    assert flat.columns["predicate_types"].tolist() == [apart[0] + apart[1]]
     model = small_model("bert", store)
     with torch.no_grad():
-        losses = TaskModel(model, task)(batch).values["losses"]
-        without = dataclasses.replace(batch, columns={"predicate_types": torch.zeros_like(types)})
-        assert not torch.equal(losses, TaskModel(model, task)(without).values["losses"])
-        alone = model(ids[:1, :8], token_type_ids=types[:1, :8], attention_mask=batch.attention_mask[:1, :8])
-    assert alone.logits.shape[-1] == len(store.label_names)
+        logits = TaskModel(model, task)(batch).values["logits"]
+    for row, word in enumerate((1, 3)):
+        own = store.tokens(row).tolist()
+        separator = own.index(3)
+        second = list(range(separator + 1, len(own)))
+        inside = [place for place in range(separator) if apart[row][place]]
+        assert [place for place in range(separator, len(own)) if apart[row][place]] == second
+        assert [own[place] for place in inside] == [own[place] for place in second[:-1]], "here and there the same"
+        targets = np.flatnonzero(store.targets(row)).tolist()
+        assert inside[0] == targets[word]
+        with torch.no_grad():
+            alone = model(torch.tensor([own]), token_type_ids=torch.tensor([apart[row]])).logits[0][targets]
+            without = model(torch.tensor([own])).logits[0][targets]
+        torch.testing.assert_close(logits[batch.target_owners == row], alone, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(alone, without, rtol=1e-3)
 
 
 def test_a_decoder_reads_the_predicate_first(tmp_path: Path) -> None:
