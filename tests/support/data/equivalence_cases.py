@@ -175,6 +175,7 @@ class MemoryStore:
     pad_id: int = 0
     label_names: tuple[str, ...] = ()
     tags: list[np.ndarray] = field(default_factory=list)
+    columns: tuple[str, ...] = ("labels", "pair_starts", "tags")
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pieces = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
