@@ -176,6 +176,7 @@ class MemoryStore:
     label_names: tuple[str, ...] = ()
     tags: list[np.ndarray] = field(default_factory=list)
     columns: tuple[str, ...] = ("labels", "pair_starts", "tags")
+    pair_starts: np.ndarray | None = None
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pieces = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
@@ -189,7 +190,8 @@ class MemoryStore:
         pass
 
     def column(self, name: str) -> np.ndarray:
-        return {"labels": self.labels, "pair_starts": np.zeros(len(self.labels), dtype=np.uint32)}[name]
+        pairs = np.zeros(len(self.labels), dtype=np.uint32) if self.pair_starts is None else self.pair_starts
+        return {"labels": self.labels, "pair_starts": pairs}[name]
 
     def token_column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
         return {"tags": self.tags}[name][document][start:stop]
