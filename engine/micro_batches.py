@@ -25,10 +25,11 @@ def row_costs(index: Rows, rows: Rows64) -> Rows64:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """How much a rank takes through the model at once: so many rows, or rows x longest up to so many tokens."""
+    """How much a rank takes through the model at once: so many rows, or rows of up to so many tokens together."""
 
     rows: int = 1
     tokens: int | None = None  # goes before `rows`
+    is_padded: bool = False  # then each row counts as the longest
 
 
 def split_rows(index: Rows, rows: Rows64, world_size: int, size: MicroBatches) -> list[list[Rows64]]:
@@ -67,18 +68,24 @@ def _micro_batch_borders(index: Rows, rows: Rows64, world_size: int, size: Micro
     while begin < len(rows):
         each = size.rows
         if lengths is not None and size.tokens is not None:
-            each = _rows_within(lengths[begin:], world_size, size.tokens)
+            each = _rows_within(lengths[begin:], world_size, size.tokens, size.is_padded)
         yield begin, min(begin + world_size * each, len(rows))
         begin += world_size * each
 
 
-def _rows_within(lengths: Rows64, world_size: int, micro_tokens: int) -> int:
-    """How many rows each rank can take from the front so that rows x longest stays within `micro_tokens`."""
-    most = max(1, micro_tokens // int(lengths[0]))
-    longest = np.maximum.accumulate(lengths[: most * world_size])
-    each = np.arange(1, -(-len(longest) // world_size) + 1)
-    fits = longest[np.minimum(each * world_size, len(longest)) - 1] * each <= micro_tokens
-    return max(1, int(fits.sum()))  # both factors grow, so those that fit come first
+def _rows_within(lengths: Rows64, world_size: int, micro_tokens: int, is_padded: bool) -> int:
+    """How many rows each rank can take from the front so that no rank has more than `micro_tokens`.
+
+    Rows are dealt in rounds of one row a rank, so of each round a rank has the longest at most.
+    """
+    most = max(1, micro_tokens // int(lengths[0])) if is_padded else micro_tokens
+    front = lengths[: most * world_size]
+    longest = np.maximum.reduceat(front, np.arange(0, len(front), world_size))  # of each round
+    if is_padded:
+        positions = np.maximum.accumulate(longest) * np.arange(1, len(longest) + 1)
+    else:
+        positions = np.cumsum(longest)
+    return max(1, int((positions <= micro_tokens).sum()))  # positions only grow, so those that fit come first
 
 
 def _deal(rows: Rows64, costs: Rows64, world_size: int, totals: Rows64) -> list[Rows64]:

@@ -152,8 +152,9 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
     with heartbeat.during("evaluation"):
         store.check_unchanged()
         batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
-        size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
         engine, task = training.zero.engine, training.zero.task
+        tokens = None if micro_rows else batch.micro_tokens
+        size = MicroBatches(micro_rows or batch.micro_rows, tokens, not task.packs)
         figures = evaluate(engine, task, store, rows, training.ranks, size, stop)
     metric = training.config.best_metric
     if figures is not None and metric not in figures:

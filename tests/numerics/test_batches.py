@@ -140,25 +140,23 @@ def index_of(lengths: list[list[int]]) -> MemoryRows:
     return MemoryRows(np.arange(len(flat)), zeros, flat, ends, np.ones(len(ends)), uniform(len(ends)))
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.booleans())
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_split_gives_every_row_once_and_equal_counts(
-    num_rows: int, world_size: int, micro_rows: int, by_tokens: bool
+    num_rows: int, world_size: int, micro_rows: int, by_tokens: bool, is_padded: bool
 ) -> None:
     draw = np.random.default_rng(num_rows)
     index = index_of([draw.integers(1, 50, draw.integers(1, 4)).tolist() for _ in range(num_rows + 3)])
     rows = draw.permutation(num_rows + 3)[:num_rows]
-    size = MicroBatches(tokens=200) if by_tokens else MicroBatches(micro_rows)
+    size = MicroBatches(tokens=200, is_padded=is_padded) if by_tokens else MicroBatches(micro_rows)
     parts = split_rows(index, rows, world_size, size)
     assert all(len(ranks) == world_size for ranks in parts)
     assert sorted(np.concatenate([part for ranks in parts for part in ranks]).tolist()) == sorted(rows.tolist())
     for ranks in parts:
         assert max(len(part) for part in ranks) - min(len(part) for part in ranks) <= 1
     if by_tokens:
-        largest = [
-            int(row_lengths(index, part).max()) * len(part) for ranks in parts for part in ranks if len(part)
-        ]  # fmt: skip
-        assert max(largest) <= 200
+        taken = [row_lengths(index, part) for ranks in parts for part in ranks if len(part)]
+        assert max(int(rows.max()) * len(rows) if is_padded else int(rows.sum()) for rows in taken) <= 200
     else:
         assert len(parts) == StepBatch(num_rows, world_size, micro_rows).num_micro_batches
         assert all(len(part) <= micro_rows for ranks in parts for part in ranks)
@@ -178,6 +176,15 @@ def test_a_token_budget_takes_more_short_rows_than_long_ones() -> None:
     index = index_of([[length] for length in [100] * 4 + [10] * 40])
     parts = split_rows(index, np.arange(44), 2, MicroBatches(tokens=100))
     assert [[len(part) for part in ranks] for ranks in parts] == [[1, 1], [1, 1], [10, 10], [10, 10]]
+
+
+@pytest.mark.parametrize(("is_padded", "counts"), [(False, [1, 1, 6]), (True, [1, 1, 5, 1])])
+def test_a_token_budget_counts_padding_where_there_is_any(is_padded: bool, counts: list[int]) -> None:
+    lengths = [100, 90, 20, 16, 16, 16, 16, 16]
+    parts = split_rows(
+        index_of([[length] for length in lengths]), np.arange(8), 1, MicroBatches(tokens=100, is_padded=is_padded)
+    )
+    assert [len(ranks[0]) for ranks in parts] == counts
 
 
 def attention(index: MemoryRows, rows: np.ndarray) -> int:
@@ -246,17 +253,20 @@ def test_padded_batch_has_marked_tokens_as_targets_and_columns_of_its_documents(
     assert filler.target_positions.numel() == filler.target_ids.numel() == 0
 
 
-@given(st.integers(1, 60), st.integers(1, 5), st.booleans())
+@given(st.integers(1, 60), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_groups_hold_every_row_once_whatever_the_ranks(num_rows: int, micro_rows: int, by_tokens: bool) -> None:
+def test_groups_hold_every_row_once_whatever_the_ranks(
+    num_rows: int, micro_rows: int, by_tokens: bool, is_padded: bool
+) -> None:
     draw = np.random.default_rng(num_rows)
     index = index_of([[int(draw.integers(1, 50))] for _ in range(num_rows)])
-    size = MicroBatches(tokens=200) if by_tokens else MicroBatches(micro_rows)
+    size = MicroBatches(tokens=200, is_padded=is_padded) if by_tokens else MicroBatches(micro_rows)
     groups = row_groups(index, np.arange(num_rows), size)
     assert sorted(np.concatenate(groups).tolist()) == list(range(num_rows))
     assert np.all(np.diff(row_lengths(index, np.concatenate(groups))) <= 0)
     if by_tokens:
-        assert max(int(row_lengths(index, group).max()) * len(group) for group in groups) <= 200
+        taken = [row_lengths(index, group) for group in groups]
+        assert max(int(rows.max()) * len(rows) if is_padded else int(rows.sum()) for rows in taken) <= 200
     else:
         assert all(len(group) == micro_rows for group in groups[:-1])
 
