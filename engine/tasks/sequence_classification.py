@@ -13,7 +13,7 @@ from engine.tasks.task import (
     Output,
     Task,
     document_results,
-    target_loss,
+    label_loss,
 )
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _token_types(batch: "Batch") -> "Tensor":
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
-    return target_loss(classification_logits(model, batch)[batch.target_positions], batch.target_ids)
+    return label_loss(classification_logits(model, batch)[batch.target_positions], batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
@@ -119,6 +119,17 @@ def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str
     return label_figures(truth, predicted, len(store.label_names))
 
 
+def _predictions(output: Output, _batch: "Batch", store: "TokenStore") -> list[dict[str, Any]]:
+    """The likeliest label of each document, and the probability of every label."""
+    names = store.label_names
+    return [
+        {"label": names[label], "probabilities": dict(zip(names, probabilities, strict=True))}
+        for label, probabilities in zip(
+            output.values["predicted"].tolist(), output.values["logits"].float().softmax(-1).tolist(), strict=True
+        )
+    ]
+
+
 TASK = Task(
     name="sequence_classification",
     pipeline="text-classification",
@@ -135,4 +146,5 @@ TASK = Task(
     metrics={"accuracy": "max", "macro_f1": "max", "loss": "min"},
     best="accuracy",
     second_texts="pair_starts",
+    predictions=_predictions,
 )

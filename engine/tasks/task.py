@@ -82,6 +82,11 @@ class Task:
     #: The task with a run file's settings of answers; None where it finds none.
     configured: Callable[["Task", "AnswerOptions"], "Task"] | None = None
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
+    #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
+    #: `fulltune predict` writes. It needs no true labels. None: the task predicts nothing of a record.
+    predictions: Callable[[Output, "Batch", "TokenStore"], list[dict[str, Any]]] | None = None
+    #: The objects of all documents of one record, in their order -> that of the record. None: a record is one document.
+    join: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
 
 
 #: The number of a held-out label that train has not: no prediction equals it, and it has no loss.
@@ -102,6 +107,14 @@ def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
         return Output(loss_sum, {}, {})
     losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)
     return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)}, {})
+
+
+def label_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
+    """As `target_loss`, of logits (U, L) over labels: without gradients, the values have these "logits" as well."""
+    import torch
+
+    output = target_loss(logits, target_ids)
+    return output if torch.is_grad_enabled() else output._replace(values=output.values | {"logits": logits})
 
 
 def document_results(

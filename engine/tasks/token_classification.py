@@ -13,7 +13,7 @@ from engine.tasks.task import (
     Output,
     Task,
     document_results,
-    target_loss,
+    label_loss,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def tag_logits(model: Any, batch: "Batch") -> "Tensor":
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
-    return target_loss(tag_logits(model, batch), batch.target_ids)
+    return label_loss(tag_logits(model, batch), batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
@@ -91,6 +91,15 @@ def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str
     return label_figures(truth, predicted, len(store.label_names))
 
 
+def _predictions(output: Output, batch: "Batch", store: "TokenStore") -> list[dict[str, Any]]:
+    """The likeliest tag of each word of each document."""
+    owners = batch.target_positions // batch.input_ids.shape[1]
+    tags: list[list[str]] = [[] for _ in batch.rows]
+    for owner, predicted in zip(owners.tolist(), output.values["predicted"].tolist(), strict=True):
+        tags[owner].append(store.label_names[predicted])
+    return [{"tags": own} for own in tags]
+
+
 TASK = Task(
     name="token_classification",
     pipeline="token-classification",
@@ -106,4 +115,5 @@ TASK = Task(
     figures=_figures,
     metrics={"macro_f1": "max", "accuracy": "max", "loss": "min"},
     best="macro_f1",
+    predictions=_predictions,
 )

@@ -134,6 +134,28 @@ def test_tags_are_predicted_as_for_one_sentence_at_a_time(family: str) -> None:
     assert output.loss_sum.item() == pytest.approx(sum(result.loss for result in results), rel=1e-6)
 
 
+def test_predictions_are_those_of_the_stock_model_without_true_labels() -> None:
+    """Each text alone through the stock class: the likeliest label and every probability, and the tag of each word."""
+    rows = np.array([2, 3, 4])
+    for family in ("bert", "bert_tags"):
+        model, task = make_model(family, packed=False).eval(), TASKS[task_of(family)]
+        assert task.predictions is not None
+        store, index = memory_store(task.name)
+        batch = task.batch(store, index, rows, 0, STILL)
+        with torch.no_grad():
+            unlabelled = dataclasses.replace(batch, target_ids=torch.full_like(batch.target_ids, UNKNOWN_LABEL))
+            predictions = task.predictions(TaskModel(model, task)(unlabelled), unlabelled, store)
+            for row, predicted in zip(rows, predictions, strict=True):
+                logits = model(torch.from_numpy(store.documents[row])[None]).logits[0]
+                if family == "bert":
+                    assert predicted["label"] == store.label_names[int(logits.argmax())]
+                    expected = dict(zip(store.label_names, logits.softmax(-1).tolist(), strict=True))
+                    assert predicted["probabilities"] == pytest.approx(expected, abs=1e-5)
+                else:
+                    tagged = logits.argmax(-1)[torch.from_numpy(store.tags[row]) >= 0]
+                    assert predicted == {"tags": [store.label_names[tag] for tag in tagged.tolist()]}
+
+
 def test_macro_f1_equals_its_definition() -> None:
     generator = np.random.default_rng(4)
     truth, predicted = generator.integers(0, 4, 200), generator.integers(0, 3, 200)  # label 3 is never predicted

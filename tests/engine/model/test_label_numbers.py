@@ -57,6 +57,8 @@ def test_losses_and_predictions_are_the_models_in_the_stores_numbers(task: str) 
     guessed = [names[number] for number in output.values["predicted"].tolist()]
     assert guessed == [NAMES[number] for number in expected.values["predicted"].tolist()]
     assert len(set(guessed)) > 1
+    by_name = dict(zip(NAMES, expected.values["logits"].unbind(1), strict=True))
+    assert torch.equal(output.values["logits"], torch.stack([by_name[name] for name in names], 1))
 
 
 def test_a_label_that_train_has_not_stays_one() -> None:
