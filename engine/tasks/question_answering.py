@@ -7,6 +7,7 @@ best of all windows of a question, and cuts its text from the stored context.
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from engine.tasks.answers import (
     answer_figures,
     best_of,
     scored,
+    softmax,
     threshold_of,
 )
 from engine.tasks.task import DocumentResult, Draw, LossOptions, Output, Task, document_results
@@ -186,8 +188,44 @@ def _answers(store: "TokenStore", record: int) -> list[str]:
     return [text.decode() for text in store.ragged("answer_texts", record).tobytes().split(_TEXT_END)[:-1]]
 
 
+def _predictions(output: Output, batch: "Batch", store: "TokenStore", options: AnswerOptions) -> list[dict[str, Any]]:
+    """Of each window the best spans with their texts, and the score of no answer: `_join` makes answers of them."""
+    logits = output.values["logits"]
+    documents = batch.columns["documents"].tolist()
+    may_lack = not store.ragged_lengths("answer_texts")[store.column("context_firsts") == 0].all()
+    objects = []
+    best = _best_spans(logits, batch, options.max_tokens, options.n_best)
+    for document, found, null in zip(documents, best, _null_scores(logits), strict=True):
+        record = _first_window(store, document)
+        spans = [_span(store, record, {"document": document, **one._asdict()}) for one in found]
+        texts = [_text(store, record, span) for span in spans]
+        objects.append({"spans": spans, "texts": texts, "null": null, "threshold": threshold_of(options, may_lack)})
+    return objects
+
+
+def _join(windows: Sequence[dict[str, Any]], options: AnswerOptions) -> dict[str, Any]:
+    """The answer of a question ("" for none), its share among the best spans, and these as "n_best"."""
+    texts = {Span(*span)[1:]: text for one in windows for span, text in zip(one["spans"], one["texts"], strict=True)}
+    spans = best_of((Span(*span) for one in windows for span in one["spans"]), options.n_best)
+    null, threshold = min(one["null"] for one in windows), windows[0]["threshold"]
+    answers = [(span.score, texts[span[1:]], False) for span in spans]
+    if threshold != math.inf:
+        answers = sorted([*answers, (null, "", True)], key=lambda one: -one[0])
+    is_none = null - spans[0].score > threshold
+    place = next(place for place, one in enumerate(answers) if one[2] == is_none)
+    shares = softmax([score for score, _, _ in answers])
+    n_best = [{"answer": text, "score": share} for (_, text, _), share in zip(answers, shares, strict=True)]
+    return {**n_best[place], "n_best": n_best}
+
+
 def _configured(task: Task, options: AnswerOptions) -> Task:
-    return replace(task, results=partial(_results, options=options), figures=partial(_figures, options=options))
+    return replace(
+        task,
+        results=partial(_results, options=options),
+        figures=partial(_figures, options=options),
+        predictions=partial(_predictions, options=options),
+        join=partial(_join, options=options),
+    )
 
 
 _DEFAULTS = AnswerOptions()
@@ -204,6 +242,8 @@ TASK = Task(
     loss=_loss,
     results=partial(_results, options=_DEFAULTS),
     figures=partial(_figures, options=_DEFAULTS),
+    predictions=partial(_predictions, options=_DEFAULTS),
+    join=partial(_join, options=_DEFAULTS),
     metrics={"f1": "max", "exact_match": "max", "loss": "min"},
     best="f1",
     second_texts="pair_starts",
