@@ -31,13 +31,17 @@ if TYPE_CHECKING:
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
 
+_OUTPUTS = 2  # logits of a token: that it is the first of the answer, and the last
 _TEXT_END = b"\xff"  # stands behind each answer of column answer_texts
 _OLD = "was prepared without the texts of contexts and answers, which figures need: run `fulltune prepare` again"
 
 
-def _auto_class(_config: Any) -> Any:
+def _auto_class(config: Any) -> Any:
+    """Some families give their head as many outputs as the configuration has labels, which may be a classifier's."""
     import transformers
 
+    if config.num_labels != _OUTPUTS:
+        config.num_labels = _OUTPUTS
     return transformers.AutoModelForQuestionAnswering
 
 

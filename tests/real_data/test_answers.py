@@ -1,12 +1,20 @@
 """Real questions: every stored span, cut from the stored context by the stored offsets, is a true answer of its question."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data_fixtures import SAMPLES, prepared, section
+from ranks import rank_environment
+from repository import ROOT
+from training_runs import metrics
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from data_prep.token_store import TokenStore
 
@@ -80,3 +88,50 @@ def spans_in_bytes(store: TokenStore, first: int, documents: list[int]) -> list[
         for start, stop in store.ragged("answer_spans", document).reshape(-1, 2).tolist():
             found.append((int(offsets[before + start - head][0]), int(offsets[before + stop - 1 - head][1])))
     return found
+
+
+def eight_questions(path: Path) -> Path:
+    """SQuAD's JSON with the first eight questions about contexts of their own that are a few windows long at most."""
+    articles = json.loads(POLICIES.read_text(encoding="utf-8"))["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    by_context = {one["context"]: one | {"qas": one["qas"][:1]} for one in reversed(paragraphs)}
+    chosen = [one for one in by_context.values() if 100 < len(one["context"]) < 600][:8]
+    path.write_text(json.dumps({"data": [{"title": "policies", "paragraphs": chosen}]}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.ranks
+def test_the_recipe_learns_eight_questions_by_heart_and_exports_its_model(tmp_path: Path) -> None:
+    data = eight_questions(tmp_path / "eight.json")
+    changes = [
+        f"data.train={data}", f"data.validation={data}", "data.row_tokens=96", "data.stride_tokens=24",
+        f"data.tokenizer={SAMPLES / 'tokenizers' / 'bert_uncased_en'}", "optimizer.schedule=constant",
+        "model.config={model_type: bert, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size:"
+        " 128, max_position_embeddings: 96, hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}",
+        "optimizer.learning_rate=2e-3", "batch.global_rows=12", "batch.micro_rows=6", "duration={steps: 60}",
+        "evaluation.eval_every_steps=60", "checkpoint={}", "export={at_end: true, dtype: float32}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "launcher.cli", "train", str(ROOT / "launcher" / "recipes" / "answer.yaml")]
+    environment = rank_environment(2) | {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [*command, "--ranks", "2", *changes], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_dir = tmp_path / "runs" / "answer"
+    before, after = metrics(run_dir, "evaluation").values()
+    assert before["f1"] < 0.5 and after["f1"] == after["exact_match"] == 1.0
+    assert "has_answer_f1" not in after, "each of these questions has an answer"
+    model = AutoModelForQuestionAnswering.from_pretrained(run_dir / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
+    for context, answers in questions_of(data)[:3]:
+        paragraph = next(
+            one for one in json.loads(data.read_text())["data"][0]["paragraphs"] if one["context"] == context
+        )
+        encoded = tokenizer(paragraph["qas"][0]["question"], context, return_tensors="pt", return_offsets_mapping=True)
+        offsets = encoded.pop("offset_mapping")[0]
+        if len(offsets) > 96:
+            continue
+        with torch.no_grad():
+            output = model(**encoded)
+        first, last = int(output.start_logits.argmax()), int(output.end_logits.argmax())
+        assert context[offsets[first][0] : offsets[last][1]] in [answer["text"] for answer in answers]
