@@ -4,11 +4,11 @@ import operator
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
-from engine.batches import MicroBatches
 from engine.checkpoint.schedule import Best
 from engine.errors import NumericalStopError, StoppedError
 from engine.evaluate import evaluate
 from engine.export.from_training import export_end, export_step
+from engine.micro_batches import MicroBatches
 from engine.ranks import heartbeat
 from engine.ranks.stop import StopSignal
 from engine.run_log import RunLog

@@ -6,7 +6,6 @@ trained; a window without one points at its first token. Evaluation looks at spa
 best of all windows of a question, and cuts its text from the stored context.
 """
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
 
+_COLUMNS = ("pair_starts", "context_counts")
 _OUTPUTS = 2  # logits of a token: that it is the first of the answer, and the last
 _TEXT_END = b"\xff"  # stands behind each answer of column answer_texts
 _OLD = "was prepared without the texts of contexts and answers, which figures need: run `fulltune prepare` again"
@@ -45,52 +45,67 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModelForQuestionAnswering
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
-    """Targets are windows, by their number in the batch. `target_ids` are the first tokens of their answers, column
-    last_tokens the last ones, all as places in the window."""
-    import numpy as np
-    import torch
+def _flat_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
+    from engine.batches import flat_batch, segments_of
 
+    documents, _, _, _ = segments_of(index, rows)
+    return _aimed(flat_batch(store, index, rows, filler_row, _COLUMNS), documents, _spans(store, documents))
+
+
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
     from engine.batches import padded_batch, segments_of
 
-    padded = padded_batch(store, index, rows, filler_row, ("pair_starts", "context_counts"))
     documents, _, _, _ = segments_of(index, rows)
-    spans = [store.ragged("answer_spans", document)[:2].tolist() or [0, 1] for document in documents.tolist()]
-    places = torch.from_numpy(np.array(spans, dtype=np.int64).reshape(-1, 2))
-    columns = {"last_tokens": places[:, 1] - 1, "documents": torch.from_numpy(documents)}
+    return _aimed(padded_batch(store, index, rows, filler_row, _COLUMNS), documents, _spans(store, documents))
+
+
+def _spans(store: "TokenStore", documents: "Rows64") -> list[list[int]]:
+    """The first token of the trained answer of each window, and the one behind its last."""
+    return [store.ragged("answer_spans", document)[:2].tolist() or [0, 1] for document in documents.tolist()]
+
+
+def _aimed(batch: "Batch", documents: "Rows64", spans: Sequence[Sequence[int]]) -> "Batch":
+    """The same batch with its documents as targets. target_ids (D, 2) are the first and the last token of the answer,
+    as places in the document; column documents has the numbers of the documents in the store."""
+    import torch
+
+    places = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2) - torch.tensor([0, 1])
+    owners = torch.arange(len(places))
     return replace(
-        padded,
-        target_positions=torch.arange(len(rows)),
-        target_ids=places[:, 0],
-        columns={**padded.columns, **columns},
+        batch,
+        target_positions=batch.first_tokens[owners] + places[:, 0],
+        target_owners=owners,
+        target_ids=places,
+        columns={**batch.columns, "documents": torch.from_numpy(documents)},
     )
 
 
-def _sample(vocab_size: int, _end_id: int) -> "Batch":
-    import torch
+def _sample(vocab_size: int, end_id: int, is_padded: bool) -> "Batch":
+    import numpy as np
 
-    from engine.batches import Batch
+    from engine.batches import sample_batch
 
-    ids = (torch.arange(64) % vocab_size).reshape(2, 32)
-    starts = torch.tensor([8, 8])
-    columns = {"pair_starts": starts, "context_counts": starts + 15, "last_tokens": starts + 4}
-    return Batch(ids, torch.arange(2), starts + 2, (0, 1), 64, lengths=torch.tensor([32, 32]), columns=columns)
+    columns = {"pair_starts": (9, 5, 20), "context_counts": (13, 10, 20)}
+    batch = sample_batch(vocab_size, end_id, is_padded, columns)
+    return _aimed(batch, np.arange(3), ((10, 12), (5, 6), (0, 1)))
 
 
 def span_logits(model: Any, batch: "Batch") -> "Tensor":
-    """Logits (D, T, 2), fp32, that a token is the first and the last of the answer; -inf behind a document's end."""
+    """Logits (D, T, 2), fp32, that a token of a document is the first and the last of the answer; -inf behind its end.
+
+    Here T is the longest document, whether batches are flat or padded.
+    """
     import torch
 
-    assert batch.lengths is not None
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False  # of keys and values for text to come, which never comes
-    if (getattr(model.config, "type_vocab_size", None) or 1) > 1:  # BERT kinds tell the two texts apart
-        positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
-        inputs["token_type_ids"] = (positions >= batch.columns["pair_starts"][:, None]).long() * batch.attention_mask
-    output = model(**inputs)
+    from engine.tasks.forward import model_inputs
+
+    output = model(**model_inputs(model, batch))
     logits = torch.stack((output.start_logits, output.end_logits), dim=-1).float()
-    return logits.masked_fill(batch.attention_mask[..., None] == 0, -torch.inf)
+    if batch.lengths is not None:
+        return logits.masked_fill(batch.attention_mask[..., None] == 0, -torch.inf)
+    assert batch.position_ids is not None
+    shape = (len(batch.document_lengths), batch.longest_document_tokens, _OUTPUTS)
+    return logits.new_full(shape, -torch.inf).index_put((batch.token_owners, batch.position_ids[0]), logits[0])
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
@@ -98,9 +113,8 @@ def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
     import torch
 
     logits = span_logits(model, batch)
-    shares = logits.log_softmax(1)
-    owners = batch.target_positions
-    losses = -(shares[owners, batch.target_ids, 0] + shares[owners, batch.columns["last_tokens"], 1]) / 2
+    shares = logits.log_softmax(1)[batch.target_owners]  # (U, T, 2)
+    losses = -shares.gather(1, batch.target_ids[:, None]).flatten(1).mean(1)
     values = {} if torch.is_grad_enabled() else {"losses": losses, "logits": logits}
     return Output(losses.sum(), values, {})
 
@@ -149,7 +163,7 @@ def _results(output: Output, batch: "Batch", options: AnswerOptions) -> list[Doc
         {"document": document, "first": one.first, "last": one.last, "score": one.score, "null": null}
         for document, (one,), null in zip(documents, best, _null_scores(logits), strict=True)
     ]
-    return document_results(output.values["losses"], batch.target_positions, len(documents), details)
+    return document_results(output.values["losses"], batch.target_owners, len(documents), details)
 
 
 def _figures(results: Sequence[DocumentResult], store: "TokenStore", options: AnswerOptions) -> dict[str, float]:
@@ -229,27 +243,28 @@ def _configured(task: Task, options: AnswerOptions) -> Task:
         figures=partial(_figures, options=options),
         predictions=partial(_predictions, options=options),
         join=partial(_join, options=options),
+        padded=None if task.padded is None else _configured(task.padded, options),
     )
 
 
-_DEFAULTS = AnswerOptions()
-TASK = Task(
+_FLAT = Task(
     name="question_answering",
     pipeline="question-answering",
     auto_class=_auto_class,
-    packs=False,
+    packs=True,
     causal=False,
     new_head=True,
     columns={"context_texts": _OLD, "context_offsets": _OLD, "answer_texts": _OLD},
-    batch=_batch,
-    sample=_sample,
+    batch=_flat_batch,
+    sample=partial(_sample, is_padded=False),
     loss=_loss,
-    results=partial(_results, options=_DEFAULTS),
-    figures=partial(_figures, options=_DEFAULTS),
-    predictions=partial(_predictions, options=_DEFAULTS),
-    join=partial(_join, options=_DEFAULTS),
+    results=partial(_results, options=AnswerOptions()),
+    figures=partial(_figures, options=AnswerOptions()),
     metrics={"f1": "max", "exact_match": "max", "loss": "min"},
     best="f1",
     second_texts="pair_starts",
     configured=_configured,
+    predictions=partial(_predictions, options=AnswerOptions()),
+    join=partial(_join, options=AnswerOptions()),
 )
+TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=partial(_sample, is_padded=True)))

@@ -1,6 +1,7 @@
 """Row order, the split over ranks and micro-batches, and the tensors rows become."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +13,9 @@ from hypothesis import strategies as st
 from data_prep.rows.pack import pack_rows
 from data_prep.token_store import RowSource
 from engine.arithmetic import StepBatch
-from engine.batches import (
-    MicroBatches,
-    packed_batch,
-    padded_batch,
-    permuted,
-    row_groups,
-    row_lengths,
-    rows_of_epoch,
-    split_rows,
-    stream_rows,
-)
+from engine.batches import flat_batch, padded_batch, row_lengths
+from engine.micro_batches import MicroBatches, row_groups, split_rows
+from engine.row_stream import permuted, rows_of_epoch, stream_rows
 from engine.tasks import TASKS
 from engine.tasks.task import STILL
 
@@ -218,9 +211,9 @@ def test_ranks_have_nearly_equal_attention_cost(world_size: int, micro_rows: int
     assert waited(parts) - 1 < (waited(as_they_come) - 1) / 4
 
 
-def test_packed_batch_lays_documents_one_after_the_other() -> None:
+def test_a_flat_batch_lays_documents_one_after_the_other() -> None:
     store, index = memory_store("causal_lm")
-    batch = packed_batch(store, index, np.array([2, 0]), filler_row=0)
+    batch = TASKS["causal_lm"].batch(store, index, np.array([2, 0]), 0, STILL)
     documents = [6, 7, 8, 0, 1, 2]
     ids = np.concatenate([store.documents[d] for d in documents])
     assert batch.input_ids.tolist() == [ids.tolist()]
@@ -268,16 +261,42 @@ def test_groups_hold_every_row_once_whatever_the_ranks(num_rows: int, micro_rows
         assert all(len(group) == micro_rows for group in groups[:-1])
 
 
-def test_padded_batch_keeps_lengths_and_labels() -> None:
+def test_both_forms_hold_the_same_documents_and_targets() -> None:
     store, index = memory_store("sequence_classification")
-    batch = TASKS["sequence_classification"].batch(store, index, np.array([4, 9]), 0, STILL)
-    lengths = [len(store.documents[4]), len(store.documents[9])]
-    assert batch.lengths.tolist() == lengths
-    assert batch.input_ids.shape == (2, max(lengths))
-    assert batch.target_ids.tolist() == store.labels[[4, 9]].tolist()
-    for line, row in enumerate((4, 9)):
-        assert batch.input_ids[line, : lengths[line]].tolist() == store.documents[row].tolist()
-        assert (batch.input_ids[line, lengths[line] :] == store.pad_id).all()
+    rows = np.array([4, 9, 0])
+    task = TASKS["sequence_classification"]
+    assert task.padded is not None
+    lengths = [len(store.documents[row]) for row in rows]
+    for form in (task, task.padded):
+        batch = form.batch(store, index, rows, 0, STILL)
+        ids = batch.input_ids.flatten()
+        assert batch.document_lengths.tolist() == lengths == list(batch.row_tokens)
+        assert batch.target_ids.tolist() == store.labels[rows].tolist()
+        assert batch.target_owners.tolist() == [0, 1, 2]
+        for line, row in enumerate(rows):
+            first = int(batch.first_tokens[line])
+            assert ids[first : first + lengths[line]].tolist() == store.documents[row].tolist()
+            assert int(batch.last_tokens[line]) == first + lengths[line] - 1
+        assert batch.num_tokens == sum(lengths) and batch.num_padding == len(ids) - sum(lengths)
+        if batch.lengths is not None:
+            assert (batch.input_ids[batch.attention_mask == 0] == store.pad_id).all()
+    assert flat_batch(store, index, rows, 0).token_owners.tolist() == [
+        n for n, size in enumerate(lengths) for _ in range(size)
+    ]
+
+
+@pytest.mark.parametrize("make", [flat_batch, padded_batch])
+def test_targets_may_have_the_values_of_a_column_of_the_store(make: Any) -> None:
+    store, index = memory_store("token_classification")
+    rows = np.array([7, 3])
+    plain, tagged = make(store, index, rows, 0), make(store, index, rows, 0, target_column="tags")
+    assert plain.target_ids.tolist() == plain.input_ids.flatten()[plain.target_positions].tolist()
+    assert tagged.target_ids.tolist() == [tag for row in rows for tag in store.tags[row].tolist() if tag >= 0]
+    marked = [n for n, row in enumerate(rows) for _ in range(int(store.marks[row].sum()))]
+    assert tagged.target_owners.tolist() == marked
+    assert (
+        tagged.with_targets(tagged.target_owners == 1).target_ids.tolist() == store.tags[3][store.tags[3] >= 0].tolist()
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)

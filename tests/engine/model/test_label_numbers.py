@@ -36,8 +36,9 @@ def batch_of(task: str, numbers: list[int]) -> Batch:
     positions = torch.arange(6) if task == "sequence_classification" else torch.arange(6) * 4 + 1
     columns = {"pair_starts": torch.zeros(6, dtype=torch.int64)}
     return Batch(
-        ids, positions, torch.tensor(numbers), tuple(range(6)), 24, lengths=torch.full((6,), 4), columns=columns
-    )
+        ids, positions, torch.tensor(numbers), tuple(range(6)), 24, lengths=torch.full((6,), 4), columns=columns,
+        target_owners=torch.arange(6),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
