@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal, NoReturn
 
 from engine.checkpoint.schedule import Best
-from engine.errors import NumericalStopError, StoppedError
+from engine.errors import ConfigError, NumericalStopError, StoppedError
 from engine.evaluate import evaluate
 from engine.export.from_training import export_end, export_step
 from engine.micro_batches import MicroBatches
@@ -156,7 +156,12 @@ def _evaluate(training: Training, progress: Progress, log: RunLog, stop: StopSig
         engine, task = training.zero.engine, training.zero.task
         tokens = None if micro_rows else batch.micro_tokens
         size = MicroBatches(micro_rows or batch.micro_rows, tokens, not task.packs)
-        return evaluate(engine, task, store, rows, training.ranks, size, stop, partial(log.report, progress.step))
+        figures = evaluate(engine, task, store, rows, training.ranks, size, stop, partial(log.report, progress.step))
+    metric = training.best_metric
+    if figures is not None and metric not in figures:
+        there = ", ".join(name for name in task.metrics if name in figures)
+        raise ConfigError(f"evaluation.metric {metric} has no value with this data, which has {there}")
+    return figures
 
 
 def update_best(progress: Progress, value: float, best: Literal["min", "max"]) -> None:

@@ -96,7 +96,7 @@ def confusion_picture(confusion: Counts, names: Sequence[str]) -> NDArray[np.uin
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     cell = min(_LARGEST_CELL, max(1, _SIDE // len(counts)))
     labels = names_by_number(names, len(confusion))[:used] if cell >= _CELL_WITH_NAME and len(counts) == used else []
-    texts = [shortened(name)[:20] for name in labels]
+    texts = [_drawable(name, number) for number, name in enumerate(labels)]
     left = max([_text_size(text)[0] for text in texts], default=0) + 8
     image = Image.new("RGB", (left + cell * len(counts) + 8, cell * len(counts) + left + 24), "white")
     heat = np.repeat(np.repeat(_colours(shares), cell, axis=0), cell, axis=1)
@@ -112,6 +112,13 @@ def confusion_picture(confusion: Counts, names: Sequence[str]) -> NDArray[np.uin
             place = (left + cell * column + cell // 2, 20 + cell * row + cell // 2)
             draw.text(place, str(counts[row, column]), fill=ink, anchor="mm")
     return np.asarray(image, dtype=np.uint8)
+
+
+def _drawable(name: str, number: int) -> str:
+    """A short name, or the number of one that the font has no letters for."""
+    text = shortened(name)[:20]
+    has_letters = all(" " <= character <= "~" or "\xa0" <= character <= "\xff" for character in text)
+    return text if has_letters else str(number)
 
 
 def _summed(counts: Counts, most: int) -> Counts:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
+    from engine.tasks.answers import AnswerOptions
 
 #: transformers' names for what a head of the class for whole texts computes.
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -94,6 +95,8 @@ class Task:
     out_of_scope: Callable[["Task", str], "Task"] | None = None
     kinds: Mapping[str, "Task"] = field(default_factory=dict)  # by a column of the store: the task as it is with it
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
+    #: The task with a run file's settings of answers; None where it finds none.
+    configured: Callable[["Task", "AnswerOptions"], "Task"] | None = None
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
     why_padded: str = ""  # the reason for which a model's batches are padded, for people
     #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
