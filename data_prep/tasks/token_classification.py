@@ -1,6 +1,7 @@
 """A tag for every word of a sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from data_prep.encode.content import Context, refuse_untrainable_at
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example, TaggedExample
 from data_prep.sources.records import Record
-from data_prep.tasks.data_task import DataTask, DocumentView, Histogram, name_histogram, name_of
+from data_prep.tasks.data_task import Blank, DataTask, DocumentView, Histogram, name_histogram, name_of
 from data_prep.token_store import TokenStore
 
 _NO_TAG = -1
@@ -90,6 +91,16 @@ def _histograms(store: TokenStore) -> list[Histogram]:
     return [name_histogram(store, _TAGS, "Tags", "words")]
 
 
+def _blank(_config: Mapping[str, Any], names: Sequence[str]) -> Blank:
+    """Any tag for each word; the predicted tags stand beside the words."""
+
+    def tags(fields: Mapping[str, Any]) -> list[str]:
+        words = fields.get("words")
+        return [names[0]] * len(words.split(" ") if isinstance(words, str) else words or ())
+
+    return Blank("tags", "tags", tags, repeats=("words",))
+
+
 TASK = DataTask(
     name="token_classification",
     shapes=("tags",),
@@ -101,4 +112,5 @@ TASK = DataTask(
     view=_view,
     histograms=_histograms,
     legend="(tag O is not written)",
+    blank=_blank,
 )

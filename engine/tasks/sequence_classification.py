@@ -147,4 +147,5 @@ TASK = Task(
     best="accuracy",
     second_texts="pair_starts",
     predictions=_predictions,
+    heads=("ForSequenceClassification",),
 )

@@ -79,6 +79,7 @@ class Task:
     best: str  # the metric that is taken where the run file names none
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
+    heads: tuple[str, ...] = ()  # endings of the names that transformers' classes for it have
     #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
     #: `fulltune predict` writes. It needs no true labels. None: the task predicts nothing of a record.
     predictions: Callable[[Output, "Batch", "TokenStore"], list[dict[str, Any]]] | None = None

@@ -116,4 +116,5 @@ TASK = Task(
     metrics={"macro_f1": "max", "accuracy": "max", "loss": "min"},
     best="macro_f1",
     predictions=_predictions,
+    heads=("ForTokenClassification",),
 )
