@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.tasks import TASKS
 #: Rows are so long where nothing says how long they are, unless the model has fewer positions.
 _USUAL_ROW_TOKENS = 512
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
+_OVERRIDE = re.compile(r"data\.[a-z_.]+=")
 #: Keys of a run file's data section that are about the training records alone, or about where things are.
 _NOT_CARRIED = {"train", "validation", "validation_fraction", "store_dir", "tokenizer", "label_names", "deduplicate"}
 #: Keys of a source that are about its place; the others say how to read it.
@@ -59,12 +61,9 @@ def _task_of(config: Mapping[str, Any], folder: Path) -> str:
     found = [task.name for task in TASKS.values() if named and named[0].endswith(task.heads)]
     if len(found) == 1:
         return found[0]
-    what = (
-        f"{', '.join(named)}, which is a class of {'several tasks' if found else 'no task here'}"
-        if named
-        else "no class"
-    )
-    raise ConfigError(f"{folder}/config.json names {what}: say which with --task ({', '.join(TASKS)})")
+    class_of = "a class of several tasks" if found else "a class of no task here"
+    what = f"{', '.join(named)}, {class_of}" if named else "no class"
+    raise ConfigError(f"{folder}/config.json names {what}: give --task ({', '.join(TASKS)})")
 
 
 def data_of(
@@ -74,6 +73,8 @@ def data_of(
 
     The settings are those of the run that the model comes from, or of the run file `like`; then `overrides`.
     """
+    late = [text for text in files if _OVERRIDE.match(text)]  # behind an option that takes several files
+    files, overrides = [text for text in files if text not in late], [*overrides, *late]
     wrong = [override for override in overrides if not override.startswith("data.")]
     if wrong:
         raise ConfigError(f"override `{wrong[0]}`: only the keys of data count here, as data.row_tokens=256")
@@ -84,13 +85,14 @@ def data_of(
     section = {
         "row_tokens": _row_tokens(model.config),
         **{key: value for key, value in given.items() if key not in _NOT_CARRIED},
-        "store_dir": str(work / "store"), "train": copy.deepcopy(sources), "validation": sources, "tokenizer": str(model.folder),
+        "store_dir": str(work / "store"), "tokenizer": str(model.folder),
+        "train": copy.deepcopy(sources), "validation": sources,
     }  # fmt: skip
     if model.label_names:
         section["label_names"] = list(model.label_names)
     path = work / "data.yaml"
     path.write_text(dump_yaml({"data": section}), encoding="utf-8")
-    read = load_run_file(path, list(overrides))
+    read = load_run_file(path, overrides)
     config = read.parse(DataConfig, "data")
     return config, read.values["data"]
 
