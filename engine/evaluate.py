@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from data_prep.token_store import Rows, TokenStore
-from engine.batches import MicroBatches, Rows64, groups_of_sources, segments_of
+from engine.batches import Rows64, segments_of
 from engine.figures import Entry, entries_of, figures_of
+from engine.micro_batches import MicroBatches, groups_of_sources
 from engine.ranks import heartbeat
 from engine.ranks.agreement import from_rank_0, gather_json
 from engine.ranks.distributed import Ranks

@@ -62,6 +62,8 @@ class Encoder:
             target_limit_tokens=config.target_tokens or config.row_tokens,
             row_tokens=config.row_tokens,
             stride_tokens=config.stride_tokens,
+            makes_windows=self.job.task.makes_windows(config.overlong),
+            every_piece=config.tag_pieces == "every",
         )
 
     def encode(

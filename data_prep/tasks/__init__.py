@@ -7,6 +7,7 @@ Read first: data_task.py, then token_classification.py.
 from data_prep.tasks import (
     causal_lm,
     question_answering,
+    semantic_roles,
     seq2seq_lm,
     sequence_classification,
     token_classification,
@@ -14,5 +15,12 @@ from data_prep.tasks import (
 
 TASKS = {
     module.TASK.name: module.TASK
-    for module in (causal_lm, sequence_classification, token_classification, question_answering, seq2seq_lm)
+    for module in (
+        causal_lm,
+        sequence_classification,
+        token_classification,
+        semantic_roles,
+        question_answering,
+        seq2seq_lm,
+    )
 }

@@ -43,8 +43,9 @@ def _fail(path: Path, error: Exception, expected: bool) -> NoReturn:
 def _work(plan: Plan, folder: Path, number: int, progress: IO[str]) -> None:
     import torch
 
-    from engine.batches import MicroBatches, groups_of_sources, segments_of
+    from engine.batches import segments_of
     from engine.inference.load import load_model
+    from engine.micro_batches import MicroBatches, groups_of_sources
     from engine.model.cpu_bf16 import multiply_bf16_in_fp32
     from engine.tasks.task import STILL
 
@@ -55,7 +56,7 @@ def _work(plan: Plan, folder: Path, number: int, progress: IO[str]) -> None:
     rows = open_rows(store, plan.row_tokens)
     model = load_model(plan.model, TASKS[plan.task], plan.one_document_a_row, store, rows, device)
     task = model.task
-    groups = groups_of_sources(rows, MicroBatches(plan.micro_rows, plan.micro_tokens))
+    groups = groups_of_sources(rows, MicroBatches(plan.micro_rows, plan.micro_tokens, not task.packs))
     with part_path(folder, number).open("w", encoding="utf-8") as part, torch.no_grad():
         for source, group in groups[number :: plan.workers]:
             batch = task.batch(store, rows, group, int(group[-1]), STILL).to(device)

@@ -64,7 +64,7 @@ class Task:
     name: str
     pipeline: str  # the Hub's name for it, for the model card
     auto_class: Callable[[Any], Any]  # configuration -> the transformers class that makes and loads its models
-    packs: bool  # rows hold several documents: attention keeps them apart, and models that cannot are refused
+    packs: bool  # batches are flat, with documents end to end: attention keeps them apart, and models must be able to
     causal: bool  # a target is predicted from the tokens before it: models that see later ones are refused
     new_head: bool  # the head is made where the model's files have none; a head of another task is left out
     columns: Mapping[str, str]  # what it needs in the store, by column: what to say of a store without it
@@ -79,6 +79,7 @@ class Task:
     best: str  # the metric that is taken where the run file names none
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
+    why_padded: str = ""  # the reason for which a model's batches are padded, for people
     heads: tuple[str, ...] = ()  # endings of the names that transformers' classes for it have
     #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
     #: `fulltune predict` writes. It needs no true labels. None: the task predicts nothing of a record.

@@ -74,7 +74,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     set_umask(sweep.combinations[0].run.share_with_group)
     if HELD_OUT in sweep.overrides:
         print(f"no validation records: a tenth of train is held out to choose by ({HELD_OUT})", flush=True)
-    findings = found_of_all(sweep, lambda run: [*check_here(run, _plan(run, arguments)), *check_run(run)])
+    findings = found_of_all(sweep, lambda run: [*_check_job(run, arguments), *check_run(run)])
     if arguments.dry_run:
         first = sweep.combinations[0].run
         print(describe_plan(first, _plan(first, arguments)) + "\n")
@@ -97,6 +97,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
             break
     print("\n" + table_of(sweep), flush=True)
     return 0 if code == NumericalStopError.exit_code and done else code
+
+
+def _check_job(run: Run, arguments: argparse.Namespace) -> list[Finding]:
+    """The findings about this machine for the start of a run, or why it cannot be planned."""
+    try:
+        return check_here(run, _plan(run, arguments))
+    except FulltuneError as error:
+        return [*failures("job", error), *check_here(run, None)]
 
 
 def _plan(run: Run, arguments: argparse.Namespace) -> Job:

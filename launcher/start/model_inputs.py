@@ -56,13 +56,12 @@ def read_model(folder: Path, task: str | None, run: Mapping[str, Any] | None = N
 
 
 def _task_of(config: Mapping[str, Any], folder: Path) -> str:
-    """The task of a model's class, as its configuration names it."""
+    """The task of a model's class, as its configuration names it; of several with this class, the first."""
     named = [str(name) for name in config.get("architectures") or ()]
     found = [task.name for task in TASKS.values() if named and named[0].endswith(task.heads)]
-    if len(found) == 1:
+    if found:
         return found[0]
-    class_of = "a class of several tasks" if found else "a class of no task here"
-    what = f"{', '.join(named)}, {class_of}" if named else "no class"
+    what = f"{', '.join(named)}, a class of no task here" if named else "no class"
     raise ConfigError(f"{folder}/config.json names {what}: give --task ({', '.join(TASKS)})")
 
 

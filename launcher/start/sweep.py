@@ -49,32 +49,51 @@ def load_sweep(path: Path, overrides: Sequence[str], words: Sequence[str], share
     """
     swept = [_values_of(word) for word in words]
     keys = [key for key, _ in swept]
-    for key in keys:
-        if key in _NOT_SWEPT or keys.count(key) > 1:
-            raise ConfigError(
-                f"--sweep {key}: " + ("given twice" if keys.count(key) > 1 else "is the same for all runs")
-            )
-        if shares_store and key.startswith("data."):
-            raise ConfigError(f"--sweep {key}: jobs that run at once share one token store; give each its own run file")
-    base = load_run(path, [*overrides, *(f"{key}={values[0]}" for key, values in swept)])
-    if base.data.validation is None and base.data.validation_fraction is None:
-        overrides = [*overrides, HELD_OUT]
-    folders = [_folder(keys, values) for values in itertools.product(*(values for _, values in swept))]
+    _check_keys(keys, shares_store)
+    chosen = list(itertools.product(*(values for _, values in swept)))
+    folders = [_folder(keys, values) for values in chosen]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"--sweep {' '.join(words)}: two of its values would have the same folder")
-    combinations, faults = [], []
-    for name, values in zip(folders, itertools.product(*(values for _, values in swept)), strict=True):
-        own = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-        try:
-            run = load_run(path, [*overrides, *own, f"run_dir={base.config.run_dir / 'sweep' / name}"])
-            run.config.check_trainable()
-        except FulltuneError as error:
-            faults += [(error, line) for line in str(error).splitlines()]
-        else:
-            combinations.append(Combination(name, values, run))
-    if faults:
-        raise ConfigError("\n".join(dict.fromkeys(line for _, line in faults)))
+    given = [[*overrides, *_overrides(keys, values)] for values in chosen]
+    first, *_ = _load_all(path, given)
+    if first.data.validation is None and first.data.validation_fraction is None:
+        overrides = [*overrides, HELD_OUT]
+    sweep_dir = first.config.run_dir / "sweep"
+    own = [
+        [*overrides, *_overrides(keys, values), f"run_dir={json.dumps(str(sweep_dir / name))}"]
+        for name, values in zip(folders, chosen, strict=True)
+    ]
+    combinations = [Combination(*one) for one in zip(folders, chosen, _load_all(path, own), strict=True)]
     return Sweep(tuple(keys), tuple(combinations), tuple(overrides))
+
+
+def _check_keys(keys: Sequence[str], shares_store: bool) -> None:
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"--sweep {key}: given twice")
+        if key in _NOT_SWEPT:
+            raise ConfigError(f"--sweep {key}: the runs of a sweep have it in common")
+        if shares_store and key.startswith("data."):
+            raise ConfigError(f"--sweep {key}: jobs that run at once share one token store; give each its own run file")
+
+
+def _overrides(keys: Sequence[str], values: Sequence[str]) -> list[str]:
+    return [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+
+
+def _load_all(path: Path, overrides: Sequence[list[str]]) -> list[Run]:
+    """A run for each list of overrides; ConfigError with the faults of all, each once."""
+    loaded, faults = [], []
+    for own in overrides:
+        try:
+            run = load_run(path, own)
+            run.config.check_trainable()
+            loaded.append(run)
+        except ConfigError as error:
+            faults += str(error).splitlines()
+    if faults:
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
+    return loaded
 
 
 def _values_of(word: str) -> tuple[str, tuple[str, ...]]:
@@ -183,8 +202,7 @@ def table_of(sweep: Sweep) -> str:
 
 def _commands(sweep: Sweep, best: Combination) -> list[str]:
     """The commands that export the best run, and that train it again."""
-    own = [f"{key}={value}" for key, value in zip(sweep.keys, best.values, strict=True)]
     newest = "" if best.run.config.checkpoint.save_best is False else " --best"
     export = ["fulltune", "export", str(best.run.config.run_dir), "OUT"]
-    train = ["fulltune", "train", str(best.run.source), *sweep.overrides, *own]
+    train = ["fulltune", "train", str(best.run.source), *sweep.overrides, *_overrides(sweep.keys, best.values)]
     return ["", f"export the best: {shlex.join(export)}{newest}", f"train it again:  {shlex.join(train)}"]

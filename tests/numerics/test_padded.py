@@ -1,6 +1,6 @@
 """Rows of one document train families that cannot pack: padded, with their own attention."""
 
-from dataclasses import replace
+import re
 from typing import Any
 
 import numpy as np
@@ -117,10 +117,24 @@ def test_only_rows_of_one_document_are_padded(one_document_a_row: bool, packs: b
     values = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1}
     section = ModelSection.model_validate({"init": "random", "config": values})
     facts = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=())
-    assert fitting_task(section, PACKED, facts, one_document_a_row).packs == packs
-    labels = replace(facts, label_names=("a", "b"))
-    tagging = TASKS["token_classification"]
-    assert fitting_task(section, tagging, labels, one_document_a_row) is tagging
+    task = fitting_task(section, PACKED, facts, one_document_a_row)
+    assert task.packs == packs
+    assert task.why_padded.startswith("" if packs else "model type mamba cannot be trained on packed rows: documents")
+
+
+@pytest.mark.parametrize("one_document_a_row", [True, False])
+@pytest.mark.parametrize(("family", "packs"), [("bert", True), ("deberta-v2", False)])
+def test_tasks_of_whole_documents_are_flat_where_the_family_can(
+    family: str, packs: bool, one_document_a_row: bool
+) -> None:
+    values = {"model_type": family, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    section = ModelSection.model_validate({"init": "random", "config": values})
+    facts = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=("a", "b"))
+    for name in ("sequence_classification", "token_classification"):
+        task = fitting_task(section, TASKS[name], facts, one_document_a_row)
+        assert task.packs == packs and (task is TASKS[name]) == packs
+        assert not packs or not task.why_padded
+        assert packs or re.search("documents in one row see each other", task.why_padded)
 
 
 OWN_TABLE: dict[str, dict[str, Any]] = {

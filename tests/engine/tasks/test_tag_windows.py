@@ -1,0 +1,204 @@
+"""Prepared stores of tags and roles through the tasks of the engine: windows, pieces, and the figures of sentences."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from data_fixtures import WORDS, bert_vocabulary, byte_level_folder, prepared, section, write_jsonl
+
+from data_prep.token_store import Rows, TokenStore
+from engine.model.task_model import TaskModel
+from engine.tasks import TASKS
+from engine.tasks.task import STILL, DocumentResult, Output
+
+TAGS = ("O", "B-word", "I-word", "B-place", "I-place")
+LENGTHS = (3, 40, 1, 25, 60, 7)
+
+
+def sentences() -> list[dict[str, Any]]:
+    """Words of one and of several pieces, with tags that follow no rule."""
+    draw = np.random.default_rng(4)
+    words = [word for word in WORDS if word.isascii() and word.isalpha()] + ["qzx", "unbridgeable"]
+    return [
+        {"tokens": draw.choice(words, length).tolist(), "tags": draw.choice(TAGS, length).tolist()}
+        for length in LENGTHS
+    ]
+
+
+def store_of(folder: Path, records: list[dict[str, Any]], task: str, **more: Any) -> tuple[TokenStore, Rows]:
+    path = write_jsonl(folder / "a.jsonl", records)
+    values = section(folder, bert_vocabulary(folder / "vocab.txt"), path, row_tokens=24, stride_tokens=6, **more)
+    return prepared(values, task)
+
+
+def small_model(kind: str, store: TokenStore) -> Any:
+    common: dict[str, Any] = {
+        "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_labels": len(store.label_names), "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    config = transformers.BertConfig(**common) if kind == "bert" else transformers.LlamaConfig(**common)
+    return transformers.AutoModelForTokenClassification.from_config(config).eval()
+
+
+def results_of(store: TokenStore, rows: Rows, task: str, model: Any, guess: Any = None) -> list[DocumentResult]:
+    """The results of all documents, in batches of three; `guess` gives other predictions from the true tags."""
+    found: list[DocumentResult] = []
+    for first in range(0, rows.num_rows, 3):
+        batch = TASKS[task].batch(store, rows, np.arange(first, min(first + 3, rows.num_rows)), 0, STILL)
+        with torch.no_grad():
+            output = TaskModel(model, TASKS[task])(batch)
+        if guess is not None:
+            output = Output(output.loss_sum, {**output.values, "predicted": guess(batch.target_ids)}, {})
+        found += TASKS[task].results(output, batch)
+    return found
+
+
+@pytest.mark.parametrize("pieces", ["first", "every"])
+def test_each_word_is_scored_once_in_windows(tmp_path: Path, pieces: str) -> None:
+    records = sentences()
+    store, rows = store_of(tmp_path, records, "token_classification", overlong="split", tag_pieces=pieces)
+    assert store.num_documents > len(records)
+    results = results_of(store, rows, "token_classification", small_model("bert", store))
+    by_sentence: dict[Any, list[str]] = {}
+    for result in results:
+        own = by_sentence.setdefault(result.details["sentence"], [])
+        own += [store.label_names[tag] for tag in result.details["tags"]]  # type: ignore[union-attr,index]
+    assert list(by_sentence.values()) == [record["tags"] for record in records]
+    words = sum(LENGTHS)
+    assert sum(result.num_targets for result in results) == store.num_targets
+    assert store.num_targets == words if pieces == "first" else store.num_targets > words
+    total = store.manifest["ledger"]["total"]
+    assert total["extra_documents"] == store.num_documents - len(records) and total["notes"] == {"windowed": 3}
+
+
+def test_figures_are_those_of_whole_sentences(tmp_path: Path) -> None:
+    """The same words, tags and predictions in windows and in rows that hold whole sentences."""
+    records = sentences()
+    task = TASKS["token_classification"]
+    model = None
+    figures = []
+    cases: dict[str, dict[str, Any]] = {"windows": {"overlong": "split"}, "whole": {"row_tokens": 400}}
+    for name, more in cases.items():
+        folder = tmp_path / name
+        path = write_jsonl(folder / "a.jsonl", records)
+        values = section(
+            folder, bert_vocabulary(folder / "vocab.txt"), path, **{"row_tokens": 24, "stride_tokens": 6, **more}
+        )
+        store, rows = prepared(values, task.name)
+        model = model or small_model("bert", store)
+
+        def guess(tags: torch.Tensor) -> torch.Tensor:
+            return torch.where(tags == 1, 3, tags)  # a mistake that the tag alone decides
+
+        figures.append(task.figures(results_of(store, rows, task.name, model, guess), store))
+    assert figures[0] == figures[1]
+    assert 0 < figures[0]["strict_f1"] < 1 and figures[0]["f1"] == figures[0]["conll_f1"] < 1
+    assert figures[0]["illegal_tags"] > 0 and set(task.metrics) - {"loss"} <= set(figures[0])
+
+
+def test_plain_tags_have_accuracy_and_macro_f1_only(tmp_path: Path) -> None:
+    records = [{"tokens": ["a", "b", "c"], "tags": ["NOUN", "VERB", "X"]}]
+    store, rows = store_of(tmp_path, records, "token_classification")
+    results = results_of(store, rows, "token_classification", small_model("bert", store), lambda tags: tags * 0)
+    figures = TASKS["token_classification"].figures(results, store)
+    assert set(figures) == {"f1", "accuracy", "macro_f1"}
+    assert figures["accuracy"] == 1 / 3 and figures["f1"] == figures["macro_f1"] == pytest.approx(0.5 / 3)
+
+
+def test_predictions_of_windows_join_to_a_tag_a_word(tmp_path: Path) -> None:
+    records = sentences()
+    task = TASKS["token_classification"]
+    store, rows = store_of(tmp_path, records, task.name, overlong="split", tag_pieces="every")
+    model = small_model("bert", store)
+    assert task.predictions is not None and task.join is not None
+    windows: dict[int, list[dict[str, Any]]] = {}
+    for row in range(rows.num_rows):
+        batch = task.batch(store, rows, np.array([row]), 0, STILL)
+        with torch.no_grad():
+            output = TaskModel(model, task)(batch)
+        output = output._replace(values={**output.values, "predicted": batch.target_ids})
+        (one,) = task.predictions(output, batch, store)
+        windows.setdefault(int(store.column("sentence_numbers")[row]), []).append(one)
+    joined = [task.join(own) for own in windows.values()]
+    assert joined == [{"tags": record["tags"]} for record in records]
+
+
+ROLES = [
+    {"tokens": ["she", "gave", "him", "bread"], "predicate": 1, "roles": ["ARG0", "V", "ARG2", "ARG1"]},
+    {"tokens": ["he", "came", "and", "came"], "predicate": [3], "roles": ["ARG0", "O", "O", "V"]},
+]
+
+
+def test_the_predicate_is_marked_for_models_with_token_types(tmp_path: Path) -> None:
+    store, rows = store_of(tmp_path, ROLES, "semantic_roles")
+    flat_task = TASKS["semantic_roles"]
+    task = flat_task.padded
+    assert task is not None
+    flat, batch = (one.batch(store, rows, np.arange(2), 0, STILL) for one in (flat_task, task))
+    assert batch.lengths is not None
+    types = batch.columns["predicate_types"]
+    lengths = batch.lengths.tolist()
+    apart = [own[:length].tolist() for own, length in zip(types, lengths, strict=True)]
+    assert flat.columns["predicate_types"].tolist() == [apart[0] + apart[1]]
+    model = small_model("bert", store)
+    with torch.no_grad():
+        logits = TaskModel(model, task)(batch).values["logits"]
+    for row, word in enumerate((1, 3)):
+        own = store.tokens(row).tolist()
+        separator = own.index(3)
+        second = list(range(separator + 1, len(own)))
+        inside = [place for place in range(separator) if apart[row][place]]
+        assert [place for place in range(separator, len(own)) if apart[row][place]] == second
+        assert [own[place] for place in inside] == [own[place] for place in second[:-1]], "here and there the same"
+        targets = np.flatnonzero(store.targets(row)).tolist()
+        assert inside[0] == targets[word]
+        with torch.no_grad():
+            alone = model(torch.tensor([own]), token_type_ids=torch.tensor([apart[row]])).logits[0][targets]
+            without = model(torch.tensor([own])).logits[0][targets]
+        torch.testing.assert_close(logits[batch.target_owners == row], alone, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(alone, without, rtol=1e-3)
+
+
+def test_a_decoder_reads_the_predicate_first(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROLES)
+    store, rows = prepared(section(tmp_path, byte_level_folder(tmp_path / "t"), path), "semantic_roles")
+    from data_prep.tokenizer.open import open_tokenizer
+
+    text = open_tokenizer(str(tmp_path / "t")).decode(store.tokens(0).tolist(), skip_special_tokens=True)
+    assert text.split() == ["gave", "she", "gave", "him", "bread"] or text.startswith(" gave")
+    results = results_of(store, rows, "semantic_roles", small_model("llama", store))
+    assert [len(one.details["tags"]) for one in results] == [4, 4]  # type: ignore[arg-type]
+
+
+def test_figures_of_roles_leave_the_verb_out(tmp_path: Path) -> None:
+    store, rows = store_of(tmp_path, ROLES, "semantic_roles")
+    names = store.label_names
+
+    def guess(tags: torch.Tensor) -> torch.Tensor:
+        return torch.where(tags == names.index("ARG2"), names.index("ARG1"), tags)
+
+    results = results_of(store, rows, "semantic_roles", small_model("bert", store), guess)
+    figures = TASKS["semantic_roles"].figures(results, store)
+    # Four arguments without the verbs; three are found, and one word is given the wrong role.
+    assert figures["arguments"] == 4 and figures["precision"] == figures["recall"] == figures["f1"] == 0.75
+    assert figures["accuracy"] == 7 / 8
+
+
+def test_spans_of_roles_are_found_whole(tmp_path: Path) -> None:
+    spans = [
+        {"tokens": ["the", "man", "gave", "bread"], "predicate": 2, "roles": ["B-ARG0", "I-ARG0", "B-V", "B-ARG1"]}
+    ]
+    store, rows = store_of(tmp_path, spans, "semantic_roles")
+    names = store.label_names
+
+    def guess(tags: torch.Tensor) -> torch.Tensor:
+        return torch.where(tags == names.index("I-ARG0"), names.index("B-ARG1"), tags)
+
+    figures = TASKS["semantic_roles"].figures(
+        results_of(store, rows, "semantic_roles", small_model("bert", store), guess), store
+    )
+    assert figures["arguments"] == 2 and figures["recall"] == 0.5 and figures["precision"] == 1 / 3
