@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import ConfigError, FulltuneError, NumericalStopError
 from engine.finding import Finding, failures
@@ -154,21 +155,23 @@ def _result(run: Run) -> _Result:
     folder, metric = run.config.run_dir, run.config.best_metric
     outcome = runs.read_outcome(folder)
     state = "complete" if runs.is_complete(run) else "not run" if outcome is None else _state(outcome[0])
-    best, seconds = None, 0.0
+    best: tuple[float, int] | None = None
+    seconds = 0.0
     for line in _metrics(folder):
         kind, step = line.get("kind"), line.get("step", 0)
         seconds += line.get("step_seconds" if kind == "train" else "seconds", 0.0)
         if kind == "evaluation" and step and metric in line:
             better = best is None or (line[metric] < best[0] if _lowest(run) else line[metric] > best[0])
             best = (line[metric], step) if better else best
-    return _Result(state, *(best or (None, None)), seconds / 60)
+    value, step = best or (None, None)
+    return _Result(state, value, step, seconds / 60)
 
 
 def _state(code: int) -> str:
     return {0: "complete", 75: "stopped", 130: "interrupted"}.get(code, f"failed ({code})")
 
 
-def _metrics(folder: Path) -> list[dict[str, float]]:
+def _metrics(folder: Path) -> list[dict[str, Any]]:
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]
