@@ -6,6 +6,7 @@ Read first: data_task.py, then token_classification.py.
 
 from data_prep.tasks import (
     causal_lm,
+    masked_lm,
     question_answering,
     seq2seq_lm,
     sequence_classification,
@@ -14,5 +15,12 @@ from data_prep.tasks import (
 
 TASKS = {
     module.TASK.name: module.TASK
-    for module in (causal_lm, sequence_classification, token_classification, question_answering, seq2seq_lm)
+    for module in (
+        causal_lm,
+        sequence_classification,
+        token_classification,
+        question_answering,
+        masked_lm,
+        seq2seq_lm,
+    )
 }

@@ -6,12 +6,12 @@ Read first: task.py, then causal_lm.py.
 
 from collections.abc import Mapping
 
-from engine.tasks import causal_lm, sequence_classification, token_classification
+from engine.tasks import causal_lm, masked_lm, sequence_classification, token_classification
 from engine.tasks.task import Task
 
 #: The tasks that the engine trains, by name.
 TASKS: Mapping[str, Task] = {
-    module.TASK.name: module.TASK for module in (causal_lm, sequence_classification, token_classification)
+    module.TASK.name: module.TASK for module in (causal_lm, sequence_classification, token_classification, masked_lm)
 }
 #: The tasks whose data can be prepared and inspected, but not trained yet.
 PREPARED_ONLY = ("question_answering", "seq2seq_lm")

@@ -270,7 +270,7 @@ def test_groups_hold_every_row_once_whatever_the_ranks(num_rows: int, micro_rows
 
 def test_padded_batch_keeps_lengths_and_labels() -> None:
     store, index = memory_store("sequence_classification")
-    batch = TASKS["sequence_classification"].batch(store, index, np.array([4, 9]), 0, STILL)
+    batch = TASKS["sequence_classification"].batch(store, index, np.array([4, 9]), 0, STILL, STILL)
     lengths = [len(store.documents[4]), len(store.documents[9])]
     assert batch.lengths.tolist() == lengths
     assert batch.input_ids.shape == (2, max(lengths))
@@ -283,7 +283,7 @@ def test_padded_batch_keeps_lengths_and_labels() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_rank_without_rows_gets_a_filler_without_targets(task: str) -> None:
     store, index = memory_store(task)
-    batch = TASKS[task].batch(store, index, np.array([], dtype=np.int64), 3, STILL)
+    batch = TASKS[task].batch(store, index, np.array([], dtype=np.int64), 3, STILL, STILL)
     assert batch.input_ids.numel() > 0
     assert batch.target_ids.numel() == batch.target_positions.numel() == 0
     assert (batch.num_tokens, batch.rows) == (0, ())

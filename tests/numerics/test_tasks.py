@@ -27,7 +27,9 @@ def test_pooling_equals_the_stock_head_one_text_at_a_time(family: str) -> None:
     store, index = memory_store("sequence_classification")
     rows = np.array([0, 5, 11, 17])
     with torch.no_grad():
-        together = classification_logits(model, TASKS["sequence_classification"].batch(store, index, rows, 0, STILL))
+        together = classification_logits(
+            model, TASKS["sequence_classification"].batch(store, index, rows, 0, STILL, STILL)
+        )
         for row, logits in zip(rows, together, strict=True):
             alone = model(torch.from_numpy(store.documents[row])[None]).logits[0]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
@@ -37,7 +39,7 @@ def test_bert_is_told_which_text_of_a_pair_is_the_second() -> None:
     model = make_model("bert", packed=False).eval()
     store, index = memory_store("sequence_classification")
     rows = np.array([0, 5, 11])
-    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL)
+    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL, STILL)
     assert batch.columns["pair_starts"].tolist() == [0, 0, 0]
     starts = [2, 0, 1]  # the second of these is one text
     batch = dataclasses.replace(batch, columns={"pair_starts": torch.tensor(starts)})
@@ -58,7 +60,7 @@ def test_pooling_is_not_fooled_by_padding_ids_inside_a_text() -> None:
     model = make_model("llama_labels", packed=False).eval()
     store, index = memory_store("sequence_classification")
     store.documents[0][-1] = store.pad_id
-    batch = TASKS["sequence_classification"].batch(store, index, np.array([0, 1]), 0, STILL)
+    batch = TASKS["sequence_classification"].batch(store, index, np.array([0, 1]), 0, STILL, STILL)
     hidden = model.model(torch.from_numpy(store.documents[0])[None]).last_hidden_state[0, -1]
     with torch.no_grad():
         torch.testing.assert_close(classification_logits(model, batch)[0], model.score(hidden), rtol=1e-4, atol=1e-5)
@@ -69,13 +71,15 @@ def test_encoder_decoder_texts_must_end_with_the_end_token() -> None:
     store, index = memory_store("sequence_classification")
     store.documents[3][-1] = 9
     with pytest.raises(DataError, match="end token"):
-        classification_logits(model, TASKS["sequence_classification"].batch(store, index, np.array([3]), 0, STILL))
+        classification_logits(
+            model, TASKS["sequence_classification"].batch(store, index, np.array([3]), 0, STILL, STILL)
+        )
 
 
 def test_the_output_layer_sees_targets_only() -> None:
     model = make_model("llama", packed=True)
     store, index = memory_store("causal_lm")
-    batch = TASKS["causal_lm"].batch(store, index, np.array([1, 2]), 0, STILL)
+    batch = TASKS["causal_lm"].batch(store, index, np.array([1, 2]), 0, STILL, STILL)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel() // 32))
     training, values, others = TaskModel(model, TASKS["causal_lm"])(batch)
@@ -94,7 +98,7 @@ def test_a_filler_batch_costs_nothing_and_reaches_every_parameter(family: str) -
     task = TASKS[task_of(family)]
     model = make_model(family, packed=task.packs)
     store, index = memory_store(task.name)
-    loss_sum, _, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2, STILL))
+    loss_sum, _, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2, STILL, STILL))
     loss_sum.backward()
     assert loss_sum.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -104,7 +108,7 @@ def test_classification_loss_and_predictions() -> None:
     model = make_model("bert", packed=False).eval()
     store, index = memory_store("sequence_classification")
     rows = np.array([2, 3, 4])
-    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL)
+    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL, STILL)
     with torch.no_grad():
         loss_sum, values, _ = TaskModel(model, TASKS["sequence_classification"])(batch)
     logits = torch.stack([model(torch.from_numpy(store.documents[row])[None]).logits[0] for row in rows])
@@ -119,7 +123,7 @@ def test_tags_are_predicted_as_for_one_sentence_at_a_time(family: str) -> None:
     task = TASKS["token_classification"]
     store, index = memory_store(task.name)
     rows = np.array([2, 3, 4])
-    batch = task.batch(store, index, rows, 0, STILL)
+    batch = task.batch(store, index, rows, 0, STILL, STILL)
     with torch.no_grad():
         output = TaskModel(model, task)(batch)
         results = task.results(output, batch)
@@ -166,7 +170,7 @@ def test_a_label_that_train_has_not_is_wrong_and_has_no_loss() -> None:
     model = make_model("bert", packed=False).eval()
     task = TASKS["sequence_classification"]
     store, index = memory_store(task.name)
-    batch = task.batch(store, index, np.array([2, 3, 4]), 0, STILL)
+    batch = task.batch(store, index, np.array([2, 3, 4]), 0, STILL, STILL)
     unknown = dataclasses.replace(batch, target_ids=torch.tensor([1, UNKNOWN_LABEL, 0]))
     order = (2, 0, 1)  # of the labels in the model
     for reordered in (None, order[: model.config.num_labels]):
@@ -183,7 +187,7 @@ def test_a_tag_that_train_has_not_is_wrong_and_has_no_loss() -> None:
     model = make_model("bert_tags", packed=False).eval()
     task = TASKS["token_classification"]
     store, index = memory_store(task.name)
-    batch = task.batch(store, index, np.array([2]), 0, STILL)
+    batch = task.batch(store, index, np.array([2]), 0, STILL, STILL)
     tags = batch.target_ids.clone()
     tags[0] = UNKNOWN_LABEL
     with torch.no_grad():
