@@ -57,7 +57,7 @@ def fill(lengths: np.ndarray, row_tokens: int) -> float:
 
 def read_microseconds(store: TokenStore, rounds: int) -> float:
     """Median CPU time of the batch of one row at a random place, in microseconds per 8,192 tokens."""
-    from engine.batches import packed_batch
+    from engine.batches import flat_batch
 
     rows = open_rows(store, store.manifest["row_tokens"])
     places = np.random.default_rng(0).choice(rows.num_rows, ROWS_READ)
@@ -65,14 +65,14 @@ def read_microseconds(store: TokenStore, rounds: int) -> float:
     for _ in range(rounds):
         for row in places:
             before = time.thread_time()
-            batch = packed_batch(store, rows, np.array([row]), 0)
+            batch = flat_batch(store, rows, np.array([row]), 0)
             times.append((time.thread_time() - before) / batch.num_tokens)
     return statistics.median(times) * 8192 * 1e6
 
 
 def seek_milliseconds(rounds: int) -> float:
     """Median CPU time to find the 512 rows at position 10^9 of a stream of 10^10 rows an epoch."""
-    from engine.batches import stream_rows
+    from engine.row_stream import stream_rows
 
     sources = [RowSource("all", 0, 10**10, 10**10)]
     stream_rows(0, 512, sources, seed=1)

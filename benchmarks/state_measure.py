@@ -112,7 +112,8 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _environment(world_size: int) -> dict[str, str]:
+def rank_environment(world_size: int) -> dict[str, str]:
+    """The environment of a rank of `world_size` on this machine, or of a process of its own."""
     from engine.zero.prebuild import tool_environment
 
     return (
@@ -131,7 +132,7 @@ def _environment(world_size: int) -> dict[str, str]:
 
 def prebuild() -> None:
     """Compile DeepSpeed's ops where that has not been done; says so."""
-    subprocess.run([sys.executable, "-m", "engine.zero.prebuild"], cwd=ROOT, env=_environment(1), check=True)
+    subprocess.run([sys.executable, "-m", "engine.zero.prebuild"], cwd=ROOT, env=rank_environment(1), check=True)
 
 
 def run_process(phase: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _run(places: list[dict[str, str]], program: str, phase: str, arguments: dict
     try:
         for rank, place in enumerate(places):
             with (folder / f"rank-{rank}.log").open("wb") as log:
-                environment = _environment(len(places)) | place
+                environment = rank_environment(len(places)) | place
                 processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
                 )

@@ -171,7 +171,8 @@ def phase_seek(arguments: Arguments) -> dict[str, Any]:
     """Which rows and micro-batches the step at any place of a store of 10^9 tokens has."""
     import numpy as np
 
-    from engine.batches import MicroBatches, split_rows, stream_rows
+    from engine.micro_batches import MicroBatches, split_rows
+    from engine.row_stream import stream_rows
 
     row_tokens, tokens = 2048, arguments["tokens"]
     num_rows, per_row = tokens // row_tokens, 8

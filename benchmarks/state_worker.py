@@ -177,6 +177,7 @@ def make_batch(arguments: Arguments, number: int) -> Batch:
         input_ids=tokens[None], position_ids=torch.arange(count)[None], rows=(0,), num_tokens=count,
         document_ends=torch.tensor([0, count], dtype=torch.int32), longest_document_tokens=count,
         target_positions=torch.arange(count - 1), target_ids=tokens[1:],
+        target_owners=torch.zeros(count - 1, dtype=torch.int64),
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Overlong = Literal["error", "drop", "split", "truncate"]
 Packing = Literal["best_fit", "wrap", "none"]
-Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "conll", "conllu", "squad"]
+Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "conll", "conllu", "conllup", "squad"]
 ShapeName = Literal[
-    "text", "prompt", "alpaca", "sharegpt", "messages", "parallel", "label", "score", "tags", "question"
+    "text", "prompt", "alpaca", "sharegpt", "messages", "parallel", "label", "score", "tags", "roles", "question"
 ]
 
 TurnRole = Literal["system", "developer", "user", "assistant", "tool", "tool_call"]
@@ -178,7 +178,9 @@ class DataConfig(_Section):
         description="documents share rows (best_fit), are cut from one stream (wrap), or have a row each (none)",
     )
     overlong: Overlong = Field(
-        "error", description="a record longer than a row is an error, dropped, split into pieces, or truncated"
+        "error",
+        description="a record longer than a row is an error, dropped, truncated, or split: text into pieces, sentences"
+        " with tags into overlapping windows",
     )
     min_targets: int | None = Field(
         None,
@@ -210,7 +212,10 @@ class DataConfig(_Section):
         None, min_length=1, description="label in the records -> its name: {1: entailment, -1: contradiction}"
     )
     stride_tokens: int = Field(
-        128, ge=0, description="questions about a context: tokens that neighbouring windows share"
+        128, ge=0, description="questions about a context, sentences with tags: tokens that neighbouring windows share"
+    )
+    tag_pieces: Literal["first", "every"] = Field(
+        "first", description="tags: the first piece of each word is trained, or every piece with the tag of its word"
     )
     target_tokens: int | None = Field(None, gt=0, description="text to text: longest target; null: row_tokens")
     workers: int | None = Field(None, gt=0, description="processes that tokenise; null: one for each core")

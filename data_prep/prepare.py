@@ -265,13 +265,15 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(f"data.label_names belongs to classification, not to task {task.name}")
     if config.label_map is not None and not task.has_label_names:
         raise DataConfigError(f"data.label_map belongs to classification, not to task {task.name}")
-    if config.overlong == "split" and not (task.packs or task.splits):
+    if config.overlong == "split" and not (task.packs or task.tags_words or task.splits):
         raise DataConfigError(f"data.overlong: split would cut the examples of task {task.name}; use truncate or drop")
     if config.packing != "best_fit" and not task.packs:
         raise DataConfigError(f"data.packing: rows of task {task.name} hold one document each; leave it out")
     if config.chat.apply_to and not task.takes_chats:
         raise DataConfigError(f"data.chat.apply_to: task {task.name} takes no conversations; leave it out")
-    if config.deduplicate and task.makes_windows:
+    if config.tag_pieces != "first" and not task.tags_words:
+        raise DataConfigError(f"data.tag_pieces belongs to tags of words, not to task {task.name}; leave it out")
+    if config.deduplicate and task.makes_windows(config.overlong):
         raise DataConfigError("data.deduplicate: windows of one context are not duplicates; leave it out")
 
 

@@ -107,8 +107,8 @@ class BatchSection(Section):
     micro_rows: PositiveInt = Field(1, description="rows one rank takes through the model at once")
     micro_tokens: PositiveInt | None = Field(
         None,
-        description="instead of micro_rows, for rows of one document: as many of similar length as fit, padded to"
-        " the longest, in so many tokens",
+        description="instead of micro_rows: as many rows of similar length as fit in so many tokens; rows that"
+        " must be padded count as the longest of them",
     )
 
     @model_validator(mode="after")

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from data_prep.token_store import Rows, TokenStore
-from engine.batches import MicroBatches, Rows64, row_groups, segments_of
+from engine.batches import Rows64, segments_of
 from engine.errors import NumericalStopError
+from engine.micro_batches import MicroBatches, row_groups
 from engine.ranks import heartbeat
 from engine.ranks.agreement import from_rank_0, gather_json
 from engine.ranks.distributed import Ranks

@@ -12,16 +12,18 @@ import torch
 import xxhash
 
 from data_prep.token_store import Rows, TokenStore
-from engine.batches import MicroBatches, Rows64, row_lengths, split_rows, stream_rows
+from engine.batches import Rows64, row_lengths
 from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import NumericalStopError
 from engine.fit.schedule import learning_rate
 from engine.goodput import Stopwatch
+from engine.micro_batches import MicroBatches, split_rows
 from engine.model.frozen import freeze_patterns
 from engine.ranks import heartbeat
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
+from engine.row_stream import stream_rows
 from engine.run_log import memory_gib
 from engine.tasks.auxiliary import AUXILIARY, weight
 from engine.tasks.task import Draw, Output
@@ -143,7 +145,7 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
     """The step that comes next."""
     config, index = training.config, training.rows
     rows = stream_rows(progress.row_position, config.global_rows, index.sources, config.seed)
-    size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens)
+    size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens, not training.zero.task.packs)
     draw = Draw(config.seed, progress.step + 1, config.masking.fraction)
     count = training.zero.task.count_targets
     return StepPlan(
@@ -158,7 +160,7 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
 
 
 def padding_line(training: Training, progress: Progress) -> str:
-    """A line on what padded rows of a task that packs cost, from the first steps to come."""
+    """A line on why rows are padded and what that costs, from the first steps to come."""
     longest, tokens, positions = 0, 0, 0
     for number in range(min(_STEPS_LOOKED_AT, training.total_steps - progress.step)):
         ahead = progress.row_position + number * training.config.global_rows
@@ -169,7 +171,7 @@ def padding_line(training: Training, progress: Progress) -> str:
                 tokens, positions = tokens + int(lengths.sum()), positions + len(rows) * int(lengths.max())
     share = 1.0 - tokens / max(1, positions)
     return (
-        f"rows are padded, because this model cannot keep packed documents apart; {share:.0%} of the positions are "
+        f"rows are padded, because {training.zero.task.why_padded}; {share:.0%} of the positions are "
         f"padding, and the model's own attention may take memory for {longest} x {longest} scores a row and head"
     )
 

@@ -4,11 +4,11 @@ import operator
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
-from engine.batches import MicroBatches
 from engine.checkpoint.schedule import Best
 from engine.errors import NumericalStopError, StoppedError
 from engine.evaluate import evaluate
 from engine.export.from_training import export_end, export_step
+from engine.micro_batches import MicroBatches
 from engine.ranks import heartbeat
 from engine.ranks.stop import StopSignal
 from engine.run_log import RunLog
@@ -152,8 +152,9 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
     with heartbeat.during("evaluation"):
         store.check_unchanged()
         batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
-        size = MicroBatches(micro_rows) if micro_rows else MicroBatches(batch.micro_rows, batch.micro_tokens)
         engine, task = training.zero.engine, training.zero.task
+        tokens = None if micro_rows else batch.micro_tokens
+        size = MicroBatches(micro_rows or batch.micro_rows, tokens, not task.packs)
         return evaluate(engine, task, store, rows, training.ranks, size, stop)
 
 

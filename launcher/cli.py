@@ -32,6 +32,7 @@ COMMANDS = {
     "tensorboard": "show runs side by side in TensorBoard, on localhost",
     "generate": "continue prompts with a Hugging Face folder",
     "tokenizer": "train a tokenizer, add pieces to one, or special tokens to a model",
+    "model": "get a small real model: minilm (BERT kind) or smollm2 (Llama kind)",
     "demo": "train a small model from nothing on this machine, start to finish",
     "schema": "print the JSON schema of a run file, for editors",
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import examples
 import pytest
 import ssh_hosts
+from real_models import real_model
 from slurm_cluster import SlurmCluster, running_cluster, why_not
 from ssh_hosts import SshHosts
 
@@ -43,6 +44,18 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
                 item.add_marker(pytest.mark.xdist_group(item.path.name))
         elif not any(item.get_closest_marker(name) for name in ("cluster", "compat", "faults", "long")):
             item.add_marker("unit")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of MiniLM, a pretrained BERT kind with 22.7M fp32 weights (`fulltune model get minilm`)."""
+    return real_model("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, a pretrained Llama kind in bf16 (`fulltune model get smollm2`)."""
+    return real_model("smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,8 @@ class Context:
     target_limit_tokens: int | None = None
     row_tokens: int = 0
     stride_tokens: int = 0
+    makes_windows: bool = False  # of a record that is longer than a row
+    every_piece: bool = False  # of a word is a target, else its first one
 
     @property
     def id_type(self) -> np.dtype[Any]:

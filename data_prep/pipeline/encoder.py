@@ -50,7 +50,8 @@ class Encoder:
     def context(self, names: Names) -> Context:
         """The arguments of the encode functions, with a book for the names they meet."""
         config = self.job.config
-        cuts = not self.job.task.packs and config.overlong in ("truncate", "split")
+        splits = self.job.task.splits and config.overlong == "split"
+        cuts = not self.job.task.packs and (splits or config.overlong == "truncate")
         return Context(
             tokenizer=self.tokenizer,
             backend=self._backend,
@@ -59,10 +60,12 @@ class Encoder:
             train_on_prompt=config.chat.train_on_prompt,
             allow_untrained_stop=config.chat.allow_untrained_stop,
             limit_tokens=config.row_tokens if cuts else None,
-            splits=config.overlong == "split",
+            splits=splits,
             target_limit_tokens=config.target_tokens or config.row_tokens,
             row_tokens=config.row_tokens,
             stride_tokens=config.stride_tokens,
+            makes_windows=self.job.task.makes_windows(config.overlong),
+            every_piece=config.tag_pieces == "every",
         )
 
     def encode(

@@ -262,6 +262,8 @@ def _encoding_key(run: Preparation) -> str:
     """Identity of how records become documents, whatever the records are."""
     settings = run.config.model_dump(mode="json", include=set(_CONTENT_KEYS))
     settings["chat"] = run.config.chat.key()
+    if run.config.tag_pieces != "first":  # stores made before this key have it not in theirs
+        settings["tag_pieces"] = run.config.tag_pieces
     if run.task.packs:
         del settings["overlong"]  # what becomes of over-long documents is a matter of rows there
     else:

@@ -61,6 +61,13 @@ class TaggedExample:
 
 
 @dataclass(frozen=True, slots=True)
+class RolesExample(TaggedExample):
+    """Words and the role that each has for one predicate, which are the words with these numbers, if any."""
+
+    predicate: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class QuestionExample:
     """A question about a context; answers are (first character, text) in it, none for unanswerable ones.
 

@@ -133,6 +133,7 @@ _TEXTS: tuple[Form, ...] = (
 )
 _WORDS = ("tokens", "words", "text", "sentence", "text_a")
 _TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "label")
+_ROLES = ("roles", "srl_tags", "tags", "labels")
 _TURNS = ("messages", "conversations", "conversation")
 
 _FORMS: dict[ShapeName, tuple[Form, ...]] = {
@@ -156,6 +157,7 @@ _FORMS: dict[ShapeName, tuple[Form, ...]] = {
     "label": tuple({**text, "label": name} for text in _TEXTS for name in ("label", "labels", "gold_label")),
     "score": tuple({**text, "score": name} for text in _TEXTS for name in ("score", "similarity_score")),
     "tags": tuple({"words": words, "tags": tags} for words in _WORDS for tags in _TAGS),
+    "roles": tuple({"words": words, "roles": roles, "predicate": "predicate"} for words in _WORDS for roles in _ROLES),
     "question": ({"question": "question", "context": "context", "answers": "answers"},),
 }
 #: Forms that another shape has a better claim to: only where `shape:` asks for them.

@@ -17,7 +17,7 @@ _SHOWN_LABELS = 6
 
 def label_field(shape: Shape) -> str | None:
     """The field of the records that holds labels or tags; None for shapes without any."""
-    return shape.fields.get({"label": "label", "tags": "tags"}.get(shape.name, ""))
+    return shape.fields.get({"label": "label", "tags": "tags", "roles": "roles"}.get(shape.name, ""))
 
 
 def with_label_names(

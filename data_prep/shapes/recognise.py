@@ -10,7 +10,7 @@ The result of reading:
                               ChatExample if the source has a field for a system prompt or history
     sharegpt, messages        ChatExample
     label, score              LabelledExample, ScoredExample
-    tags                      TaggedExample
+    tags, roles               TaggedExample, RolesExample
     question                  QuestionExample
 
 A prompt's response and a text may be empty (the ledger counts what has nothing to train); a turn may not.
@@ -263,7 +263,9 @@ def _notes(shape: Shape, records: Sequence[Record]) -> list[str]:
     values = {ours: [lookup(record.value, theirs) for record in records] for ours, theirs in shape.fields.items()}
     if shape.many:
         return ["several labels a record"]
-    if shape.name == "tags" and any(isinstance(value, str) for column in values.values() for value in column):
+    if shape.name in ("tags", "roles") and any(
+        isinstance(value, str) for column in values.values() for value in column
+    ):
         return ["texts are split at blanks"]
     notes = []
     if shape.name == "text" and is_json([str(value) for value in values["text"]]):

@@ -15,6 +15,7 @@ from data_prep.shapes.examples import (
     LabelledExample,
     PromptExample,
     QuestionExample,
+    RolesExample,
     ScoredExample,
     TaggedExample,
     TextExample,
@@ -101,6 +102,8 @@ def _example(shape: Shape, record: Record) -> Example:
             return scored(record, fields)
         case "tags":
             return _named(tagged(record, fields), shape, record)
+        case "roles":
+            return _named(with_roles(record, fields), shape, record)
         case "question":
             return questioned(record, fields)
 
@@ -182,9 +185,12 @@ def _said(value: Any) -> str:
     return f"the text {shown(value)!r}" if isinstance(value, str) else kind(value)
 
 
-def tagged(record: Record, fields: Mapping[str, str]) -> TaggedExample:
-    """Words and as many tags, each a list or one text with blanks between them. Raises BadDataError."""
-    words_name, tags_name, where = fields["words"], fields["tags"], record.where
+def tagged(record: Record, fields: Mapping[str, str], ours: str = "tags") -> TaggedExample:
+    """Words and as many tags (our field `ours`), each a list or one text with blanks between them.
+
+    Raises BadDataError.
+    """
+    words_name, tags_name, where = fields["words"], fields[ours], record.where
     words_value = _items(required_field(record.value, words_name, where), words_name, where)
     tags_value = _items(required_field(record.value, tags_name, where), tags_name, where)
     words = tuple(
@@ -202,6 +208,23 @@ def tagged(record: Record, fields: Mapping[str, str]) -> TaggedExample:
             "unequal_lengths",
         )
     return TaggedExample(words, tags)
+
+
+def with_roles(record: Record, fields: Mapping[str, str]) -> RolesExample:
+    """Words, as many roles, and the numbers from 0 of the words of the predicate, a number or a list of them.
+
+    Raises BadDataError.
+    """
+    name, where = fields["predicate"], record.where
+    found = tagged(record, fields, "roles")
+    value = required_field(record.value, name, where)
+    numbers = value if isinstance(value, list) else [value]
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < len(found.words):
+            wanted = f"the number of a word, 0 to {len(found.words) - 1}, or a list of such numbers"
+            said = str(number) if type(number) is int else _said(number)
+            raise BadDataError(f"{where}: field {shown(name)!r} must be {wanted}, not {said}", "wrong_predicate")
+    return RolesExample(found.words, found.tags, tuple(sorted(set(numbers))))
 
 
 def _word(record: Record, name: str, index: int, word: Any) -> str:

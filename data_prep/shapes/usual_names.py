@@ -36,11 +36,19 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, list | str) and bool(value)
 
 
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int | list) and not isinstance(value, bool)
+
+
 def _is_answers(value: Any) -> bool:
     first = value[0] if isinstance(value, list) and value else value
     return value == [] or (isinstance(first, dict) and "text" in first)
 
 
+_WORDS: Ranks = (
+    ("tokens", "words", "text", "sentence", "text_a"),
+    ("token", "word", "characters", "chars", "seq_in"),
+)
 #: (our name, ranks of theirs, what its values are) of each shape whose fields are named one by one.
 _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] = {
     "text": (
@@ -87,7 +95,7 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
     "tags": (
         (
             "words",
-            (("tokens", "words", "text", "sentence", "text_a"), ("token", "word", "characters", "chars", "seq_in")),
+            _WORDS,
             _is_row,
         ),
         (
@@ -101,6 +109,22 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
                 ),
             ),
             _is_row,
+        ),
+    ),
+    "roles": (
+        ("words", _WORDS, _is_row),
+        (
+            "roles",
+            (
+                ("roles", "srl_tags", "tags", "labels"),
+                ("srl", "role", "role_tags", "srl_labels", "arguments", "srl_frames"),
+            ),
+            _is_row,
+        ),
+        (
+            "predicate",
+            (("predicate",), ("predicate_index", "predicate_id", "verb", "verb_index", "pred_index", "predicates")),
+            _is_place,
         ),
     ),
     "question": (

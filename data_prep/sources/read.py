@@ -7,10 +7,11 @@ from data_prep.sources.decompress import all_blocks, file_blocks, stat_file
 from data_prep.sources.filled_nulls import without_filled_nulls
 from data_prep.sources.lines import OnFault, raise_fault
 from data_prep.sources.read_aligned import read_aligned
+from data_prep.sources.read_conll import read_conll, read_conllu, read_conllup
 from data_prep.sources.read_csv import dialect_of, read_csv, read_header
 from data_prep.sources.read_json import questions, read_json, read_jsonl, stream_json
 from data_prep.sources.read_tables import read_arrow, read_parquet
-from data_prep.sources.read_text import read_conll, read_conllu, read_text
+from data_prep.sources.read_text import read_text
 from data_prep.sources.records import LABEL_FIELD, WHOLE_FILE, Record, SourceFile, Span
 
 _HEADER_BLOCK_BYTES = 64 << 10
@@ -69,6 +70,8 @@ def _read(source: SourceFile, span: Span, on_fault: OnFault) -> Iterator[Record]
             return read_conll(_blocks(source, span), label, config.columns, span.first_line, on_fault=on_fault)
         case "conllu":
             return read_conllu(_blocks(source, span), label, span.first_line, on_fault=on_fault)
+        case "conllup":
+            return read_conllup(_blocks(source, span), label, span.first_line, on_fault=on_fault)
         case "aligned":
             return read_aligned(source.aligned, span, label, config.encoding, on_fault=on_fault)
 

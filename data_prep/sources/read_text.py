@@ -1,8 +1,7 @@
-"""Text: documents that are lines, files or paragraphs, and sentences with a word a line (CoNLL and CoNLL-U)."""
+"""Text: documents that are lines, files or paragraphs."""
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -19,12 +18,6 @@ from data_prep.sources.lines import (
 from data_prep.sources.records import Record
 
 _MAY_BE_BLANK = np.array([byte >= 0x80 or chr(byte).isspace() for byte in range(256)])
-#: Its lines, the number of the first, and the fault of one that is not UTF-8.
-_Sentence = tuple[list[str], int, BadDataError | None]
-_PLURAL = {"token": "tokens", "tag": "tags"}
-_CONLLU = {"tokens": 1, "lemmas": 2, "tags": 3, "xpos": 4, "deprel": 7}
-_CONLLU_NUMBER = re.compile(r"[0-9]+")
-_CONLLU_SKIPPED = re.compile(r"[0-9]+[-.][0-9]+")  # multiword ranges (their words follow) and empty nodes
 
 
 def read_text(
@@ -136,111 +129,3 @@ def _file(blocks: Iterable[bytes], path: str, limit_bytes: int, on_fault: OnFaul
         on_fault(fault, 1)
     elif text and not text.isspace():
         yield Record({"text": text}, f"{path}:1", 1, len(text), True)
-
-
-def read_conll(
-    blocks: Iterable[bytes],
-    path: str,
-    columns: Sequence[str] | None,
-    first_line: int = 1,
-    limit_bytes: int = LINE_LIMIT_BYTES,
-    on_fault: OnFault = raise_fault,
-) -> Iterator[Record]:
-    """Records {"tokens": [...], "tags": [...], and each other column under its name}, one a sentence.
-
-    `columns` names the columns in their order; of two columns the names are token and tag. Columns are separated by
-    tabs, or by blanks in a line without a tab. `on_fault` gets a sentence with a line that has other columns or is
-    not UTF-8. Raises BadDataError with file:line.
-    """
-    names = columns
-    for lines, first, fault in _sentences(blocks, path, first_line, limit_bytes):
-        rows: list[list[str]] = []
-        places: list[int] = []  # the line of each row
-        for line, text in enumerate(lines if fault is None else (), first):
-            cells = text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
-            if names is None and len(cells) == 2:
-                names = ("token", "tag")
-            if names is not None and len(cells) == len(names):
-                rows.append(cells)
-                places.append(line)
-            elif not text.startswith("# "):  # a comment, unless it could be the word # and its columns
-                wanted = f"not {len(names)}" if names else "name them in order: `columns: [token, ..., tag]`"
-                fault = BadDataError(f"{path}:{line}: {len(cells)} columns, {wanted}", "wrong_columns")
-                break
-        if fault is not None:
-            on_fault(fault, first)
-        elif names is not None and rows:
-            yield Record(_columns_of(rows, names), f"{path}:{places[0]}", places[0], item_lines=places)
-
-
-def _columns_of(rows: list[list[str]], names: Sequence[str]) -> dict[str, Any]:
-    return {_PLURAL.get(name, name): list(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
-
-
-def read_conllu(
-    blocks: Iterable[bytes],
-    path: str,
-    first_line: int = 1,
-    limit_bytes: int = LINE_LIMIT_BYTES,
-    on_fault: OnFault = raise_fault,
-) -> Iterator[Record]:
-    """Records {"tokens" (FORM), "lemmas", "tags" (UPOS), "xpos", "deprel"}, lists of texts, one a sentence.
-
-    Columns beyond the ten of CoNLL-U (predicates of the Universal PropBanks) are left out, as are ranges such as 3-4,
-    whose words follow, and empty nodes. `on_fault` gets a faulty sentence. Raises BadDataError with file:line.
-    """
-    for lines, first, fault in _sentences(blocks, path, first_line, limit_bytes):
-        value: dict[str, Any] = {name: [] for name in _CONLLU}
-        places: list[int] = []  # the line of each word
-        for line, text in enumerate(lines if fault is None else (), first):
-            if text.startswith("#"):
-                continue
-            cells = text.split("\t")
-            if len(cells) < 10:
-                wanted = f"{len(cells)} columns; CoNLL-U has ten, separated by tabs"
-                fault = BadDataError(f"{path}:{line}: {wanted}", "wrong_columns")
-                break
-            if _CONLLU_SKIPPED.fullmatch(cells[0]):
-                continue
-            if not _CONLLU_NUMBER.fullmatch(cells[0]):
-                fault = BadDataError(f"{path}:{line}: {cells[0]!r} is not the number of a word", "wrong_columns")
-                break
-            places.append(line)
-            for name, column in _CONLLU.items():
-                value[name].append(cells[column])
-        if fault is not None:
-            on_fault(fault, first)
-        elif places:
-            yield Record(value, f"{path}:{places[0]}", places[0], item_lines=places)
-
-
-def _sentences(blocks: Iterable[bytes], path: str, first_line: int, limit_bytes: int) -> Iterator[_Sentence]:
-    """Runs of lines between blank or -DOCSTART- lines."""
-    sentence: list[str] = []
-    begin = size = 0
-    fault: BadDataError | None = None  # the first of the sentence that has begun
-    broken: list[tuple[BadDataError, int]] = []  # lines that are not UTF-8, behind those given so far
-    for lines, first in text_lines(
-        blocks, path, first_line, limit_bytes, lambda found, line: broken.append((found, line))
-    ):
-        if broken and fault is None:
-            fault, line = broken[0]
-            begin = begin if sentence else line
-        broken.clear()
-        for line, text in enumerate(lines, first):
-            if text.startswith("-DOCSTART-") or not text.strip(" \t\r"):
-                if sentence or fault is not None:
-                    yield sentence, begin, fault
-                    sentence, fault = [], None
-                continue
-            if not sentence:
-                begin, size = begin if fault is not None else line, 0
-            sentence.append(text[:-1] if text[-1] == "\r" else text)
-            size += len(text)
-            if size > limit_bytes:
-                raise BadDataError(f"{path}:{begin}: no blank line within {limit_bytes} characters")
-    if broken and fault is None:
-        fault, line = broken[0]
-        begin = begin if sentence else line
-    if sentence or fault is not None:
-        yield sentence, begin, fault

@@ -147,7 +147,7 @@ def _cut(hashed: HashedBlocks, name: Format, config: SourceConfig) -> list[Span]
             return cut_csv(hashed, path, dialect_of(name, config))
         case "json" | "squad":
             return cut_json(hashed, path, "data" if name == "squad" else config.split)
-        case "conll" | "conllu":
+        case "conll" | "conllu" | "conllup":
             return cut_at_blank_lines(hashed)
         case "text" if config.document == "blank_line":
             return cut_at_blank_lines(hashed)

@@ -81,7 +81,7 @@ def _text_kind(head: bytes, name: Format) -> str | None:
         )
     if name != "text" and body[:14].lower() == b"<!doctype html":
         return "a web page, perhaps in place of the download"
-    if name in ("csv", "tsv", "conll", "conllu", "parquet", "arrow"):
+    if name in ("csv", "tsv", "conll", "conllu", "conllup", "parquet", "arrow"):
         if whole:
             return "JSON lines: write `format: jsonl`"
         if re.match(rb"\[\s*\{", body):

@@ -26,8 +26,9 @@ FORMATS: dict[str, Format] = {
     ".bio": "conll",
     ".iob": "conll",
     ".conllu": "conllu",
+    ".conllup": "conllup",
 }
-_TEXT_FORMATS = ("jsonl", "json", "squad", "csv", "tsv", "text", "conll", "conllu", "aligned")
+_TEXT_FORMATS = ("jsonl", "json", "squad", "csv", "tsv", "text", "conll", "conllu", "conllup", "aligned")
 _JSON_FAMILY = ("jsonl", "json", "squad")
 _COMPRESSED = (".gz", ".zst", ".bz2")
 
@@ -117,7 +118,8 @@ def _fits(name: str, config: SourceConfig) -> bool:
         return False
     if by_name is None:  # as 20 newsgroups has them: numbers for names, in folders that are the labels
         return config.label_from == "folder" and wanted is not None and not _suffix(name)
-    family = _JSON_FAMILY if wanted in _JSON_FAMILY else ("conll", "text") if wanted == "conll" else (wanted,)
+    others = {"conll": ("conll", "text"), "conllup": ("conllup", "conllu")}
+    family = _JSON_FAMILY if wanted in _JSON_FAMILY else others.get(wanted or "", (wanted,))
     return wanted is None or by_name in family
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.config import ShapeName
+from data_prep.config import Overlong, ShapeName
 from data_prep.encode.blocks import NO_NAME, Block, Column
 from data_prep.encode.content import Context
 from data_prep.shapes.examples import Example
@@ -59,6 +59,7 @@ class DataTask:
     needs_eos: bool = False
     needs_mask: bool = False  # the store then has the id of the mask token, and the ids of all control tokens
     has_label_names: bool = False
+    tags_words: bool = False  # of words; with `overlong: split`, long sentences become overlapping windows
     histograms: Callable[[TokenStore], list[Histogram]] = _no_histograms
     legend: str = ""  # what `inspect` adds to its legend in the terminal
 
@@ -72,16 +73,15 @@ class DataTask:
         """The ragged column whose values are the targets."""
         return next((column.name for column in self.columns if column.are_targets), None)
 
-    @property
-    def makes_windows(self) -> bool:
+    def makes_windows(self, overlong: Overlong) -> bool:
         """True if a record may become several documents; then a column holds the number of each document's record."""
-        return any(column.holds == "record numbers" for column in self.columns)
+        numbered = any(column.holds == "record numbers" for column in self.columns)
+        return numbered and (overlong == "split" or not self.tags_words)
 
     def records_of(self, block: Block) -> np.ndarray:
         """[documents]: the number of each document's record among those that the block was made of."""
-        numbers = next(
-            (block.columns[column.name] for column in self.columns if column.holds == "record numbers"), block.owners
-        )
+        numbered = [column.name for column in self.columns if column.holds == "record numbers"]
+        numbers = next((block.columns[name] for name in numbered if name in block.columns), block.owners)
         return np.arange(block.num_documents) if numbers is None else numbers
 
 

@@ -3,8 +3,10 @@
 Transformers looks attention functions up by name, so one function serves every model that uses
 its interface (Llama, Qwen, Mistral, GPT-2, ...). It receives all documents of a micro-batch as
 one sequence and their boundaries as ``cu_seq_lens_q``, and computes each document by itself: on
-CUDA with torch's variable-length FlashAttention kernel, else with one scaled-dot-product call a
-document. No mask is made for this name, so nothing quadratic in the row is ever allocated.
+CUDA with torch's variable-length FlashAttention kernel, else with scaled-dot-product calls for documents
+of like length, padded to the longest of them. No mask is made for this name, so nothing quadratic in the row
+is ever allocated. Models that see the whole document and models that see what precedes are told apart by
+``is_causal`` of their modules.
 
 Models that bypass the interface, or mix positions outside attention (state-space and convolution
 layers), are found by `engine.model.isolation`, which runs the model itself, and refused.
@@ -14,9 +16,9 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.model.attention_groups import Rule, by_groups
 from engine.model.cpu_bf16 import is_bf16_slow
 
 PACKED_ATTENTION = "fulltune_packed"
@@ -61,34 +63,35 @@ def packed_attention(
             raise CannotPackError(f"packed attention does not implement `{name}` of {type(module).__name__}")
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
         raise CannotPackError(f"{type(module).__name__} hides document borders from attention: documents would mix")
-    causal = bool(getattr(module, "is_causal", True))
-    if sliding_window is not None and (not causal or sliding_window >= max_length_q):
-        sliding_window = None
+    window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
+    is_causal = kwargs.get("is_causal")
+    rule = Rule(bool(getattr(module, "is_causal", True) if is_causal is None else is_causal), window, scaling, dropout)
     if dropout == 0.0 and _has_varlen_kernel(query):
-        left = -1 if sliding_window is None else sliding_window - 1
-        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-        borders, longest = cu_seq_lens_q, max_length_q
-        output = varlen_attn(
-            q,
-            k,
-            v,
-            borders,
-            borders,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=(left, 0 if causal else -1),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        assert isinstance(output, Tensor)
-        return output.unsqueeze(0), None
+        return _by_varlen_kernel(query, key, value, cu_seq_lens_q, max_length_q, rule), None
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and is_bf16_slow():
         query, key, value = query.float(), key.float(), value.float()
-    lengths = cu_seq_lens_q.diff().tolist()
-    documents = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_one_document(q, k, v, dropout, scaling, causal, sliding_window) for q, k, v in documents]
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+    return by_groups(query, key, value, cu_seq_lens_q, rule).to(dtype)[None], None
+
+
+def _by_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, rule: Rule) -> Tensor:
+    """(1, N, H, D)."""
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    reach = -1 if rule.window is None else rule.window - 1
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=rule.scaling,
+        window_size=(reach, 0 if rule.is_causal else reach),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output.unsqueeze(0)
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
@@ -102,44 +105,6 @@ def _has_varlen_kernel(query: Tensor) -> bool:
         and width % 8 == 0
         and torch.cuda.get_device_capability(query.device)[0] >= 8
     )
-
-
-def _one_document(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout: float,
-    scaling: float | None,
-    causal: bool,
-    sliding_window: int | None,
-) -> Tensor:
-    """Scaled dot-product attention inside one document, (1, H, L, D)."""
-    length = query.shape[2]
-    grouped = query.shape[1] != key.shape[1]
-    if sliding_window is None or length <= sliding_window:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-        )
-    # Queries in blocks of one window: block i needs the keys of blocks i - 1 and i alone, so the
-    # band mask stays (window x 2 windows) however long the document is.
-    outputs = []
-    for start in range(0, length, sliding_window):
-        stop, first = min(start + sliding_window, length), max(0, start - sliding_window)
-        distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
-            first, stop, device=query.device
-        )
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, first:stop],
-                value[:, :, first:stop],
-                attn_mask=(distance >= 0) & (distance < sliding_window),
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(outputs, dim=2)
 
 
 def register_packed_attention() -> None:

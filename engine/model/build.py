@@ -21,7 +21,7 @@ from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.model.frozen import freeze
-from engine.model.isolation import check_isolation, fit_to_rows, instead
+from engine.model.isolation import attention_of, check_isolation, fit_to_rows, instead
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.model_folder import CARRIED_PATTERNS, GENERATION_CONFIG, read_values
 from engine.model.narrow import check_shape
@@ -124,11 +124,11 @@ def say(lines: Iterable[str]) -> None:
 
 
 def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_document_a_row: bool) -> Task:
-    """`task` on packed rows, or on padded ones where each holds one document and the family cannot pack.
+    """`task` on flat batches, or on padded ones where each row holds one document and the family needs them.
 
-    DataError for a family that can be trained on neither.
+    Rows of a task that is not causal always hold one. DataError for a family that can be trained on neither.
     """
-    if not one_document_a_row or task.padded is None:
+    if task.padded is None or (task.causal and not one_document_a_row):
         return task
     folder = model_folder(section)
     config = _inline_config(section, facts, _extension(facts)) if folder is None else _stored_config(folder)
@@ -149,14 +149,6 @@ def freeze_and_check(model: Any, config: Any, task: Task, frozen: Sequence[str])
         )
 
 
-def _attention(task: Task) -> dict[str, str]:
-    """Options for transformers: which attention the model is made with; the family's own where rows are not packed."""
-    if not task.packs:
-        return {}
-    register_packed_attention()
-    return {"attn_implementation": PACKED_ATTENTION}
-
-
 def made_model(
     section: ModelSection,
     folder: Path | None,
@@ -172,7 +164,8 @@ def made_model(
     """
     check_shape(config.get_text_config(), section.path or config.model_type)
     make: Callable[[], Any]
-    attention = _attention(task)
+    attention = attention_of(task)
+    register_packed_attention()
     if is_empty:
         pretrained = section.init == "pretrained"
         dtype = main_type(config, stored) if pretrained else torch.float32
@@ -185,7 +178,7 @@ def made_model(
     except _CANNOT_BUILD as error:
         hint = instead(task) if PACKED_ATTENTION in str(error) else ""
         raise DataError(f"model: {section.path or config.model_type}: {_reason(error)}{hint}") from error
-    if task.causal:
+    if task.causal or task.packs:
         check_isolation(config, task)
     if section.activation_checkpointing:
         if not model.supports_gradient_checkpointing:

@@ -106,9 +106,9 @@ def narrow(config: Any) -> Any:
         with suppress(AttributeError, ValueError):
             if getattr(text, key, None) is not None and value is not None:
                 setattr(text, key, value)
-    for key in _TOKENS:
+    for number, key in enumerate(_TOKENS):
         if getattr(text, key, None) is not None:
-            setattr(text, key, 0)
+            setattr(text, key, number)
     if isinstance(getattr(text, "rope_parameters", None), dict):
         text.rope_parameters = _plain_rope(text.rope_parameters)
     return small

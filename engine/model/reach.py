@@ -6,8 +6,9 @@ from contextlib import suppress
 from typing import Any
 
 from engine.errors import DataError
-from engine.model.attention import PACKED_ATTENTION, register_packed_attention
+from engine.model.attention import register_packed_attention
 from engine.model.frozen import freeze, freeze_patterns
+from engine.model.isolation import attention_of, sample_of
 from engine.model.narrow import narrow_model
 from engine.tasks.task import LossOptions, Task
 
@@ -32,13 +33,9 @@ def unreached_parameters(config: Any, task: Task, frozen: Sequence[str] = ()) ->
 
 def _trained_once(config: Any, task: Task, frozen: Sequence[str], is_whole: bool) -> Any:
     """A narrow model with the gradients of one batch."""
-    options = {"attn_implementation": PACKED_ATTENTION} if task.packs else {}
-    model = narrow_model(config, task, options, is_whole)
+    model = narrow_model(config, task, attention_of(task), is_whole)
     freeze(model, frozen)
-    text = model.config.get_text_config()
-    end = getattr(text, "eos_token_id", None)
-    batch = task.sample(text.vocab_size, end if isinstance(end, int) else 0)
-    task.loss(model, batch, LossOptions()).loss_sum.backward()  # type: ignore[no-untyped-call]
+    task.loss(model, sample_of(task, model), LossOptions()).loss_sum.backward()  # type: ignore[no-untyped-call]
     return model
 
 

@@ -41,9 +41,13 @@ class TaskModel(nn.Module):
         device = batch.target_ids.device
         own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
         output = self.task.loss(self.model, own, self._options)
-        if (predicted := output.values.get("predicted")) is None:
-            return output
-        return output._replace(values=output.values | {"predicted": self._to_store.to(device)[predicted]})
+        values = dict(output.values)
+        to_store = self._to_store.to(device)
+        if "predicted" in values:
+            values["predicted"] = to_store[values["predicted"]]
+        if "logits" in values:
+            values["logits"] = values["logits"][:, to_store.argsort()]
+        return output._replace(values=values)
 
 
 def _inverse(label_numbers: Sequence[int], num_labels: int) -> Tensor:

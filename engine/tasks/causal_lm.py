@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
 
-_SAMPLE_TOKENS = 64
-
 
 def _auto_class(config: Any) -> Any:
     """The class for text, or for text and images where the weights are of such a model or the family has no other."""
@@ -34,48 +32,35 @@ def _auto_class(config: Any) -> Any:
 
 
 def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
-    from engine.batches import packed_batch
+    """Documents of all rows, one after the other. Targets are positions whose next token is marked."""
+    from engine.batches import flat_batch
 
-    return packed_batch(store, index, rows, filler_row)
+    return _next_tokens(flat_batch(store, index, rows, filler_row))
 
 
 def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
-    """A document in each row. Targets are positions in the flattened (B, T) whose next token is marked."""
     from engine.batches import padded_batch
 
-    batch = padded_batch(store, index, rows, filler_row)
-    follows = batch.target_positions % batch.input_ids.shape[1] > 0  # nothing precedes the first token
-    return replace(batch, target_positions=batch.target_positions[follows] - 1, target_ids=batch.target_ids[follows])
+    return _next_tokens(padded_batch(store, index, rows, filler_row))
 
 
-def _sample(vocab_size: int, _end_id: int) -> "Batch":
-    import torch
+def _next_tokens(batch: "Batch") -> "Batch":
+    """The same batch with the positions before its targets: nothing precedes the first token, which is no target."""
+    follows = batch.target_positions != batch.first_tokens[batch.target_owners]
+    batch = batch.with_targets(follows)
+    return replace(batch, target_positions=batch.target_positions - 1)
 
-    from engine.batches import Batch
 
-    ids = torch.arange(_SAMPLE_TOKENS) % vocab_size
-    ends = torch.tensor([0, _SAMPLE_TOKENS // 2, _SAMPLE_TOKENS], dtype=torch.int32)
-    positions = torch.arange(_SAMPLE_TOKENS) % (_SAMPLE_TOKENS // 2)
-    targets = torch.arange(1, _SAMPLE_TOKENS // 2)
-    return Batch(
-        input_ids=ids[None],
-        target_positions=targets - 1,
-        target_ids=ids[targets],
-        rows=(0,),
-        num_tokens=_SAMPLE_TOKENS,
-        position_ids=positions[None],
-        document_ends=ends,
-        longest_document_tokens=_SAMPLE_TOKENS // 2,
-        row_tokens=(_SAMPLE_TOKENS,),
-    )
+def _sample(vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
+
+    return _next_tokens(sample_batch(vocab_size, end_id, is_padded=False))
 
 
 def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
-    import torch
+    from engine.batches import sample_batch
 
-    packed = _sample(vocab_size, end_id)
-    lengths = torch.tensor([packed.num_tokens])
-    return replace(packed, position_ids=None, document_ends=None, longest_document_tokens=0, lengths=lengths)
+    return _next_tokens(sample_batch(vocab_size, end_id, is_padded=True))
 
 
 def causal_logits(model: Any, batch: "Batch") -> "Tensor":
@@ -127,14 +112,7 @@ def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
-    import torch
-
-    if batch.document_ends is None:
-        owners = batch.target_positions // batch.input_ids.shape[1]
-        return document_results(output.values["losses"], owners, len(batch.rows))
-    ends = batch.document_ends[1:].long()
-    owners = torch.searchsorted(ends, batch.target_positions, right=True)
-    return document_results(output.values["losses"], owners, len(ends))
+    return document_results(output.values["losses"], batch.target_owners, len(batch.document_lengths))
 
 
 def _figures(results: Sequence[DocumentResult], _store: "TokenStore") -> dict[str, float]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from engine.errors import DataError
 from engine.tasks.masking import chosen_tokens, masked_ids
@@ -11,6 +11,7 @@ from engine.tasks.task import DocumentResult, Draw, LossOptions, Output, Task, d
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from data_prep.token_store import Rows, TokenStore
@@ -25,10 +26,16 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModelForMaskedLM
 
 
-def _chosen(
-    store: "TokenStore", index: "Rows", rows: "Rows64", draw: Draw
-) -> tuple["np.ndarray", tuple["Rows64", "Rows64", "Rows64"]]:
-    """bool [N]: which tokens of `rows` are masked; documents, starts and lengths of the rows, a document each."""
+class _Draws(NamedTuple):
+    """What is drawn for the documents of some rows: D documents, N tokens of all of them."""
+
+    documents: "Rows64"  # (D,)
+    lengths: "Rows64"  # (D,)
+    may_be_masked: "NDArray[np.bool_]"  # (N,)
+    chosen: "NDArray[np.bool_]"  # (N,)
+
+
+def _drawn(store: "TokenStore", index: "Rows", rows: "Rows64", draw: Draw) -> _Draws:
     import numpy as np
 
     from engine.batches import segments_of
@@ -38,46 +45,51 @@ def _chosen(
     stops = np.cumsum(lengths)
     places = np.repeat(begins + starts - (stops - lengths), lengths) + np.arange(int(lengths.sum()))
     pieces = store.values("word_pieces").take(places)
-    return chosen_tokens(pieces, documents, lengths, draw), (documents, starts, lengths)
+    return _Draws(documents, lengths, pieces > 0, chosen_tokens(pieces, documents, lengths, draw))
 
 
 def _count_targets(store: "TokenStore", index: "Rows", rows: "Rows64", draw: Draw) -> int:
     """The masked tokens of `rows`, counted from the draw: the same on every rank, which therefore need not meet."""
-    import numpy as np
-
-    return int(np.count_nonzero(_chosen(store, index, rows, draw)[0]))
+    return int(_drawn(store, index, rows, draw).chosen.sum())
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, draw: Draw) -> "Batch":
-    """Targets are the tokens of masked words, at their positions in the flattened (B, T), and their true ids."""
-    import numpy as np
+def _flat_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, draw: Draw) -> "Batch":
+    """Targets are the tokens of masked words, and their true ids."""
+    from engine.batches import flat_batch
+
+    return _masked(flat_batch(store, index, rows, filler_row), store, index, rows, draw)
+
+
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, draw: Draw) -> "Batch":
+    from engine.batches import padded_batch
+
+    return _masked(padded_batch(store, index, rows, filler_row), store, index, rows, draw)
+
+
+def _masked(batch: "Batch", store: "TokenStore", index: "Rows", rows: "Rows64", draw: Draw) -> "Batch":
+    """`batch`, whose targets are all tokens that may be masked, with those as targets that are, and masks in it."""
     import torch
 
-    from engine.batches import pad, padded_batch
-
-    padded = padded_batch(store, index, rows, filler_row)
     if len(rows) == 0:
-        return padded
-    chosen, (documents, starts, lengths) = _chosen(store, index, rows, draw)
-    ids, _ = store.gather(documents, starts, lengths)
-    shown = pad(masked_ids(store, ids, chosen, documents, lengths, draw), lengths, store.pad_id)
-    targets = np.flatnonzero(pad(chosen, lengths, 0))
-    return replace(
-        padded,
-        input_ids=torch.from_numpy(shown),
-        target_positions=torch.from_numpy(targets),
-        target_ids=torch.from_numpy(ids[chosen]),
-    )
+        return batch
+    drawn = _drawn(store, index, rows, draw)
+    masked = batch.with_targets(torch.from_numpy(drawn.chosen[drawn.may_be_masked]))
+    shown = masked_ids(store, masked.target_ids.numpy(), drawn.chosen, drawn.documents, drawn.lengths, draw)
+    input_ids = batch.input_ids.clone()
+    input_ids.view(-1)[masked.target_positions] = torch.from_numpy(shown)
+    return replace(masked, input_ids=input_ids)
 
 
-def _sample(vocab_size: int, _end_id: int) -> "Batch":
-    import torch
+def _flat_sample(vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
 
-    from engine.batches import Batch
+    return sample_batch(vocab_size, end_id, is_padded=False)
 
-    ids = (torch.arange(64) % vocab_size).reshape(2, 32)
-    targets = torch.arange(3, 64, 7)
-    return Batch(ids, targets, ids.flatten()[targets], (0, 1), 64, lengths=torch.tensor([32, 32]))
+
+def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
+
+    return sample_batch(vocab_size, end_id, is_padded=True)
 
 
 def masked_logits(model: Any, batch: "Batch") -> "Tensor":
@@ -87,6 +99,8 @@ def masked_logits(model: Any, batch: "Batch") -> "Tensor":
     layers before it in many ways, but each as a function of the body's last hidden states, so these are exchanged
     for the ones at the targets, (1, U, H), as they leave the body.
     """
+    from engine.tasks.forward import model_inputs
+
     positions = batch.target_positions
 
     def at_targets(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -94,7 +108,7 @@ def masked_logits(model: Any, batch: "Batch") -> "Tensor":
             output["last_hidden_state"] = output.last_hidden_state.flatten(0, 1)[positions][None]
         return output
 
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = model_inputs(model, batch)
     if model.base_model is model:
         logits = model(**inputs).logits
     else:
@@ -103,9 +117,9 @@ def masked_logits(model: Any, batch: "Batch") -> "Tensor":
             logits = model(**inputs).logits
         finally:
             handle.remove()
-    if logits.shape[:2] == batch.input_ids.shape:  # a head of this family does not begin at the body's end
-        return cast("Tensor", logits.flatten(0, 1)[positions])
-    return cast("Tensor", logits.squeeze(0))
+    if logits.shape[:2] == (1, len(positions)):
+        return cast("Tensor", logits.squeeze(0))
+    return cast("Tensor", logits.flatten(0, 1)[positions])  # this family's head does not begin at the body's end
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
@@ -113,28 +127,28 @@ def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
-    owners = batch.target_positions // batch.input_ids.shape[1]
-    return document_results(output.values["losses"], owners, len(batch.rows))
+    return document_results(output.values["losses"], batch.target_owners, len(batch.rows))
 
 
 def _figures(results: Sequence[DocumentResult], _store: "TokenStore") -> dict[str, float]:
     return {"perplexity": math.exp(min(mean_loss(results), 700.0))}
 
 
-TASK = Task(
+_FLAT = Task(
     name="masked_lm",
     pipeline="fill-mask",
     auto_class=_auto_class,
-    packs=False,
+    packs=True,
     causal=False,
     new_head=True,
     columns={"word_pieces": "does not say where words begin"},
-    batch=_batch,
+    batch=_flat_batch,
     count_targets=_count_targets,
-    sample=_sample,
+    sample=_flat_sample,
     loss=_loss,
     results=_results,
     figures=_figures,
     metrics={"loss": "min"},
     best="loss",
 )
+TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))

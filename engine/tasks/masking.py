@@ -1,7 +1,8 @@
 """The draw of masks: which words of a document are masked, and what stands in their places.
 
 Everything follows from the seed, the step and the number of the document in its store, through a keyed hash: no rank,
-no micro-batch and no other document changes a mask. Shapes: D documents, N tokens of all of them, W words.
+no micro-batch and no other document changes a mask. Shapes: D documents, N tokens of all of them, W words, U
+masked tokens.
 """
 
 from typing import TYPE_CHECKING
@@ -46,16 +47,14 @@ def chosen_tokens(pieces: NDArray[np.uint8], documents: Ids, lengths: Ids, draw:
 
 
 def masked_ids(store: "TokenStore", ids: Ids, chosen: Flags, documents: Ids, lengths: Ids, draw: Draw) -> Ids:
-    """`ids` [N] with the mask token, a random token or itself at each of the `chosen` [N] places."""
+    """The mask token, a random token or the true one for each of the `chosen` [N] tokens, whose `ids` [U] these are."""
     places = np.flatnonzero(chosen)
     owners = np.repeat(np.arange(len(lengths)), lengths)[places]
     inside = (places - (np.cumsum(lengths) - lengths)[owners]).astype(np.uint64) * _STEP
     share = (_mixed(_keys(documents, draw, _PLACES)[owners] + inside) >> np.uint64(11)) * 2.0**-53
     others = _random_ids(store, _mixed(_keys(documents, draw, _IDS)[owners] + inside))
-    kept = np.where(share < MASKED + RANDOM, others, ids[places])
-    result = ids.copy()
-    result[places] = np.where(share < MASKED, store.manifest["mask_id"], kept)
-    return result
+    kept = np.where(share < MASKED + RANDOM, others, ids)
+    return np.where(share < MASKED, store.manifest["mask_id"], kept)
 
 
 def _random_ids(store: "TokenStore", values: NDArray[np.uint64]) -> Ids:

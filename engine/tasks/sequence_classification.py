@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from engine.errors import DataError
 from engine.tasks.task import (
     UNKNOWN_LABEL,
     DocumentResult,
@@ -13,14 +12,17 @@ from engine.tasks.task import (
     Output,
     Task,
     document_results,
-    target_loss,
+    label_loss,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
+
+
+#: What a batch has of each document; column pair_starts has the first token of a second text, or 0.
+_COLUMNS = ("labels", "pair_starts")
+_SAMPLE = {"labels": (0, 0, 0), "pair_starts": (0, 7, 30)}
 
 
 def _auto_class(_config: Any) -> Any:
@@ -29,75 +31,43 @@ def _auto_class(_config: Any) -> Any:
     return transformers.AutoModelForSequenceClassification
 
 
-def _batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
-    """Targets are rows and their labels. Column pair_starts has the first token of a second text, or 0."""
+def _flat_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
+    from engine.batches import flat_batch
+
+    return _labelled(flat_batch(store, index, rows, filler_row, _COLUMNS))
+
+
+def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row: int, _draw: Draw) -> "Batch":
+    from engine.batches import padded_batch
+
+    return _labelled(padded_batch(store, index, rows, filler_row, _COLUMNS))
+
+
+def _labelled(batch: "Batch") -> "Batch":
+    """The same batch with documents as targets, and their labels."""
     import torch
 
-    from engine.batches import padded_batch, segments_of
-
-    documents, _, _, _ = segments_of(index, rows)
-    labels = store.column("labels")[documents]
-    padded = padded_batch(store, index, rows, filler_row, ("pair_starts",))
-    return replace(
-        padded, target_positions=torch.arange(len(rows)), target_ids=torch.from_numpy(labels.astype("int64"))
-    )
+    documents = torch.arange(len(batch.rows))
+    labels = batch.columns["labels"][documents]
+    return replace(batch, target_positions=documents, target_owners=documents, target_ids=labels)
 
 
-def _sample(vocab_size: int, end_id: int) -> "Batch":
-    import torch
+def _flat_sample(vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
 
-    from engine.batches import Batch
-
-    ids = (torch.arange(64) % vocab_size).reshape(2, 32)
-    ids[:, -1] = end_id
-    starts = torch.tensor([0, 16])
-    rows = torch.arange(2)
-    lengths = torch.tensor([32, 32])
-    return Batch(ids, rows, torch.zeros_like(rows), (0, 1), 64, lengths=lengths, columns={"pair_starts": starts})
+    return _labelled(sample_batch(vocab_size, end_id, is_padded=False, columns=_SAMPLE))
 
 
-def classification_logits(model: Any, batch: "Batch") -> "Tensor":
-    """Label logits of each row, (B, L).
+def _padded_sample(vocab_size: int, end_id: int) -> "Batch":
+    from engine.batches import sample_batch
 
-    Heads that pool the last token get it by the stored length: the stock ones search for it by
-    comparing ids with the padding or end token, which is wrong as soon as a text contains one.
-    Encoders pool the first token, or a masked mean, and need no help.
-    """
-    import torch
-
-    assert batch.lengths is not None
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    last = (torch.arange(len(batch.lengths), device=batch.lengths.device), batch.lengths - 1)
-    if model.config.is_encoder_decoder:
-        ends = batch.input_ids[last]
-        if (ends != model.config.eos_token_id).any():
-            raise DataError(
-                f"documents do not end with the model's end token {model.config.eos_token_id}, which its "
-                "classification head needs: use the model's own tokenizer, and drop over-long records"
-            )
-        # The model shifts its own input right for the decoder, as the stock class does.
-        decoder_ids = model._shift_right(batch.input_ids)
-        hidden = model.base_model(**inputs, decoder_input_ids=decoder_ids, use_cache=False).last_hidden_state
-        return cast("Tensor", model.classification_head(hidden[last]))
-    if hasattr(model, "score"):
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        return cast("Tensor", model.score(hidden[last]))
-    if (getattr(model.config, "type_vocab_size", None) or 1) > 1:  # BERT kinds tell the texts of a pair apart
-        inputs["token_type_ids"] = _token_types(batch)
-    return cast("Tensor", model(**inputs).logits)
-
-
-def _token_types(batch: "Batch") -> "Tensor":
-    """(B, T): 1 for the tokens of the second text of a pair, else 0."""
-    import torch
-
-    starts = batch.columns["pair_starts"][:, None]
-    positions = torch.arange(batch.input_ids.shape[1], device=starts.device)
-    return ((starts > 0) & (positions >= starts)).long() * batch.attention_mask
+    return _labelled(sample_batch(vocab_size, end_id, is_padded=True, columns=_SAMPLE))
 
 
 def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
-    return target_loss(classification_logits(model, batch)[batch.target_positions], batch.target_ids)
+    from engine.tasks.forward import document_logits
+
+    return label_loss(document_logits(model, batch)[batch.target_positions], batch.target_ids)
 
 
 def _results(output: Output, batch: "Batch") -> list[DocumentResult]:
@@ -119,20 +89,33 @@ def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str
     return label_figures(truth, predicted, len(store.label_names))
 
 
-TASK = Task(
+def _predictions(output: Output, _batch: "Batch", store: "TokenStore") -> list[dict[str, Any]]:
+    """The likeliest label of each document, and the probability of every label."""
+    names = store.label_names
+    return [
+        {"label": names[label], "probabilities": dict(zip(names, probabilities, strict=True))}
+        for label, probabilities in zip(
+            output.values["predicted"].tolist(), output.values["logits"].float().softmax(-1).tolist(), strict=True
+        )
+    ]
+
+
+_FLAT = Task(
     name="sequence_classification",
     pipeline="text-classification",
     auto_class=_auto_class,
-    packs=False,
+    packs=True,
     causal=False,
     new_head=True,
     columns={"labels": "holds scores or several labels a text; one label each can be trained yet"},
-    batch=_batch,
-    sample=_sample,
+    batch=_flat_batch,
+    sample=_flat_sample,
     loss=_loss,
     results=_results,
     figures=_figures,
     metrics={"accuracy": "max", "macro_f1": "max", "loss": "min"},
     best="accuracy",
     second_texts="pair_starts",
+    predictions=_predictions,
 )
+TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))

@@ -65,7 +65,7 @@ class Task:
     name: str
     pipeline: str  # the Hub's name for it, for the model card
     auto_class: Callable[[Any], Any]  # configuration -> the transformers class that makes and loads its models
-    packs: bool  # rows hold several documents: attention keeps them apart, and models that cannot are refused
+    packs: bool  # batches are flat, with documents end to end: attention keeps them apart, and models must be able to
     causal: bool  # a target is predicted from the tokens before it: models that see later ones are refused
     new_head: bool  # the head is made where the model's files have none; a head of another task is left out
     columns: Mapping[str, str]  # what it needs in the store, by column: what to say of a store without it
@@ -82,6 +82,12 @@ class Task:
     count_targets: Callable[["TokenStore", "Rows", "Rows64", Draw], int] | None = None
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
+    why_padded: str = ""  # the reason for which a model's batches are padded, for people
+    #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
+    #: `fulltune predict` writes. It needs no true labels. None: the task predicts nothing of a record.
+    predictions: Callable[[Output, "Batch", "TokenStore"], list[dict[str, Any]]] | None = None
+    #: The objects of all documents of one record, in their order -> that of the record. None: a record is one document.
+    join: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
 
 
 #: The number of a held-out label that train has not: no prediction equals it, and it has no loss.
@@ -102,6 +108,14 @@ def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
         return Output(loss_sum, {}, {})
     losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)
     return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)}, {})
+
+
+def label_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
+    """As `target_loss`, of logits (U, L) over labels: without gradients, the values have these "logits" as well."""
+    import torch
+
+    output = target_loss(logits, target_ids)
+    return output if torch.is_grad_enabled() else output._replace(values=output.values | {"logits": logits})
 
 
 def document_results(

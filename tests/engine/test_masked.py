@@ -19,9 +19,9 @@ from training_runs import metrics
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.token_store import TokenStore, open_rows
-from engine.batches import stream_rows
 from engine.config import RunConfig
 from engine.model.build import decay_groups
+from engine.row_stream import stream_rows
 from engine.run_file import dump_yaml, load_run_file
 from engine.tasks import TASKS
 from engine.tasks.task import STILL, Draw

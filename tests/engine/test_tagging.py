@@ -18,9 +18,9 @@ from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.token_store import TokenStore, open_rows
 from data_prep.tokenizer.open import open_tokenizer
-from engine.batches import stream_rows
 from engine.config import RunConfig
 from engine.model.build import decay_groups
+from engine.row_stream import stream_rows
 from engine.run_file import dump_yaml, load_run_file
 from launcher.commands.export import export_run
 

@@ -19,10 +19,10 @@ MAY_IMPORT = {
 #: The rooms of each package in their order: a room imports only rooms that stand after it. A file at the top of a package is a
 #: room of its own.
 ROOMS = {
-    "launcher": "cli commands doctor start batch supervision ssh job check_system recipes",
+    "launcher": "cli commands doctor start batch supervision ssh job known_models check_system recipes",
     "engine": (
         "__main__ setup deepspeed_import train evaluate export run_folder run_file run_faults step checkpoint zero run_log goodput ranks model fit"
-        " config tasks batches tensor_files file_modes finding arithmetic secrets_in_text errors"
+        " config micro_batches row_stream tasks batches tensor_files file_modes finding arithmetic secrets_in_text errors"
     ),
     "data_prep": (
         "prepare inspect pipeline tasks encode chat shapes tokenizer rows token_store sources progress config errors"

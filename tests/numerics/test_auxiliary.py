@@ -54,8 +54,8 @@ CONFIGS = [
 def two_rows(task: Any) -> tuple[Batch, list[Batch]]:
     """Both rows in one micro-batch, and each alone; one document a row."""
     store, index = memory_store("causal_lm", 1)
-    return task.batch(store, index, np.array([4, 9]), 0, STILL, STILL), [
-        task.batch(store, index, np.array([n]), 0, STILL, STILL) for n in (4, 9)
+    return task.batch(store, index, np.array([4, 9]), 0, STILL), [
+        task.batch(store, index, np.array([n]), 0, STILL) for n in (4, 9)
     ]
 
 
@@ -71,14 +71,12 @@ def test_a_row_has_the_loss_of_transformers_and_rows_add_up_by_tokens(config: An
     for batch in alone:
         theirs = stock(input_ids=batch.input_ids, use_cache=False).aux_loss.item()
         expected += COEFFICIENT * theirs * batch.num_tokens
-    output = TASK.loss(packed, both, LossOptions(), LossOptions())
+    output = TASK.loss(packed, both, LossOptions())
     assert output.auxiliary["balancing_loss"].item() == pytest.approx(expected, rel=1e-4)
     output.auxiliary["balancing_loss"].backward()
     routers = [parameter for parameter in packed.parameters() if parameter.shape == (4, 32)]
     assert routers and all(router.grad is not None and router.grad.any() for router in routers)
-    assert TASK.loss(packed, both, LossOptions(), LossOptions()).loss_sum.item() == pytest.approx(
-        output.loss_sum.item()
-    ), "kept apart"
+    assert TASK.loss(packed, both, LossOptions()).loss_sum.item() == pytest.approx(output.loss_sum.item()), "kept apart"
 
 
 def test_padding_and_filler_rows_count_for_nothing() -> None:
@@ -87,17 +85,13 @@ def test_padding_and_filler_rows_count_for_nothing() -> None:
     both, alone = two_rows(TASK.padded)
     assert both.num_padding > 0
     sums = [
-        TASK.padded.loss(model, batch, LossOptions(), LossOptions()).auxiliary["balancing_loss"].item()
-        for batch in (both, *alone)
+        TASK.padded.loss(model, batch, LossOptions()).auxiliary["balancing_loss"].item() for batch in (both, *alone)
     ]
     assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-5)
     store, index = memory_store("causal_lm")
-    filler = TASK.batch(store, index, np.array([], dtype=np.int64), 3, STILL, STILL)
+    filler = TASK.batch(store, index, np.array([], dtype=np.int64), 3, STILL)
     assert (
-        TASK.loss(make_model("mixtral", packed=True), filler, LossOptions(), LossOptions())
-        .auxiliary["balancing_loss"]
-        .item()
-        == 0.0
+        TASK.loss(make_model("mixtral", packed=True), filler, LossOptions()).auxiliary["balancing_loss"].item() == 0.0
     )
 
 
@@ -108,17 +102,14 @@ def test_the_sum_over_rows_is_not_the_whole_batch() -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     both, _ = two_rows(TASK)
     as_one = replace(both, row_tokens=(both.num_tokens,))
-    sums = [
-        TASK.loss(model, batch, LossOptions(), LossOptions()).auxiliary["balancing_loss"].item()
-        for batch in (both, as_one)
-    ]
+    sums = [TASK.loss(model, batch, LossOptions()).auxiliary["balancing_loss"].item() for batch in (both, as_one)]
     assert sums[0] != pytest.approx(sums[1], rel=1e-4)
 
 
 def test_an_evaluation_has_the_cross_entropy_alone() -> None:
     both, _ = two_rows(TASK)
     with torch.no_grad():
-        assert TASK.loss(make_model("mixtral", packed=True), both, LossOptions(), LossOptions()).auxiliary == {}
+        assert TASK.loss(make_model("mixtral", packed=True), both, LossOptions()).auxiliary == {}
 
 
 def test_router_logits_that_a_family_keeps_to_itself_are_an_error() -> None:

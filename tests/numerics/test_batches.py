@@ -1,6 +1,7 @@
 """Row order, the split over ranks and micro-batches, and the tensors rows become."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +13,9 @@ from hypothesis import strategies as st
 from data_prep.rows.pack import pack_rows
 from data_prep.token_store import RowSource
 from engine.arithmetic import StepBatch
-from engine.batches import (
-    MicroBatches,
-    packed_batch,
-    padded_batch,
-    permuted,
-    row_groups,
-    row_lengths,
-    rows_of_epoch,
-    split_rows,
-    stream_rows,
-)
+from engine.batches import flat_batch, padded_batch, row_lengths
+from engine.micro_batches import MicroBatches, row_groups, split_rows
+from engine.row_stream import permuted, rows_of_epoch, stream_rows
 from engine.tasks import TASKS
 from engine.tasks.task import STILL
 
@@ -147,25 +140,23 @@ def index_of(lengths: list[list[int]]) -> MemoryRows:
     return MemoryRows(np.arange(len(flat)), zeros, flat, ends, np.ones(len(ends)), uniform(len(ends)))
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.booleans())
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_split_gives_every_row_once_and_equal_counts(
-    num_rows: int, world_size: int, micro_rows: int, by_tokens: bool
+    num_rows: int, world_size: int, micro_rows: int, by_tokens: bool, is_padded: bool
 ) -> None:
     draw = np.random.default_rng(num_rows)
     index = index_of([draw.integers(1, 50, draw.integers(1, 4)).tolist() for _ in range(num_rows + 3)])
     rows = draw.permutation(num_rows + 3)[:num_rows]
-    size = MicroBatches(tokens=200) if by_tokens else MicroBatches(micro_rows)
+    size = MicroBatches(tokens=200, is_padded=is_padded) if by_tokens else MicroBatches(micro_rows)
     parts = split_rows(index, rows, world_size, size)
     assert all(len(ranks) == world_size for ranks in parts)
     assert sorted(np.concatenate([part for ranks in parts for part in ranks]).tolist()) == sorted(rows.tolist())
     for ranks in parts:
         assert max(len(part) for part in ranks) - min(len(part) for part in ranks) <= 1
     if by_tokens:
-        largest = [
-            int(row_lengths(index, part).max()) * len(part) for ranks in parts for part in ranks if len(part)
-        ]  # fmt: skip
-        assert max(largest) <= 200
+        taken = [row_lengths(index, part) for ranks in parts for part in ranks if len(part)]
+        assert max(int(rows.max()) * len(rows) if is_padded else int(rows.sum()) for rows in taken) <= 200
     else:
         assert len(parts) == StepBatch(num_rows, world_size, micro_rows).num_micro_batches
         assert all(len(part) <= micro_rows for ranks in parts for part in ranks)
@@ -185,6 +176,15 @@ def test_a_token_budget_takes_more_short_rows_than_long_ones() -> None:
     index = index_of([[length] for length in [100] * 4 + [10] * 40])
     parts = split_rows(index, np.arange(44), 2, MicroBatches(tokens=100))
     assert [[len(part) for part in ranks] for ranks in parts] == [[1, 1], [1, 1], [10, 10], [10, 10]]
+
+
+@pytest.mark.parametrize(("is_padded", "counts"), [(False, [1, 1, 6]), (True, [1, 1, 5, 1])])
+def test_a_token_budget_counts_padding_where_there_is_any(is_padded: bool, counts: list[int]) -> None:
+    lengths = [100, 90, 20, 16, 16, 16, 16, 16]
+    parts = split_rows(
+        index_of([[length] for length in lengths]), np.arange(8), 1, MicroBatches(tokens=100, is_padded=is_padded)
+    )
+    assert [len(ranks[0]) for ranks in parts] == counts
 
 
 def attention(index: MemoryRows, rows: np.ndarray) -> int:
@@ -218,9 +218,9 @@ def test_ranks_have_nearly_equal_attention_cost(world_size: int, micro_rows: int
     assert waited(parts) - 1 < (waited(as_they_come) - 1) / 4
 
 
-def test_packed_batch_lays_documents_one_after_the_other() -> None:
+def test_a_flat_batch_lays_documents_one_after_the_other() -> None:
     store, index = memory_store("causal_lm")
-    batch = packed_batch(store, index, np.array([2, 0]), filler_row=0)
+    batch = TASKS["causal_lm"].batch(store, index, np.array([2, 0]), 0, STILL)
     documents = [6, 7, 8, 0, 1, 2]
     ids = np.concatenate([store.documents[d] for d in documents])
     assert batch.input_ids.tolist() == [ids.tolist()]
@@ -253,37 +253,66 @@ def test_padded_batch_has_marked_tokens_as_targets_and_columns_of_its_documents(
     assert filler.target_positions.numel() == filler.target_ids.numel() == 0
 
 
-@given(st.integers(1, 60), st.integers(1, 5), st.booleans())
+@given(st.integers(1, 60), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_groups_hold_every_row_once_whatever_the_ranks(num_rows: int, micro_rows: int, by_tokens: bool) -> None:
+def test_groups_hold_every_row_once_whatever_the_ranks(
+    num_rows: int, micro_rows: int, by_tokens: bool, is_padded: bool
+) -> None:
     draw = np.random.default_rng(num_rows)
     index = index_of([[int(draw.integers(1, 50))] for _ in range(num_rows)])
-    size = MicroBatches(tokens=200) if by_tokens else MicroBatches(micro_rows)
+    size = MicroBatches(tokens=200, is_padded=is_padded) if by_tokens else MicroBatches(micro_rows)
     groups = row_groups(index, np.arange(num_rows), size)
     assert sorted(np.concatenate(groups).tolist()) == list(range(num_rows))
     assert np.all(np.diff(row_lengths(index, np.concatenate(groups))) <= 0)
     if by_tokens:
-        assert max(int(row_lengths(index, group).max()) * len(group) for group in groups) <= 200
+        taken = [row_lengths(index, group) for group in groups]
+        assert max(int(rows.max()) * len(rows) if is_padded else int(rows.sum()) for rows in taken) <= 200
     else:
         assert all(len(group) == micro_rows for group in groups[:-1])
 
 
-def test_padded_batch_keeps_lengths_and_labels() -> None:
+def test_both_forms_hold_the_same_documents_and_targets() -> None:
     store, index = memory_store("sequence_classification")
-    batch = TASKS["sequence_classification"].batch(store, index, np.array([4, 9]), 0, STILL, STILL)
-    lengths = [len(store.documents[4]), len(store.documents[9])]
-    assert batch.lengths.tolist() == lengths
-    assert batch.input_ids.shape == (2, max(lengths))
-    assert batch.target_ids.tolist() == store.labels[[4, 9]].tolist()
-    for line, row in enumerate((4, 9)):
-        assert batch.input_ids[line, : lengths[line]].tolist() == store.documents[row].tolist()
-        assert (batch.input_ids[line, lengths[line] :] == store.pad_id).all()
+    rows = np.array([4, 9, 0])
+    task = TASKS["sequence_classification"]
+    assert task.padded is not None
+    lengths = [len(store.documents[row]) for row in rows]
+    for form in (task, task.padded):
+        batch = form.batch(store, index, rows, 0, STILL)
+        ids = batch.input_ids.flatten()
+        assert batch.document_lengths.tolist() == lengths == list(batch.row_tokens)
+        assert batch.target_ids.tolist() == store.labels[rows].tolist()
+        assert batch.target_owners.tolist() == [0, 1, 2]
+        for line, row in enumerate(rows):
+            first = int(batch.first_tokens[line])
+            assert ids[first : first + lengths[line]].tolist() == store.documents[row].tolist()
+            assert int(batch.last_tokens[line]) == first + lengths[line] - 1
+        assert batch.num_tokens == sum(lengths) and batch.num_padding == len(ids) - sum(lengths)
+        if batch.lengths is not None:
+            assert (batch.input_ids[batch.attention_mask == 0] == store.pad_id).all()
+    assert flat_batch(store, index, rows, 0).token_owners.tolist() == [
+        n for n, size in enumerate(lengths) for _ in range(size)
+    ]
+
+
+@pytest.mark.parametrize("make", [flat_batch, padded_batch])
+def test_targets_may_have_the_values_of_a_column_of_the_store(make: Any) -> None:
+    store, index = memory_store("token_classification")
+    rows = np.array([7, 3])
+    plain, tagged = make(store, index, rows, 0), make(store, index, rows, 0, target_column="tags")
+    assert plain.target_ids.tolist() == plain.input_ids.flatten()[plain.target_positions].tolist()
+    assert tagged.target_ids.tolist() == [tag for row in rows for tag in store.tags[row].tolist() if tag >= 0]
+    marked = [n for n, row in enumerate(rows) for _ in range(int(store.marks[row].sum()))]
+    assert tagged.target_owners.tolist() == marked
+    assert (
+        tagged.with_targets(tagged.target_owners == 1).target_ids.tolist() == store.tags[3][store.tags[3] >= 0].tolist()
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_rank_without_rows_gets_a_filler_without_targets(task: str) -> None:
     store, index = memory_store(task)
-    batch = TASKS[task].batch(store, index, np.array([], dtype=np.int64), 3, STILL, STILL)
+    batch = TASKS[task].batch(store, index, np.array([], dtype=np.int64), 3, STILL)
     assert batch.input_ids.numel() > 0
     assert batch.target_ids.numel() == batch.target_positions.numel() == 0
     assert (batch.num_tokens, batch.rows) == (0, ())

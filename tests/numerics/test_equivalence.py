@@ -16,7 +16,7 @@ from ranks import run_ranks
 from repository import WORKERS
 from safetensors.torch import load_file
 
-from engine.batches import stream_rows
+from engine.row_stream import stream_rows
 
 WORKER = WORKERS / "equivalence_worker.py"
 

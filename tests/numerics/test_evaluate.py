@@ -157,10 +157,10 @@ def test_each_document_of_a_pack_has_the_sum_of_its_own_targets() -> None:
     """The losses of a pack's documents, against the stock model on each document alone."""
     task = TASKS["causal_lm"]
     store, index = memory_store(task.name)
-    batch = task.batch(store, index, np.array([2, 0]), 0, STILL, STILL)
+    batch = task.batch(store, index, np.array([2, 0]), 0, STILL)
     packed, alone = (make_model("llama", packed=one).eval() for one in (True, False))
     with torch.no_grad():
-        results = task.results(task.loss(packed, batch, LossOptions(), LossOptions()), batch)
+        results = task.results(task.loss(packed, batch, LossOptions()), batch)
         for document, result in zip([6, 7, 8, 0, 1, 2], results, strict=True):
             ids = torch.from_numpy(store.documents[document])
             mark = torch.from_numpy(store.marks[document])[1:]

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from hypothesis import strategies as st
 from preparations import run
 
 from data_prep.token_store import Rows, TokenStore, open_rows
-from engine.batches import Batch, MicroBatches, split_rows
+from engine.batches import Batch
+from engine.micro_batches import MicroBatches, split_rows
+from engine.model.attention import PACKED_ATTENTION, register_packed_attention
+from engine.model.isolation import fit_to_rows
 from engine.model.reach import unreached_parameters
 from engine.tasks import TASKS
 from engine.tasks.masked_lm import masked_logits
@@ -23,6 +27,8 @@ from engine.tasks.masking import chosen_tokens
 from engine.tasks.task import STILL, Draw, LossOptions
 
 TASK = TASKS["masked_lm"]
+assert TASK.padded is not None
+FORMS = {"flat": TASK, "padded": TASK.padded}
 ROW_TOKENS = 48
 Mask = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -41,18 +47,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenStore, Rows]:
 
 
 def masks_of(batch: Batch) -> dict[int, Mask]:
-    """Of each row of a padded batch: its ids as the model sees them, its targets' places, and their true ids."""
-    assert batch.lengths is not None
-    width = batch.input_ids.shape[1]
-    owners, places = batch.target_positions // width, batch.target_positions % width
-    return {
-        row: (
-            tuple(batch.input_ids[number, : int(batch.lengths[number])].tolist()),
-            tuple(places[owners == number].tolist()),
-            tuple(batch.target_ids[owners == number].tolist()),
-        )
-        for number, row in enumerate(batch.rows)
-    }
+    """Of each row of a batch: its ids as the model sees them, its targets' places, and their true ids."""
+    ids = batch.input_ids.flatten()
+    masks = {}
+    for number, row in enumerate(batch.rows):
+        first, length = int(batch.first_tokens[number]), int(batch.document_lengths[number])
+        own = batch.target_owners == number
+        places = batch.target_positions[own] - first
+        masks[row] = (
+            tuple(ids[first : first + length].tolist()), tuple(places.tolist()), tuple(batch.target_ids[own].tolist())
+        )  # fmt: skip
+    return masks
 
 
 @examples(30)
@@ -68,7 +73,7 @@ def test_masks_are_the_same_for_any_split_of_rows(
     parts: dict[int, Mask] = {}
     for micro_batch in split_rows(index, np.array(order), ranks, MicroBatches(micro_rows)):
         for rows in micro_batch:
-            batch = TASK.batch(store, index, rows, 0, draw)
+            batch = FORMS["flat" if len(rows) % 2 else "padded"].batch(store, index, rows, 0, draw)
             assert len(rows) or not len(batch.target_ids)
             parts |= masks_of(batch) if len(rows) else {}
     assert parts == whole
@@ -163,40 +168,56 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+#: Their attention can be exchanged for the one that keeps documents apart.
+FLAT = ("bert", "roberta", "modernbert", "distilbert", "electra", "albert", "xlm-roberta")
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_is_that_of_the_stock_class_on_the_same_masks(family: str, data: tuple[TokenStore, Rows]) -> None:
+def test_the_loss_is_that_of_the_stock_class_on_the_same_masks(
+    family: str, form: str, data: tuple[TokenStore, Rows]
+) -> None:
     """The output layer sees the targets alone, and every parameter is reached."""
     store, index = data
     config = transformers.AutoConfig.for_model(family, vocab_size=store.vocab_size, **FAMILIES[family])
+    if form == "flat" and family not in FLAT:
+        assert fit_to_rows(config, TASK, FORMS["padded"]).why_padded
+        return
+    register_packed_attention()
+    attention = {"attn_implementation": PACKED_ATTENTION} if form == "flat" else {}
     torch.manual_seed(4)
-    model = transformers.AutoModelForMaskedLM.from_config(config).eval()
-    batch = TASK.batch(store, index, np.array([3, 40, 7, 11]), 0, STILL)
+    model = transformers.AutoModelForMaskedLM.from_config(deepcopy(config), **attention).eval()
+    torch.manual_seed(4)
+    plain = transformers.AutoModelForMaskedLM.from_config(deepcopy(config)).eval()
+    rows = np.array([3, 40, 7, 11])
+    batch, padded = (FORMS[name].batch(store, index, rows, 0, STILL) for name in (form, "padded"))
     widths: list[int] = []
     model.get_output_embeddings().register_forward_hook(
         lambda _module, inputs, _output: widths.append(inputs[0].shape[-2])
     )
     output = TASK.loss(model, batch, LossOptions())
     assert widths == [len(batch.target_ids)]
-    labels = torch.full((batch.input_ids.numel(),), -100)
-    labels[batch.target_positions] = batch.target_ids
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    stock = model(**inputs, labels=labels.view(batch.input_ids.shape))
+    labels = torch.full((padded.input_ids.numel(),), -100)
+    labels[padded.target_positions] = padded.target_ids
+    inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
+    stock = plain(**inputs, labels=labels.view(padded.input_ids.shape))
     torch.testing.assert_close(output.loss_sum / len(batch.target_ids), stock.loss, rtol=1e-5, atol=1e-6)
-    logits = stock.logits.flatten(0, 1)[batch.target_positions]
+    logits = stock.logits.flatten(0, 1)[padded.target_positions]
     torch.testing.assert_close(masked_logits(model, batch), logits, rtol=1e-4, atol=1e-5)
     ours, theirs = (
-        torch.autograd.grad(loss, model.get_input_embeddings().weight)[0]
-        for loss in (output.loss_sum / len(batch.target_ids), stock.loss)
+        torch.autograd.grad(loss, one.get_input_embeddings().weight)[0]
+        for one, loss in ((model, output.loss_sum / len(batch.target_ids)), (plain, stock.loss))
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert unreached_parameters(config, TASK) == ()
+    assert unreached_parameters(config, FORMS[form]) == ()
+    assert fit_to_rows(config, TASK, FORMS["padded"]).packs == (family in FLAT)
 
 
 def test_a_rank_without_rows_has_a_loss_of_zero_with_a_gradient(data: tuple[TokenStore, Rows]) -> None:
     store, index = data
     config = transformers.BertConfig(vocab_size=store.vocab_size, **SIZE)
     model = transformers.AutoModelForMaskedLM.from_config(config)
-    batch = TASK.batch(store, index, np.zeros(0, dtype=np.int64), 4, Draw(1, 1))
+    batch = FORMS["padded"].batch(store, index, np.zeros(0, dtype=np.int64), 4, Draw(1, 1))
     loss = TASK.loss(model, batch, LossOptions()).loss_sum
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == 0 and not batch.rows and not len(batch.target_ids)
@@ -209,10 +230,10 @@ def test_results_belong_to_their_documents(data: tuple[TokenStore, Rows]) -> Non
     model = transformers.AutoModelForMaskedLM.from_config(config).eval()
     rows = np.array([3, 40, 7])
     with torch.no_grad():
-        batch = TASK.batch(store, index, rows, 0, STILL)
+        batch = FORMS["padded"].batch(store, index, rows, 0, STILL)
         together = TASK.results(TASK.loss(model, batch, LossOptions()), batch)
         for row, result in zip(rows, together, strict=True):
-            batch = TASK.batch(store, index, np.array([row]), 0, STILL)
+            batch = FORMS["padded"].batch(store, index, np.array([row]), 0, STILL)
             (alone,) = TASK.results(TASK.loss(model, batch, LossOptions()), batch)
             assert result.num_targets == alone.num_targets > 0
             assert result.loss == pytest.approx(alone.loss, rel=1e-4)

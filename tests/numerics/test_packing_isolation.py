@@ -25,7 +25,9 @@ def batch_of(documents: list[torch.Tensor]) -> Batch:
     lengths = [len(document) for document in documents]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     every = torch.arange(len(ids))
-    return Batch(ids[None], every, ids, (0,), len(ids), positions, document_borders(lengths), max(lengths))
+    owners = every.new_tensor([number for number, length in enumerate(lengths) for _ in range(length)])
+    borders = document_borders(lengths)
+    return Batch(ids[None], every, ids, (0,), len(ids), positions, borders, max(lengths), target_owners=owners)
 
 
 def random_documents(*lengths: int) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """Rows of one document train families that cannot pack: padded, with their own attention."""
 
-from dataclasses import replace
+import re
 from typing import Any
 
 import numpy as np
@@ -65,14 +65,14 @@ def test_the_loss_is_the_one_of_transformers_on_the_padded_batch(config: Any) ->
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # large enough for what a cap or a state does to be seen
     store, index = memory_store("causal_lm", 1)
-    batch = task.batch(store, index, np.array([4, 9, 2, 17]), 0, STILL, STILL)
+    batch = task.batch(store, index, np.array([4, 9, 2, 17]), 0, STILL)
     ids, mask = batch.input_ids, batch.attention_mask
     labels = torch.full_like(ids, -100)
     labels.view(-1)[batch.target_positions + 1] = batch.target_ids
     assert torch.equal(labels[labels >= 0], ids[labels >= 0])
     with torch.no_grad():
-        ours = task.loss(model, batch, LossOptions(), LossOptions())
-        alone = task.loss(model, task.batch(store, index, np.array([4]), 0, STILL, STILL), LossOptions(), LossOptions())
+        ours = task.loss(model, batch, LossOptions())
+        alone = task.loss(model, task.batch(store, index, np.array([4]), 0, STILL), LossOptions())
         theirs = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss * len(batch.target_ids)
     assert ours.loss_sum.item() == pytest.approx(theirs.item(), rel=1e-4)
     results = task.results(ours, batch)
@@ -88,9 +88,9 @@ def test_a_family_that_packs_goes_on_packing_rows_of_one_document(family: str) -
 def test_filler_rows_and_first_tokens_are_no_targets() -> None:
     store, index = memory_store("causal_lm", 1)
     task = padded_form()
-    assert len(task.batch(store, index, np.array([], dtype=np.int64), 3, STILL, STILL).target_ids) == 0
+    assert len(task.batch(store, index, np.array([], dtype=np.int64), 3, STILL).target_ids) == 0
     rows = np.arange(24)
-    packed, padded = (form.batch(store, index, rows, 0, STILL, STILL) for form in (PACKED, task))
+    packed, padded = (form.batch(store, index, rows, 0, STILL) for form in (PACKED, task))
     assert padded.target_ids.tolist() == packed.target_ids.tolist()
     assert padded.row_tokens == packed.row_tokens == tuple(index.lengths)
 
@@ -117,10 +117,24 @@ def test_only_rows_of_one_document_are_padded(one_document_a_row: bool, packs: b
     values = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1}
     section = ModelSection.model_validate({"init": "random", "config": values})
     facts = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=())
-    assert fitting_task(section, PACKED, facts, one_document_a_row).packs == packs
-    labels = replace(facts, label_names=("a", "b"))
-    tagging = TASKS["token_classification"]
-    assert fitting_task(section, tagging, labels, one_document_a_row) is tagging
+    task = fitting_task(section, PACKED, facts, one_document_a_row)
+    assert task.packs == packs
+    assert task.why_padded.startswith("" if packs else "model type mamba cannot be trained on packed rows: documents")
+
+
+@pytest.mark.parametrize("one_document_a_row", [True, False])
+@pytest.mark.parametrize(("family", "packs"), [("bert", True), ("deberta-v2", False)])
+def test_tasks_of_whole_documents_are_flat_where_the_family_can(
+    family: str, packs: bool, one_document_a_row: bool
+) -> None:
+    values = {"model_type": family, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    section = ModelSection.model_validate({"init": "random", "config": values})
+    facts = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=("a", "b"))
+    for name in ("sequence_classification", "token_classification"):
+        task = fitting_task(section, TASKS[name], facts, one_document_a_row)
+        assert task.packs == packs and (task is TASKS[name]) == packs
+        assert not packs or not task.why_padded
+        assert packs or re.search("documents in one row see each other", task.why_padded)
 
 
 OWN_TABLE: dict[str, dict[str, Any]] = {

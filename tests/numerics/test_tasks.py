@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence_cases import make_model, memory_store, task_of
+from equivalence_cases import fitting_task, make_model, memory_store, task_of
 
 from engine.errors import DataError
 from engine.model.attention import register_packed_attention
 from engine.model.build import decay_groups
 from engine.model.task_model import TaskModel
 from engine.tasks import TASKS
+from engine.tasks.forward import document_logits
 from engine.tasks.metrics import label_figures, macro_f1
-from engine.tasks.sequence_classification import classification_logits
 from engine.tasks.task import STILL, UNKNOWN_LABEL
 
 register_packed_attention()
@@ -23,47 +23,46 @@ register_packed_attention()
 
 @pytest.mark.parametrize("family", ["bert", "llama_labels", "t5_labels"])
 def test_pooling_equals_the_stock_head_one_text_at_a_time(family: str) -> None:
-    model = make_model(family, packed=False).eval()
+    task = fitting_task(family)
+    model, stock = (make_model(family, packed=packed).eval() for packed in (task.packs, False))
     store, index = memory_store("sequence_classification")
     rows = np.array([0, 5, 11, 17])
     with torch.no_grad():
-        together = classification_logits(
-            model, TASKS["sequence_classification"].batch(store, index, rows, 0, STILL, STILL)
-        )
+        together = document_logits(model, task.batch(store, index, rows, 0, STILL))
         for row, logits in zip(rows, together, strict=True):
-            alone = model(torch.from_numpy(store.documents[row])[None]).logits[0]
+            alone = stock(torch.from_numpy(store.documents[row])[None]).logits[0]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_bert_is_told_which_text_of_a_pair_is_the_second() -> None:
-    model = make_model("bert", packed=False).eval()
+    model, stock = (make_model("bert", packed=packed).eval() for packed in (True, False))
     store, index = memory_store("sequence_classification")
     rows = np.array([0, 5, 11])
-    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL, STILL)
+    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL)
     assert batch.columns["pair_starts"].tolist() == [0, 0, 0]
     starts = [2, 0, 1]  # the second of these is one text
     batch = dataclasses.replace(batch, columns={"pair_starts": torch.tensor(starts)})
     with torch.no_grad():
-        together = classification_logits(model, batch)
+        together = document_logits(model, batch)
         for row, start, logits in zip(rows, starts, together, strict=True):
             ids = torch.from_numpy(store.documents[row])[None]
             types = torch.zeros_like(ids)
             types[0, start:] = int(start > 0)
-            alone = model(ids, token_type_ids=types).logits[0]
+            alone = stock(ids, token_type_ids=types).logits[0]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
             if start:
-                assert not torch.allclose(logits, model(ids).logits[0], rtol=1e-3)
+                assert not torch.allclose(logits, stock(ids).logits[0], rtol=1e-3)
 
 
 def test_pooling_is_not_fooled_by_padding_ids_inside_a_text() -> None:
     """A text that ends in the padding id: the stock head pools an earlier token, ours the stored last one."""
-    model = make_model("llama_labels", packed=False).eval()
+    model, stock = (make_model("llama_labels", packed=packed).eval() for packed in (True, False))
     store, index = memory_store("sequence_classification")
     store.documents[0][-1] = store.pad_id
-    batch = TASKS["sequence_classification"].batch(store, index, np.array([0, 1]), 0, STILL, STILL)
-    hidden = model.model(torch.from_numpy(store.documents[0])[None]).last_hidden_state[0, -1]
+    batch = TASKS["sequence_classification"].batch(store, index, np.array([0, 1]), 0, STILL)
+    hidden = stock.model(torch.from_numpy(store.documents[0])[None]).last_hidden_state[0, -1]
     with torch.no_grad():
-        torch.testing.assert_close(classification_logits(model, batch)[0], model.score(hidden), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(document_logits(model, batch)[0], model.score(hidden), rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_decoder_texts_must_end_with_the_end_token() -> None:
@@ -71,15 +70,13 @@ def test_encoder_decoder_texts_must_end_with_the_end_token() -> None:
     store, index = memory_store("sequence_classification")
     store.documents[3][-1] = 9
     with pytest.raises(DataError, match="end token"):
-        classification_logits(
-            model, TASKS["sequence_classification"].batch(store, index, np.array([3]), 0, STILL, STILL)
-        )
+        document_logits(model, fitting_task("t5_labels").batch(store, index, np.array([3]), 0, STILL))
 
 
 def test_the_output_layer_sees_targets_only() -> None:
     model = make_model("llama", packed=True)
     store, index = memory_store("causal_lm")
-    batch = TASKS["causal_lm"].batch(store, index, np.array([1, 2]), 0, STILL, STILL)
+    batch = TASKS["causal_lm"].batch(store, index, np.array([1, 2]), 0, STILL)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel() // 32))
     training, values, others = TaskModel(model, TASKS["causal_lm"])(batch)
@@ -98,20 +95,20 @@ def test_a_filler_batch_costs_nothing_and_reaches_every_parameter(family: str) -
     task = TASKS[task_of(family)]
     model = make_model(family, packed=task.packs)
     store, index = memory_store(task.name)
-    loss_sum, _, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2, STILL, STILL))
+    loss_sum, _, _ = TaskModel(model, task)(task.batch(store, index, np.array([], dtype=np.int64), 2, STILL))
     loss_sum.backward()
     assert loss_sum.item() == 0.0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_classification_loss_and_predictions() -> None:
-    model = make_model("bert", packed=False).eval()
+    model, stock = (make_model("bert", packed=packed).eval() for packed in (True, False))
     store, index = memory_store("sequence_classification")
     rows = np.array([2, 3, 4])
-    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL, STILL)
+    batch = TASKS["sequence_classification"].batch(store, index, rows, 0, STILL)
     with torch.no_grad():
         loss_sum, values, _ = TaskModel(model, TASKS["sequence_classification"])(batch)
-    logits = torch.stack([model(torch.from_numpy(store.documents[row])[None]).logits[0] for row in rows])
+    logits = torch.stack([stock(torch.from_numpy(store.documents[row])[None]).logits[0] for row in rows])
     labels = torch.from_numpy(store.labels[rows]).long()
     assert loss_sum.item() == pytest.approx(F.cross_entropy(logits, labels).item() * 3, rel=1e-5)
     assert values["predicted"].tolist() == logits.argmax(-1).tolist()
@@ -119,23 +116,46 @@ def test_classification_loss_and_predictions() -> None:
 
 @pytest.mark.parametrize("family", ["bert_tags", "llama_tags"])
 def test_tags_are_predicted_as_for_one_sentence_at_a_time(family: str) -> None:
-    model = make_model(family, packed=False).eval()
+    model, stock = (make_model(family, packed=packed).eval() for packed in (True, False))
     task = TASKS["token_classification"]
     store, index = memory_store(task.name)
     rows = np.array([2, 3, 4])
-    batch = task.batch(store, index, rows, 0, STILL, STILL)
+    batch = task.batch(store, index, rows, 0, STILL)
     with torch.no_grad():
         output = TaskModel(model, task)(batch)
         results = task.results(output, batch)
         for row, result in zip(rows, results, strict=True):
             tags = torch.from_numpy(store.tags[row]).long()
-            logits = model(torch.from_numpy(store.documents[row])[None]).logits[0][tags >= 0]
+            logits = stock(torch.from_numpy(store.documents[row])[None]).logits[0][tags >= 0]
             assert result.details["tags"] == tags[tags >= 0].tolist()
             assert result.details["predicted"] == logits.argmax(-1).tolist()
             assert result.num_targets == len(logits)
             expected = F.cross_entropy(logits, tags[tags >= 0], reduction="sum").item()
             assert result.loss == pytest.approx(expected, rel=1e-5)
     assert output.loss_sum.item() == pytest.approx(sum(result.loss for result in results), rel=1e-6)
+
+
+def test_predictions_are_those_of_the_stock_model_without_true_labels() -> None:
+    """Each text alone through the stock class: the likeliest label and every probability, and the tag of each word."""
+    rows = np.array([2, 3, 4])
+    for family in ("bert", "bert_tags"):
+        model, stock = (make_model(family, packed=packed).eval() for packed in (True, False))
+        task = TASKS[task_of(family)]
+        assert task.predictions is not None
+        store, index = memory_store(task.name)
+        batch = task.batch(store, index, rows, 0, STILL)
+        with torch.no_grad():
+            unlabelled = dataclasses.replace(batch, target_ids=torch.full_like(batch.target_ids, UNKNOWN_LABEL))
+            predictions = task.predictions(TaskModel(model, task)(unlabelled), unlabelled, store)
+            for row, predicted in zip(rows, predictions, strict=True):
+                logits = stock(torch.from_numpy(store.documents[row])[None]).logits[0]
+                if family == "bert":
+                    assert predicted["label"] == store.label_names[int(logits.argmax())]
+                    expected = dict(zip(store.label_names, logits.softmax(-1).tolist(), strict=True))
+                    assert predicted["probabilities"] == pytest.approx(expected, abs=1e-5)
+                else:
+                    tagged = logits.argmax(-1)[torch.from_numpy(store.tags[row]) >= 0]
+                    assert predicted == {"tags": [store.label_names[tag] for tag in tagged.tolist()]}
 
 
 def test_macro_f1_equals_its_definition() -> None:
@@ -167,10 +187,10 @@ def test_a_label_that_train_has_not_is_wrong_and_has_no_loss() -> None:
     truth, predicted = np.array([0, 1, UNKNOWN_LABEL, UNKNOWN_LABEL]), np.array([0, 1, 1, 0])
     figures = label_figures(truth, predicted, 2)
     assert figures == {"accuracy": 0.5, "macro_f1": pytest.approx(2 / 3)}
-    model = make_model("bert", packed=False).eval()
+    model = make_model("bert", packed=True).eval()
     task = TASKS["sequence_classification"]
     store, index = memory_store(task.name)
-    batch = task.batch(store, index, np.array([2, 3, 4]), 0, STILL, STILL)
+    batch = task.batch(store, index, np.array([2, 3, 4]), 0, STILL)
     unknown = dataclasses.replace(batch, target_ids=torch.tensor([1, UNKNOWN_LABEL, 0]))
     order = (2, 0, 1)  # of the labels in the model
     for reordered in (None, order[: model.config.num_labels]):
@@ -184,10 +204,10 @@ def test_a_label_that_train_has_not_is_wrong_and_has_no_loss() -> None:
 
 
 def test_a_tag_that_train_has_not_is_wrong_and_has_no_loss() -> None:
-    model = make_model("bert_tags", packed=False).eval()
+    model = make_model("bert_tags", packed=True).eval()
     task = TASKS["token_classification"]
     store, index = memory_store(task.name)
-    batch = task.batch(store, index, np.array([2]), 0, STILL, STILL)
+    batch = task.batch(store, index, np.array([2]), 0, STILL)
     tags = batch.target_ids.clone()
     tags[0] = UNKNOWN_LABEL
     with torch.no_grad():

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from engine.config import ModelSection
-from engine.model.build import StoreFacts, build_model
+from engine.model.build import StoreFacts, build_model, fitting_task
 from engine.model.starting_weights import StartingWeights, exchange_parameters
 from engine.tasks import TASKS
 from engine.tensor_files.slices import LiveSlice
@@ -14,7 +14,8 @@ from engine.zero.zero_model import persistent_buffers
 
 def whole_model(section: ModelSection, task: str, facts: StoreFacts, seed: int) -> Any:
     """What `build_model` describes, filled; stored weights keep the type of their file."""
-    return fill(*build_model(section, TASKS[task], facts, seed))
+    fitting = fitting_task(section, TASKS[task], facts, one_document_a_row=False)
+    return fill(*build_model(section, fitting, facts, seed))
 
 
 def fill(model: Any, weights: StartingWeights) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep.errors import BadDataError
-from data_prep.sources.read_text import read_conll, read_conllu
+from data_prep.sources.read_conll import read_conll, read_conllu
 from data_prep.sources.records import Record
 from data_prep.sources.spans import cut_at_blank_lines
 

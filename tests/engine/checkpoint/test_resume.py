@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import SAVE_EVERY, STEPS, metrics, run_file, state_bytes, wait_for_step
 from transformers import AutoModelForCausalLM
 
-from engine.batches import stream_rows
 from engine.config import RunConfig
+from engine.row_stream import stream_rows
 from engine.run_file import load_run_file
 from launcher.cli import main
 

@@ -36,8 +36,9 @@ def batch_of(task: str, numbers: list[int]) -> Batch:
     positions = torch.arange(6) if task == "sequence_classification" else torch.arange(6) * 4 + 1
     columns = {"pair_starts": torch.zeros(6, dtype=torch.int64)}
     return Batch(
-        ids, positions, torch.tensor(numbers), tuple(range(6)), 24, lengths=torch.full((6,), 4), columns=columns
-    )
+        ids, positions, torch.tensor(numbers), tuple(range(6)), 24, lengths=torch.full((6,), 4), columns=columns,
+        target_owners=torch.arange(6),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
@@ -57,6 +58,8 @@ def test_losses_and_predictions_are_the_models_in_the_stores_numbers(task: str) 
     guessed = [names[number] for number in output.values["predicted"].tolist()]
     assert guessed == [NAMES[number] for number in expected.values["predicted"].tolist()]
     assert len(set(guessed)) > 1
+    by_name = dict(zip(NAMES, expected.values["logits"].unbind(1), strict=True))
+    assert torch.equal(output.values["logits"], torch.stack([by_name[name] for name in names], 1))
 
 
 def test_a_label_that_train_has_not_stays_one() -> None:

@@ -33,7 +33,7 @@ def documents_a_row(family: str) -> int:
 def fitting_task(family: str) -> Task:
     """The task as the family can train it."""
     task = TASKS[task_of(family)]
-    return task.padded if family == "bamba" and task.padded is not None else task
+    return task.padded if family in ("bamba", "t5_labels") and task.padded is not None else task
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def make_model(family: str, packed: bool) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         case "token_classification":
             config.classifier_dropout = 0.0  # Llama's head has a dropout of its own
-            return transformers.AutoModelForTokenClassification.from_config(config)
-    return transformers.AutoModelForSequenceClassification.from_config(config)
+            return transformers.AutoModelForTokenClassification.from_config(config, attn_implementation=attention)
+    return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
 
 
 @dataclass(frozen=True)

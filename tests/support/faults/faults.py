@@ -27,8 +27,8 @@ from safetensors import safe_open
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.token_store import open_rows, resolve_store
-from engine.batches import stream_rows
 from engine.config import RunConfig
+from engine.row_stream import stream_rows
 from engine.run_file import dump_yaml
 
 GLOBAL_ROWS, SEED = 6, 3

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from equivalence_cases import Case, case_config, make_model, memory_store
 
 from data_prep.token_store import RowSource
-from engine.batches import MicroBatches
 from engine.errors import NumericalStopError
 from engine.evaluate import evaluate
+from engine.micro_batches import MicroBatches
 from engine.model.attention import register_packed_attention
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.agreement import all_gather_json

@@ -15,7 +15,7 @@ from equivalence_cases import Case, case_config
 from load_cases import SEED, LoadCase, cases, facts_of, section_of
 from safetensors.torch import save_file
 
-from engine.model.build import build_model
+from engine.model.build import build_model, fitting_task
 from engine.ranks.distributed import leave, start_ranks
 from engine.setup import quiet_libraries
 from engine.tasks import TASKS
@@ -43,10 +43,12 @@ def run(case: LoadCase, folder: Path, out_dir: Path, ranks: Any) -> None:
     ds_config = resolve_ds_config(config, ranks.world_size)
     printed = io.StringIO()
     with redirect_stdout(printed):
-        model, weights = build_model(section_of(case, folder), TASKS[case.task], facts_of(case, folder), SEED)
+        section, facts = section_of(case, folder), facts_of(case, folder)
+        task = fitting_task(section, TASKS[case.task], facts, one_document_a_row=False)
+        model, weights = build_model(section, task, facts, SEED)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in case.frozen)
-        zero = wrap(model, config.trained_task, config, ds_config)
+        zero = wrap(model, task, config, ds_config)
         read = torch.zeros(ranks.world_size, dtype=torch.int64)
         read[ranks.rank] = fill(zero, weights)
         stored_bytes = weights.num_bytes
