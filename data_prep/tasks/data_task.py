@@ -60,6 +60,7 @@ class DataTask:
     tags_words: bool = False  # of words; with `overlong: split`, long sentences become overlapping windows
     histograms: Callable[[TokenStore], list[Histogram]] = _no_histograms
     legend: str = ""  # what `inspect` adds to its legend in the terminal
+    revision: int = 0  # is part of a store's key: raised when the same records become other columns than before
 
     @property
     def takes_chats(self) -> bool:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
+    from engine.tasks.answers import AnswerOptions
 
 #: Anything that JSON carries: results travel between ranks.
 Detail = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -78,6 +79,8 @@ class Task:
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
+    #: The task with a run file's settings of answers; None where it finds none.
+    configured: Callable[["Task", "AnswerOptions"], "Task"] | None = None
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
     why_padded: str = ""  # the reason for which a model's batches are padded, for people
     #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
