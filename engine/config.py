@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from engine.arithmetic import DEFAULT_SHARD_BYTES, byte_count
 from engine.errors import ConfigError
 from engine.tasks import PREPARED_ONLY, TASKS
+from engine.tasks.answers import AnswerOptions
 from engine.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -131,6 +132,27 @@ class DurationSection(Section):
         return self
 
 
+class AnswersSection(Section):
+    """How answers to questions are taken from their contexts and scored."""
+
+    max_tokens: PositiveInt = Field(30, description="longest answer, in tokens")
+    n_best: PositiveInt = Field(20, description="answers of a question that a prediction lists")
+    null_threshold: float | None = Field(
+        None,
+        description="a question gets no answer where the score of none less that of the best span is above this;"
+        " null: 0 where the evaluated data have questions without an answer, else each gets one",
+    )
+    language: Literal["en", "zh"] = Field(
+        "en", description="exact match and F1 as SQuAD has them (en) or as CMRC 2018 has them (zh)"
+    )
+
+
+class MaskingSection(Section):
+    fraction: float = Field(
+        0.15, gt=0, lt=1, description="masked language modelling: share of a text's words that a step masks"
+    )
+
+
 class EvaluationSection(Section):
     eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
     micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: as in batch")
@@ -138,6 +160,13 @@ class EvaluationSection(Section):
         None, description="what best and patience go by; null: the task's own (see launcher/recipes)"
     )
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
+    answers: AnswersSection = Field(AnswersSection(), description="of questions about a context")
+
+
+def configured_task(name: str, evaluation: EvaluationSection) -> Task:
+    """A task that can be trained, with the settings that a run file has for its evaluations."""
+    task, options = TASKS[name], AnswerOptions(**evaluation.answers.model_dump())
+    return task if task.configured is None else task.configured(task, options)
 
 
 class CheckpointSection(Section):
@@ -196,6 +225,7 @@ class RunConfig(Section):
         None,
         description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
     )
+    masking: MaskingSection = MaskingSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
@@ -213,7 +243,7 @@ class RunConfig(Section):
     def trained_task(self) -> Task:
         """The task that this run trains. ConfigError as `check_trainable` raises it."""
         self.check_trainable()
-        return TASKS[self.task]
+        return configured_task(self.task, self.evaluation)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

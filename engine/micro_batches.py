@@ -90,10 +90,8 @@ def _rows_within(lengths: Rows64, world_size: int, micro_tokens: int, is_padded:
     most = max(1, micro_tokens // int(lengths[0])) if is_padded else micro_tokens
     front = lengths[: most * world_size]
     longest = np.maximum.reduceat(front, np.arange(0, len(front), world_size))  # of each round
-    if is_padded:
-        positions = np.maximum.accumulate(longest) * np.arange(1, len(longest) + 1)
-    else:
-        positions = np.cumsum(longest)
+    as_padded = np.maximum.accumulate(longest) * np.arange(1, len(longest) + 1)
+    positions = as_padded if is_padded else np.cumsum(longest)
     return max(1, int((positions <= micro_tokens).sum()))  # positions only grow, so those that fit come first
 
 

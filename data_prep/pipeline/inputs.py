@@ -275,7 +275,10 @@ def _encoding_key(run: Preparation) -> str:
         settings["row_tokens"] = run.config.row_tokens
     files = run.tokenizer.all_files(run.chat_template)
     tokenizer = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return _key({"format": FORMAT_VERSION, "task": run.task.name, "tokenizer": tokenizer, "settings": settings})
+    revised = {"revision": run.task.revision} if run.task.revision else {}
+    return _key(
+        {"format": FORMAT_VERSION, "task": run.task.name, "tokenizer": tokenizer, "settings": settings} | revised
+    )
 
 
 def _input_key(encoding_key: str, inputs: Sequence[Input], belongs_to: str) -> str:

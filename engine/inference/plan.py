@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.token_store import TokenStore, open_rows
+from engine.config import EvaluationSection, configured_task
 from engine.errors import DataError
 from engine.figures import Entry, figures_of
-from engine.tasks import TASKS
+from engine.tasks.task import Task
 
 PLAN_NAME = "plan.json"
 
@@ -29,6 +30,12 @@ class Plan:
     micro_rows: int = 32
     micro_tokens: int | None = None  # goes before `micro_rows`
     workers: int = 1
+    evaluation: dict[str, Any] = field(default_factory=dict)  # that section of a run file
+
+    @property
+    def settled_task(self) -> Task:
+        """The task with the settings of its evaluations."""
+        return configured_task(self.task, EvaluationSection.model_validate(self.evaluation))
 
     def write(self, folder: Path) -> None:
         """Write the plan into the folder that its processes work in."""
@@ -58,7 +65,7 @@ def read_figures(plan: Plan, folder: Path) -> dict[str, float]:
             entries += [_entry(json.loads(line)) for line in file]
     store = TokenStore.open(Path(plan.store))
     return figures_of(
-        sorted(entries, key=lambda entry: entry[:2]), TASKS[plan.task], store, open_rows(store, plan.row_tokens)
+        sorted(entries, key=lambda entry: entry[:2]), plan.settled_task, store, open_rows(store, plan.row_tokens)
     )
 
 
@@ -76,7 +83,7 @@ class Predictions:
         self._part = np.full(num_documents, -1, dtype=np.int32)
         self._offset = np.zeros(num_documents, dtype=np.int64)
         self._files = [part_path(folder, number).open("rb") for number in range(plan.workers)]
-        self._join = TASKS[plan.task].join
+        self._join = plan.settled_task.join
         for number, file in enumerate(self._files):
             for document, offset in _places(file):
                 self._part[document], self._offset[document] = number, offset

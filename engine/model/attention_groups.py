@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 #: A group of documents of L tokens at most may also hold shorter ones, as long as so many positions are saved a call.
-_FREE_POSITIONS = 512
+_FREE_POSITIONS = 128
 #: Scores a head that the documents of a group may have together, unless one alone has more.
 _MOST_SCORES = 1 << 20
 

@@ -36,6 +36,8 @@ _INNER_WIDTHS = (
     "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "moe_intermediate_size", "mlp_dim",
     "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "intermediate_size_mlp",
 )  # fmt: skip
+#: Windows that are shorter than the documents a model is tried with.
+_WINDOWS = {"sliding_window": 8, "local_attention": 16}
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 #: A family whose narrow form does not run is tried as it is, up to this many parameters.
 _MAX_PARAMETERS = 1_000_000_000
@@ -87,7 +89,7 @@ def _towers(model: nn.Module) -> list[str]:
 
 
 def narrow(config: Any) -> Any:
-    """A copy with every width small; depth, kinds of layers, windows and switches as they are."""
+    """A copy with every width and window small; depth, kinds of layers and switches as they are."""
     small = deepcopy(config)
     text = small.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 2
@@ -97,7 +99,7 @@ def narrow(config: Any) -> Any:
     if groups == heads:
         narrow_groups = narrow_heads
     hidden = 16 * narrow_heads
-    widths = _WIDTHS | dict.fromkeys(_INNER_WIDTHS, 32) | {
+    widths = _WIDTHS | _WINDOWS | dict.fromkeys(_INNER_WIDTHS, 32) | {
         "hidden_size": hidden, "embedding_size": hidden, "word_embed_proj_dim": hidden,
         "num_attention_heads": narrow_heads, "num_key_value_heads": narrow_groups,
     }  # fmt: skip

@@ -54,7 +54,7 @@ def wrap(
     if offloads_optimizer(ds_config):
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **numbers)
     else:
-        optimizer = torch.optim.AdamW(groups, **numbers)
+        optimizer = torch.optim.AdamW(groups, fused=True, **numbers)
     engine, *_ = deepspeed.initialize(model=task_model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     zero = ZeroModel(engine, parameters)
     zero.begin_swapping()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -15,7 +16,7 @@ from engine.fit.stores import open_stores
 from engine.inference.plan import Plan, read_figures
 from launcher.commands.model_argument import add_model, opened_model
 from launcher.start.inference import run_plan
-from launcher.start.model_inputs import Model, data_of
+from launcher.start.model_inputs import Model, reading_of
 
 _MICRO_ROWS = 32
 
@@ -47,32 +48,37 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(model: Model, arguments: argparse.Namespace, work: Path) -> Plan:
-    """The plan of an evaluation, after its records are prepared."""
+    """The plan of an evaluation, after its records are prepared; of a run, in its own micro-batches."""
     batch: dict[str, Any] = model.run.get("batch") or {}
     own_rows = (model.run.get("evaluation") or {}).get("micro_rows")
     micro_rows, micro_tokens = own_rows or batch.get("micro_rows") or 1, None if own_rows else batch.get("micro_tokens")
     if not model.run or arguments.micro_rows is not None:
         micro_rows, micro_tokens = arguments.micro_rows or _MICRO_ROWS, None
-    store, row_tokens, packing = _store(model, arguments, work)
+    plan = _plan_of_run(model, arguments) if not arguments.data else _plan_of_files(model, arguments, work)
+    return dataclasses.replace(plan, micro_rows=micro_rows, micro_tokens=micro_tokens)
+
+
+def _plan_of_files(model: Model, arguments: argparse.Namespace, work: Path) -> Plan:
+    reading = reading_of(model, arguments.data, arguments.like, arguments.overrides, work)
+    with contextlib.redirect_stdout(sys.stderr):
+        folders = prepare(reading.data, reading.section, model.task, held_out_only=True)
     return Plan(
-        str(model.folder), model.task, str(store), row_tokens, predicts=False, one_document_a_row=packing == "none",
-        micro_rows=micro_rows, micro_tokens=micro_tokens,
+        str(model.folder), model.task, str(folders["validation"]), reading.data.row_tokens, predicts=False,
+        one_document_a_row=reading.data.packing == "none", evaluation=reading.evaluation,
     )  # fmt: skip
 
 
-def _store(model: Model, arguments: argparse.Namespace, work: Path) -> tuple[Path, int, str | None]:
-    """The store of the records, the length of its rows, and `data.packing`."""
-    if not arguments.data:
-        if not model.run:
-            raise ConfigError("give --data FILE: a model folder has no validation records of its own")
-        if arguments.overrides or arguments.like:
-            raise ConfigError("give --data FILE: the run's own validation records are read as the run read them")
-        config = RunConfig.model_validate(model.run)
-        opened = open_stores(config, model.run["data"]).validation
-        if opened is None:
-            raise ConfigError(f"{arguments.model}: the run has no validation records: give --data FILE")
-        return opened[0].path, config.data.row_tokens, model.run["data"].get("packing")
-    data, section = data_of(model, arguments.data, arguments.like, arguments.overrides, work)
-    with contextlib.redirect_stdout(sys.stderr):
-        folders = prepare(data, section, model.task, held_out_only=True)
-    return folders["validation"], data.row_tokens, data.packing
+def _plan_of_run(model: Model, arguments: argparse.Namespace) -> Plan:
+    """The plan of an evaluation of a run's own validation records, which are prepared."""
+    if not model.run:
+        raise ConfigError("give --data FILE: a model folder has no validation records of its own")
+    if arguments.overrides or arguments.like:
+        raise ConfigError("give --data FILE: the run's own validation records are read as the run read them")
+    config = RunConfig.model_validate(model.run)
+    opened = open_stores(config, model.run["data"]).validation
+    if opened is None:
+        raise ConfigError(f"{arguments.model}: the run has no validation records: give --data FILE")
+    return Plan(
+        str(model.folder), model.task, str(opened[0].path), config.data.row_tokens, predicts=False,
+        one_document_a_row=config.data.one_document_a_row, evaluation=model.run.get("evaluation") or {},
+    )  # fmt: skip

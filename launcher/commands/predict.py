@@ -16,7 +16,7 @@ from engine.inference.plan import Plan, Predictions
 from engine.tasks import TASKS
 from launcher.commands.model_argument import add_model, opened_model
 from launcher.start.inference import run_plan
-from launcher.start.model_inputs import Model, data_of
+from launcher.start.model_inputs import Model, Reading, reading_of
 
 _MICRO_ROWS = 32
 _MOST_LISTED = 20
@@ -41,12 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
         blank = DATA_TASKS[model.task].blank
         if TASKS[model.task].predictions is None or blank is None:
             raise ConfigError(f"task {model.task} predicts nothing of a record; `fulltune generate` continues prompts")
-        data, section = data_of(model, arguments.inputs, arguments.like, arguments.overrides, work)
+        reading = reading_of(model, arguments.inputs, arguments.like, arguments.overrides, work)
         with contextlib.redirect_stdout(sys.stderr):
-            found = prepare_unlabelled(data, section, model.task, blank(model.config, model.label_names), work)
+            named = blank(model.config, model.label_names)
+            found = prepare_unlabelled(reading.data, reading.section, model.task, named, work)
         if found.faults and not arguments.skip_unusable:
             raise DataError(_listed(found))
-        for line in _predictions(model, found, data.row_tokens, arguments.micro_rows or _MICRO_ROWS, work):
+        for line in _predictions(model, found, reading, arguments.micro_rows or _MICRO_ROWS, work):
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
     unusable = f", {len(found.faults):,} of them unusable" if found.faults else ""
     print(f"{found.num_records:,} records{unusable}: {arguments.out}", file=sys.stderr)
@@ -54,12 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _predictions(
-    model: Model, found: Unlabelled, row_tokens: int, micro_rows: int, work: Path
+    model: Model, found: Unlabelled, reading: Reading, micro_rows: int, work: Path
 ) -> Iterator[Mapping[str, Any]]:
     """The object of each record, in their order."""
     predictions = None
     if found.store is not None:
-        plan = Plan(str(model.folder), model.task, str(found.store), row_tokens, True, micro_rows=micro_rows)
+        plan = Plan(
+            str(model.folder), model.task, str(found.store), reading.data.row_tokens, predicts=True,
+            micro_rows=micro_rows, evaluation=reading.evaluation,
+        )  # fmt: skip
         predictions = Predictions(run_plan(plan, work, "predicting"), work)
     for number, line in enumerate(found.lines()):
         if number in found.faults:

@@ -12,6 +12,7 @@ import yaml
 
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.tasks import TASKS as DATA_TASKS
+from engine.config import EvaluationSection
 from engine.errors import ConfigError, DataError, MissingInputError
 from engine.run_file import dump_yaml, load_run_file, with_absolute_paths
 from engine.tasks import TASKS
@@ -19,7 +20,7 @@ from engine.tasks import TASKS
 #: Rows are so long where nothing says how long they are, unless the model has fewer positions.
 _USUAL_ROW_TOKENS = 512
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
-_OVERRIDE = re.compile(r"data\.[a-z_.]+=")
+_OVERRIDE = re.compile(r"(data|evaluation)\.[a-z_.]+=")
 #: Keys of a run file's data section that are about the training records alone, or about where things are.
 _NOT_CARRIED = {"train", "validation", "validation_fraction", "store_dir", "tokenizer", "label_names", "deduplicate"}
 #: Keys of a source that are about its place; the others say how to read it.
@@ -65,22 +66,29 @@ def _task_of(config: Mapping[str, Any], folder: Path) -> str:
     raise ConfigError(f"{folder}/config.json names {what}: give --task ({', '.join(TASKS)})")
 
 
-def data_of(
-    model: Model, files: Sequence[str], like: Path | None, overrides: Sequence[str], work: Path
-) -> tuple[DataConfig, dict[str, Any]]:
-    """How `files` are read for `model`, as a data section and as its plain values.
+@dataclass(frozen=True)
+class Reading:
+    """How records are read and scored: a data section, its plain values, and an evaluation section."""
+
+    data: DataConfig
+    section: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def reading_of(model: Model, files: Sequence[str], like: Path | None, overrides: Sequence[str], work: Path) -> Reading:
+    """How `files` are read for `model`.
 
     The settings are those of the run that the model comes from, or of the run file `like`; then `overrides`.
     """
     late = [text for text in files if _OVERRIDE.match(text)]  # behind an option that takes several files
     files, overrides = [text for text in files if text not in late], [*overrides, *late]
-    wrong = [override for override in overrides if not override.startswith("data.")]
+    wrong = [override for override in overrides if not override.startswith(("data.", "evaluation."))]
     if wrong:
-        raise ConfigError(f"override `{wrong[0]}`: only the keys of data count here, as data.row_tokens=256")
+        raise ConfigError(f"override `{wrong[0]}`: only keys of data and evaluation count here, as data.row_tokens=256")
     run = model.run if like is None else with_absolute_paths(load_run_file(like).values)
     given = dict(run.get("data") or {})
-    reading = _reading_of(given.get("validation") or given.get("train"))
-    sources = [_source(text, reading) for text in files]
+    keys = _keys_of(given.get("validation") or given.get("train"))
+    sources = [_source(text, keys) for text in files]
     section = {
         "row_tokens": _row_tokens(model.config),
         **{key: value for key, value in given.items() if key not in _NOT_CARRIED},
@@ -89,25 +97,25 @@ def data_of(
     }  # fmt: skip
     if model.label_names:
         section["label_names"] = list(model.label_names)
-    path = work / "data.yaml"
-    path.write_text(dump_yaml({"data": section}), encoding="utf-8")
+    path = work / "reading.yaml"
+    path.write_text(dump_yaml({"data": section, "evaluation": run.get("evaluation") or {}}), encoding="utf-8")
     read = load_run_file(path, overrides)
-    config = read.parse(DataConfig, "data")
-    return config, read.values["data"]
+    evaluation = read.parse(EvaluationSection, "evaluation").model_dump(mode="json", exclude_defaults=True)
+    return Reading(read.parse(DataConfig, "data"), read.values["data"], evaluation)
 
 
-def _source(text: str, reading: Mapping[str, Any]) -> dict[str, Any]:
+def _source(text: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     """A source as the command line gives it: a path, or its keys as {path: x.csv, delimiter: ";"}."""
     if not text.startswith("{"):
-        return {**reading, "path": text}
+        return {**keys, "path": text}
     try:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"`{text}`: not the keys of a source: {' '.join(str(error).split())}") from None
-    return {**reading, **given}
+    return {**keys, **given}
 
 
-def _reading_of(sources: Any) -> dict[str, Any]:
+def _keys_of(sources: Any) -> dict[str, Any]:
     """The keys with which all sources of a run file are read; none where they differ, but for the names of fields."""
     entries = sources if isinstance(sources, list) else [sources]
     ways = [

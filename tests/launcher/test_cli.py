@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
         (["prepare", "run.yaml", "--ranks", "2"], 78, "--ranks"),
         (["prepare", "run.yaml", "--part", "3/2"], 78, "a share such as 2/8"),
         (
-            ["train", "run.yaml", "--dry-run", "task=question_answering"],
+            ["train", "run.yaml", "--dry-run", "task=seq2seq_lm"],
             78,
             "prepared and inspected, but not trained",
         ),

@@ -140,7 +140,7 @@ def test_models_and_options_that_cannot_be_meant(
         (["predict", str(body), *out, "--task", "sequence_classification"], 65, "no trained weights for task"),
         (["predict", str(tmp_path), *out], 66, "neither a model folder"),
         (["predict", str(classifier), *out, "--best"], 78, "this is no run"),
-        (["predict", str(classifier), *out, "batch.global_rows=3"], 78, "only the keys of data count here"),
+        (["predict", str(classifier), *out, "batch.global_rows=3"], 78, "only keys of data and evaluation count here"),
         (["predict", str(classifier), *out, "data.row_token=3"], 78, "data.row_tokens"),
         (["eval", str(classifier)], 78, "give --data FILE"),
         (["predict", str(classifier), "--in", source, "--out", str(tmp_path / "no" / "out.jsonl")], 73, "cannot write"),

@@ -325,5 +325,5 @@ def test_every_recipe_is_a_valid_run_file(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_there_is_a_recipe_for_each_task() -> None:
-    assert {path.stem for path in RECIPES} >= {"pretrain", "sft", "classify", "tag"}
+    assert {path.stem for path in RECIPES} >= {"pretrain", "sft", "classify", "tag", "roles", "answer"}
     assert {load_run(path, []).config.task for path in RECIPES} == set(TASKS)

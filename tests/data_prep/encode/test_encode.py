@@ -202,6 +202,48 @@ def test_windows_share_their_stride_and_hold_the_answers(bert: Tokenizer) -> Non
         question_answering.encode(records(2), examples, context(bert, row_tokens=32, stride_tokens=30))
 
 
+@pytest.mark.parametrize("kind", ["word pieces", "byte pairs", "sentence pieces"])
+def test_texts_of_a_question_stand_once_in_its_first_window(kind: str, tmp_path: Path) -> None:
+    """Offsets are bytes of the stored context, without the blanks that tokenizers count to words."""
+    make = {
+        "word pieces": lambda: bert_vocabulary(tmp_path / "vocab.txt"),
+        "byte pairs": lambda: byte_level_folder(tmp_path),
+    }
+    tokenizer = open_tokenizer(str(make.get(kind, lambda: sentencepiece_folder(tmp_path))()))
+    text = "The  caf\u00e9 \u6e56 \U0001f6a2 boats\n\tdrift past " + " ".join(sentences(3, 4))
+    answers = ((text.index("boats"), "boats"), (5, "caf\u00e9 \u6e56"), (text.index("boats"), "boats"))
+    examples: list[Example] = [QuestionExample("which", text, answers), QuestionExample("how many", "oil", ())]
+    block = question_answering.encode(records(2), examples, context(tokenizer, row_tokens=24, stride_tokens=4))
+    columns = block.columns
+    others = [0] * (block.num_documents - 2)
+    assert len(others) >= 1, "several windows"
+    stored = columns["context_texts"].tobytes()
+    assert columns["context_texts_lengths"].tolist() == [len(text.encode()), *others, 3]
+    assert stored.decode() == text + "oil"
+    assert columns["answer_texts"].tobytes() == "boats\xff".encode("latin-1") + "caf\u00e9 \u6e56".encode() + b"\xff"
+    assert columns["answer_texts_lengths"].tolist()[1:] == [*others, 0]
+    ids, offsets = tokenizer.encode_with_offsets([text])[0]
+    assert columns["context_offsets_lengths"].tolist()[0] == 2 * len(ids)
+    places = columns["context_offsets"][: 2 * len(ids)].reshape(-1, 2).tolist()
+    for (start, stop), (first, last) in zip(places, offsets, strict=True):
+        assert stored[start:stop].decode() == text[first:last].strip()
+    heads = columns["pair_starts"].tolist()
+    windows = zip(documents(block), heads, columns["context_firsts"], columns["context_counts"], strict=True)
+    for document, head, before, count in list(windows)[:-1]:
+        assert document[head : head + count] == ids[before : before + count]
+        assert document[head + count :] == tokenizer.suffix_ids
+
+
+def test_answers_that_are_not_whole_tokens_are_counted(bert: Tokenizer) -> None:
+    examples: list[Example] = [
+        QuestionExample("which", "the boats drift", ((4, "boat"), (4, "boats "), (0, "the boats")))
+    ]
+    block = question_answering.encode(records(1), examples, context(bert, row_tokens=32, stride_tokens=4))
+    pieces = bert.encode_batch(["boats"])[0]
+    expected = {} if len(pieces) > 1 else {"answers_inside_tokens": 1}
+    assert block.notes == expected and len(block.columns["answer_spans"]) == 6
+
+
 def test_text_to_text_keeps_the_target_apart(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(str(byte_level_folder(tmp_path)))
     pair: list[Example] = [PromptExample("the river", "runs under a bridge")]

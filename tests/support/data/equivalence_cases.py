@@ -56,6 +56,8 @@ class Case:
 def task_of(family: str) -> str:
     if family in ("llama", "gpt2", "qwen2", "mixtral", "bamba"):
         return "causal_lm"
+    if family.endswith("_answers"):
+        return "question_answering"
     return "token_classification" if family.endswith("_tags") else "sequence_classification"
 
 
@@ -76,7 +78,8 @@ def cases(world_size: int) -> list[Case]:
     if world_size != 2:
         return plain
     families = [Case(family, family=family) for family in (
-        "gpt2", "qwen2", "bert", "llama_labels", "t5_labels", "bert_tags", "llama_tags",
+        "gpt2", "qwen2", "bert", "llama_labels", "t5_labels", "bert_tags", "llama_tags", "bert_answers",
+        "llama_answers",
     )]  # fmt: skip
     return (
         plain
@@ -145,11 +148,11 @@ def make_model(family: str, packed: bool) -> Any:
             )  # fmt: skip
         case "gpt2":
             config = transformers.GPT2Config(**common, **still, n_embd=32, n_layer=2, n_head=4)
-        case "bert" | "bert_tags":
+        case "bert" | "bert_tags" | "bert_answers":
             config = transformers.BertConfig(
                 **common, **size, **labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
             )
-        case "llama_labels" | "llama_tags":
+        case "llama_labels" | "llama_tags" | "llama_answers":
             config = transformers.LlamaConfig(**common, **size, **labels, num_key_value_heads=2)
         case "t5_labels":
             config = transformers.T5Config(
@@ -159,6 +162,9 @@ def make_model(family: str, packed: bool) -> Any:
     match task_of(family):
         case "causal_lm":
             return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        case "question_answering":
+            config.num_labels = 2
+            return transformers.AutoModelForQuestionAnswering.from_config(config, attn_implementation=attention)
         case "token_classification":
             config.classifier_dropout = 0.0  # Llama's head has a dropout of its own
             return transformers.AutoModelForTokenClassification.from_config(config, attn_implementation=attention)
@@ -176,6 +182,7 @@ class MemoryStore:
     label_names: tuple[str, ...] = ()
     tags: list[np.ndarray] = field(default_factory=list)
     columns: tuple[str, ...] = ("labels", "pair_starts", "tags")
+    pair_starts: np.ndarray | None = None
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pieces = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
@@ -189,13 +196,64 @@ class MemoryStore:
         pass
 
     def column(self, name: str) -> np.ndarray:
-        return {"labels": self.labels, "pair_starts": np.zeros(len(self.labels), dtype=np.uint32)}[name]
+        pairs = np.zeros(len(self.labels), dtype=np.uint32) if self.pair_starts is None else self.pair_starts
+        return {"labels": self.labels, "pair_starts": pairs}[name]
 
     def token_column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
         return {"tags": self.tags}[name][document][start:stop]
 
     def locate(self, document: int) -> str:
         return f"memory.jsonl:{document + 1}"
+
+
+@dataclass(frozen=True)
+class QuestionStore(MemoryStore):
+    """Documents as windows, two of each question; their contexts lie between the first and the last token."""
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(document) - 2 for document in self.documents]
+
+    def column(self, name: str) -> np.ndarray:
+        numbers = np.arange(len(self.documents))
+        behind = [0 if number % 2 == 0 else max(0, self.counts[number - 1] - 2) for number in numbers]
+        return {
+            "pair_starts": np.ones_like(numbers), "questions": numbers // 2, "context_counts": np.array(self.counts),
+            "context_firsts": np.array(behind),
+        }[name]  # fmt: skip
+
+    def words(self, document: int) -> list[str]:
+        """The words, of one token each, of the whole context of the question that a window belongs to."""
+        second = document | 1
+        number = max(self.counts[second - 1], int(self.column("context_firsts")[second]) + self.counts[second])
+        return [f"w{(document // 2 * 5 + place) % 11}\u00e9" for place in range(number)]
+
+    def answers(self, document: int) -> list[str]:
+        """Those of the question: none for each third, all runs of two words for each first, else the first three."""
+        words = self.words(document)
+        runs = [" ".join(words[place : place + 2]) for place in range(len(words) - 1)]
+        return (runs or words, [" ".join(words[:3])], [])[document // 2 % 3]
+
+    def ragged(self, name: str, document: int) -> np.ndarray:
+        words = [word.encode() for word in self.words(document)]
+        ends = np.cumsum([len(word) + 1 for word in words])
+        if name == "answer_spans":  # each fourth window has none
+            last = self.counts[document]
+            first = 1 + document % last
+            spans = [] if document % 4 == 3 else [first, min(first + 2, last + 1), 1, 2]
+            return np.array(spans, dtype=np.int32)
+        if document % 2:
+            return np.zeros(0, dtype=np.uint8)
+        return {
+            "context_texts": np.frombuffer(b" ".join(words), dtype=np.uint8),
+            "context_offsets": np.stack((ends - [len(word) + 1 for word in words], ends - 1), axis=1).reshape(-1),
+            "answer_texts": np.frombuffer(
+                b"".join(text.encode() + b"\xff" for text in self.answers(document)), dtype=np.uint8
+            ),
+        }[name]
+
+    def ragged_lengths(self, name: str) -> np.ndarray:
+        return np.array([len(self.ragged(name, document)) for document in range(len(self.documents))])
 
 
 @dataclass(frozen=True)
@@ -234,12 +292,14 @@ def memory_store(task: str, per_row: int | None = None) -> tuple[MemoryStore, Me
     names = () if task == "causal_lm" else ("bad", "good", "great")
     labels = generator.integers(0, 3, 24).astype(np.int32)
     tags = [np.where(mark, generator.integers(0, 3, len(mark)), -1).astype(np.int32) for mark in marks]
-    store = MemoryStore(documents, marks, labels, label_names=names, tags=tags)
+    kind = QuestionStore if task == "question_answering" else MemoryStore
+    store = kind(documents, marks, labels, label_names=names, tags=tags)
     per_row = per_row or (3 if task == "causal_lm" else 1)
     lengths = np.array([len(document) for document in documents])
     counts = {
         "causal_lm": np.array([int(mark[1:].sum()) for mark in marks]).reshape(-1, per_row).sum(1),
         "sequence_classification": np.ones(24, dtype=np.int64),
+        "question_answering": np.ones(24, dtype=np.int64),
         "token_classification": np.array([int(mark.sum()) for mark in marks]),
     }
     rows = MemoryRows(
@@ -271,6 +331,9 @@ def reference_gradients(
             logits = model(ids, use_cache=False).logits[0, :-1][mark]
             total = total + F.cross_entropy(logits, ids[0, 1:][mark], reduction="sum")
             targets += int(mark.sum())
+        elif task == "question_answering":
+            total = total + window_loss(model, store, document)
+            targets += 1
         elif task == "token_classification":
             tags = torch.from_numpy(store.tags[document]).long()
             total = total + F.cross_entropy(model(ids).logits[0], tags, ignore_index=-1, reduction="sum")
@@ -283,6 +346,17 @@ def reference_gradients(
     sum(losses.values()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     return gradients, {name: loss.item() for name, loss in losses.items()}
+
+
+def window_loss(model: Any, store: MemoryStore, document: int) -> torch.Tensor:
+    """The stock loss of a window: its answer's first token, and its last, or the window's first token for none."""
+    ids = torch.from_numpy(store.documents[document])[None]
+    first, behind = store.ragged("answer_spans", document)[:2].tolist() or [0, 1]
+    types = {}
+    if model.config.model_type == "bert":
+        types["token_type_ids"] = (torch.arange(ids.shape[1]) >= 1).long()[None]
+    places = {"start_positions": torch.tensor([first]), "end_positions": torch.tensor([behind - 1])}
+    return model(ids, **types, **places).loss
 
 
 def balancing(model: Any, store: MemoryStore, rows: list[list[int]]) -> dict[str, torch.Tensor]:
