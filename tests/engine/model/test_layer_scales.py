@@ -62,7 +62,7 @@ def classifier(config: Any) -> Any:
                 encoder_ffn_dim=16,
                 decoder_ffn_dim=16,
                 num_labels=3,
-            ),  # fmt: skip
+            ),
             {
                 "model.shared.weight": 0.125,
                 "model.encoder.layers.0.fc1.weight": 0.25,
@@ -141,12 +141,13 @@ def test_a_model_with_nothing_but_its_body_has_no_head_to_train(tmp_path: Path) 
         (transformers.GPT2Config(), {"resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"}),
         (transformers.T5Config(), {"dropout_rate", "classifier_dropout"}),
         (transformers.BartConfig(), {"dropout", "attention_dropout", "activation_dropout", "classifier_dropout"}),
-        (transformers.ModernBertConfig(), {
-            "attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout",
-        }),
+        (
+            transformers.ModernBertConfig(),
+            {"attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout"},
+        ),
     ],
     ids=["gpt2", "t5", "bart", "modernbert"],
-)  # fmt: skip
+)
 def test_every_dropout_of_a_family_is_set_and_layerdrop_is_not(config: Any, keys: set[str]) -> None:
     before = set_dropout(config, 0.25)
     assert before.keys() == keys
