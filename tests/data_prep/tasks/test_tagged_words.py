@@ -147,3 +147,12 @@ def test_long_sentences_with_roles_repeat_the_predicate_in_each_window(tmp_path:
     assert found == record["roles"]
     shown = "\n".join(describe(store.path, Selection(number=0, count=9), color=False))
     assert "predicate at token 4" in shown and "predicate at token 14" in shown
+
+
+def test_a_conllu_file_for_roles_needs_the_format_with_roles(tmp_path: Path) -> None:
+    line = "1\tgo\tgo\tVERB\tVB\t_\t0\troot\t_\t_\tgo.01\tV\n\n"
+    path = tmp_path / "a.conllu"
+    path.write_text(line)
+    values = section(tmp_path, bert_vocabulary(tmp_path / "vocab.txt"), path)
+    with pytest.raises(PreparationError, match="`format: conllup` reads the predicates and roles"):
+        prepared(values, "semantic_roles")
