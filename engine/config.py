@@ -25,6 +25,9 @@ else:  # so that errors and the JSON schema have the names
     MetricName = Literal[tuple(dict.fromkeys(name for task in TASKS.values() for name in task.known_metrics))]
 
 
+_BETTER = {"min": "lower it is", "max": "higher it is"}
+
+
 class Section(BaseModel):
     """A strict section: unknown keys and wrong types are errors, values never change."""
 
@@ -77,6 +80,12 @@ class ModelSection(Section):
     new_head: bool = Field(
         False, description="make the head anew, also where the model has one, which may be for other labels"
     )
+    train: Literal["all", "head"] = Field(
+        "all", description="head: freeze all but the task's head, the baseline of full fine-tuning"
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="in place of every dropout probability of the configuration; null: as it says"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -111,6 +120,12 @@ class OptimizerSection(Section):
     learning_rate: float = Field(gt=0, description="highest learning rate of the schedule")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False, description="AdamW's decay of both moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="each layer's learning rate as a share of that of the layer above; 1 for the head",
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; never of biases and norms")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = Field(
@@ -168,11 +183,20 @@ class AnswersSection(Section):
     )
 
 
+class MaskingSection(Section):
+    fraction: float = Field(
+        0.15, gt=0, lt=1, description="masked language modelling: share of a text's words that a step masks"
+    )
+
+
 class EvaluationSection(Section):
     eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
     micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: as in batch")
     metric: MetricName | None = Field(
         None, description="what best and patience go by; null: the task's own (see launcher/recipes)"
+    )
+    mode: Literal["min", "max"] | None = Field(
+        None, description="whether lower or higher is better; null: as the metric says, which it must not contradict"
     )
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
     out_of_scope_label: str | None = Field(
@@ -180,7 +204,14 @@ class EvaluationSection(Section):
         description="the label of records that belong to none of the others, as oos: its recall and the accuracy on"
         " all other records are figures too",
     )
+    least_change: float = Field(0.0, ge=0, description="the metric must improve by more than this to count as better")
     answers: AnswersSection = Field(AnswersSection(), description="of questions about a context")
+
+
+def configured_task(name: str, evaluation: EvaluationSection) -> Task:
+    """A task that can be trained, with the settings that a run file has for its evaluations."""
+    task, options = TASKS[name], AnswerOptions(**evaluation.answers.model_dump())
+    return task if task.configured is None else task.configured(task, options)
 
 
 class CheckpointSection(Section):
@@ -240,6 +271,7 @@ class RunConfig(Section):
         description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
     )
     loss: LossSection = LossSection()
+    masking: MaskingSection = MaskingSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
@@ -257,9 +289,7 @@ class RunConfig(Section):
     def trained_task(self) -> Task:
         """The task that this run trains. ConfigError as `check_trainable` raises it."""
         self.check_trainable()
-        task = TASKS[self.task]
-        options = AnswerOptions(**self.evaluation.answers.model_dump())
-        return task if task.configured is None else task.configured(task, options)
+        return configured_task(self.task, self.evaluation)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -271,10 +301,13 @@ class RunConfig(Section):
     def _task_faults(self) -> Iterator[str]:
         """Keys that have no meaning for the task, whatever its data."""
         metric, task = self.evaluation.metric, TASKS.get(self.task)
-        known = ("loss",) if task is None else task.known_metrics
+        known = ("loss",) if task is None else tuple(task.known_metrics)
         if metric is not None and metric not in known:
             there = ", ".join(known)
             yield f"evaluation.metric {metric} is not one of task {self.task}, which has {there}"
+        elif task is not None and self.evaluation.mode not in (None, task.known_metrics[self.best_metric(task)]):
+            own = task.known_metrics[self.best_metric(task)]
+            yield f"evaluation.mode: {self.best_metric(task)} is better the {_BETTER[own]}, so write {own}, or leave it out"
         if task is None or task.label_counts is None:
             yield from (
                 f"{key} belongs to tasks with labels, not to {self.task}: leave it out" for key in self.loss.given()

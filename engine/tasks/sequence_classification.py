@@ -165,6 +165,7 @@ _LABELS = Task(
     out_of_scope=single_labels.with_scope,
     second_texts="pair_starts",
     predictions=single_labels.predictions,
+    heads=("ForSequenceClassification",),
 )
 _SETS = replace(
     _LABELS,

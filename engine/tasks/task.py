@@ -32,6 +32,7 @@ class Draw(NamedTuple):
 
     seed: int
     step: int  # of training, from 1; an evaluation has 0, so its draws stay the same
+    mask_fraction: float = 0.15  # share of a document's words that are masked, where a task masks words
 
 
 #: The draw of batches outside training.
@@ -94,11 +95,14 @@ class Task:
     #: (this task, a label) -> the same with figures about records that belong to none of the other labels.
     out_of_scope: Callable[["Task", str], "Task"] | None = None
     kinds: Mapping[str, "Task"] = field(default_factory=dict)  # by a column of the store: the task as it is with it
+    #: (store, row index, rows, draw) -> how many targets they have; None: as many as the row index says.
+    count_targets: Callable[["TokenStore", "Rows", "Rows64", Draw], int] | None = None
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     #: The task with a run file's settings of answers; None where it finds none.
     configured: Callable[["Task", "AnswerOptions"], "Task"] | None = None
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
     why_padded: str = ""  # the reason for which a model's batches are padded, for people
+    heads: tuple[str, ...] = ()  # endings of the names that transformers' classes for it have
     #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
     #: `fulltune predict` writes. It needs no true labels. None: the task predicts nothing of a record.
     predictions: Callable[[Output, "Batch", "TokenStore"], list[dict[str, Any]]] | None = None
@@ -110,9 +114,9 @@ class Task:
         return next((kind for column, kind in self.kinds.items() if column in store.columns), self)
 
     @property
-    def known_metrics(self) -> tuple[str, ...]:
+    def known_metrics(self) -> Mapping[str, Literal["min", "max"]]:
         """The metrics of all its kinds."""
-        return tuple(dict.fromkeys(name for task in (self, *self.kinds.values()) for name in task.metrics))
+        return {name: mode for task in (self, *self.kinds.values()) for name, mode in task.metrics.items()}
 
 
 #: The number of a held-out label that train has not: no prediction equals it, and it has no loss.

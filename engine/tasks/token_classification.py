@@ -252,5 +252,6 @@ _FLAT = Task(
     label_counts=tag_counts,
     predictions=tag_predictions,
     join=joined_tags,
+    heads=("ForTokenClassification",),
 )
 TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))
