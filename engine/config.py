@@ -305,9 +305,10 @@ class RunConfig(Section):
         if metric is not None and metric not in known:
             there = ", ".join(known)
             yield f"evaluation.metric {metric} is not one of task {self.task}, which has {there}"
-        elif task is not None and self.evaluation.mode not in (None, task.known_metrics[self.best_metric(task)]):
-            own = task.known_metrics[self.best_metric(task)]
-            yield f"evaluation.mode: {self.best_metric(task)} is better the {_BETTER[own]}, so write {own}, or leave it out"
+        elif task is not None:
+            name = metric or task.best
+            if self.evaluation.mode not in (None, own := task.known_metrics[name]):
+                yield f"evaluation.mode: {name} is better the {_BETTER[own]}, so write {own}, or leave it out"
         if task is None or task.label_counts is None:
             yield from (
                 f"{key} belongs to tasks with labels, not to {self.task}: leave it out" for key in self.loss.given()
