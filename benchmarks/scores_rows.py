@@ -87,7 +87,7 @@ ROWS = (
     Row(
         "up_roles", "UP EWT, semantic roles", "semantic_roles", data.up_roles, "f1",
         _CUT.format("a fifth of its sentences", "document"), 4, 2e-4, 192, data.write_conllup, data.num_predicates,
-        reading={"format": "conllup", "fields": {"words": "tokens", "roles": "roles", "predicate": "predicate"}},
+        reading={"format": "conllup"},
         data={"overlong": "truncate", "min_targets": 1, "unknown_labels": "count_wrong"},
     ),
     Row(

@@ -116,7 +116,8 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
         (
             "roles",
             (
-                ("roles", "srl_tags", "tags", "labels"),
+                ("roles", "srl_tags"),
+                ("tags", "labels"),  # beside roles, CoNLL-U has parts of speech under this name
                 ("srl", "role", "role_tags", "srl_labels", "arguments", "srl_frames"),
             ),
             _is_row,
