@@ -35,8 +35,9 @@ def sections() -> dict[str, Section]:
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", part, re.DOTALL | re.MULTILINE)
         kinds = [kind for kind, _ in blocks]
         if "yaml" in kinds:
-            records, run_file = blocks[kinds.index("yaml") - 1][1], blocks[kinds.index("yaml")][1]
-            commands = [line for kind, text in blocks if not kind for line in text.splitlines()]
+            place = kinds.index("yaml")
+            (_, records), (_, run_file), *shown = blocks[place - 1 :]
+            commands = [line for kind, text in shown if not kind for line in text.splitlines()]
             found[part.partition("\n")[0].partition(":")[0].replace(" ", "-").lower()] = Section(
                 records, run_file, commands
             )
