@@ -247,8 +247,13 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(
             f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task.name} needs"
         )
+    if task.needs_mask and tokenizer.mask_id is None:
+        raise DataConfigError(
+            f"data.tokenizer {config.tokenizer} has no mask token, which {task.name} needs: its model was not trained "
+            "on masked words, or tokenizer_config.json lacks `mask_token`"
+        )
     room = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
-    if config.overlong == "truncate" and not task.packs and config.row_tokens <= room:
+    if config.overlong in ("truncate", "split") and not task.packs and config.row_tokens <= room:
         raise DataConfigError(f"data.row_tokens: {config.row_tokens} leaves no room beside {room} special tokens")
     around = [*tokenizer.prefix_ids, *tokenizer.suffix_ids]
     if around and max(around) >= tokenizer.vocab_size:
@@ -260,7 +265,7 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(f"data.label_names belongs to classification, not to task {task.name}")
     if config.label_map is not None and not task.has_label_names:
         raise DataConfigError(f"data.label_map belongs to classification, not to task {task.name}")
-    if config.overlong == "split" and not (task.packs or task.tags_words):
+    if config.overlong == "split" and not (task.packs or task.tags_words or task.splits):
         raise DataConfigError(f"data.overlong: split would cut the examples of task {task.name}; use truncate or drop")
     if config.packing != "best_fit" and not task.packs:
         raise DataConfigError(f"data.packing: rows of task {task.name} hold one document each; leave it out")

@@ -147,6 +147,12 @@ class AnswersSection(Section):
     )
 
 
+class MaskingSection(Section):
+    fraction: float = Field(
+        0.15, gt=0, lt=1, description="masked language modelling: share of a text's words that a step masks"
+    )
+
+
 class EvaluationSection(Section):
     eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
     micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: as in batch")
@@ -213,6 +219,7 @@ class RunConfig(Section):
         None,
         description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
     )
+    masking: MaskingSection = MaskingSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()

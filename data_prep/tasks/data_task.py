@@ -55,7 +55,9 @@ class DataTask:
     columns: tuple[Column, ...] = ()  # in the order of the manifest
     marks_tokens: bool = False  # targets are marked tokens; else a target column's values, or one a document
     packs: bool = False  # documents share rows and may be cut where a row ends; else each has a row of its own
+    splits: bool = False  # `encode` makes several documents of a longer text where `context.splits` says so
     needs_eos: bool = False
+    needs_mask: bool = False  # the store then has the id of the mask token, and the ids of all control tokens
     has_label_names: bool = False
     tags_words: bool = False  # of words; with `overlong: split`, long sentences become overlapping windows
     histograms: Callable[[TokenStore], list[Histogram]] = _no_histograms
