@@ -92,7 +92,7 @@ ROWS = (
     ),
     Row(
         "policyqa", "PolicyQA, answers", "question_answering", data.policyqa, "f1",
-        _CUT.format("a fifth of its 3,809 questions", "context"), 3, 1e-4, 320, data.write_squad, data.num_questions,
+        _CUT.format("a fifth of its 3,809 questions", "context"), 2, 1e-4, 320, data.write_squad, data.num_questions,
         data={"stride_tokens": 128},
     ),
 )  # fmt: skip
