@@ -191,10 +191,10 @@ def _shown(scores: Sequence[float]) -> str:
 
 def curve_table(curve: Sequence[dict[str, Any]]) -> str:
     """A line for each number of training records."""
-    lines = [
-        (f"{one['records']:,}", one["steps"], f"{one['bag_of_words']:.1f}", _shown(one["ours"]), f"{one['minutes']['ours']:.1f}")
-        for one in curve
-    ]  # fmt: skip
+    lines = []
+    for one in curve:
+        figures = (one["bag_of_words"], statistics.mean(one["ours"]), one["minutes"]["ours"])
+        lines.append((f"{one['records']:,}", one["steps"], *(f"{figure:.1f}" for figure in figures)))
     return markdown(("training records", "steps", "bag of words", "ours", "minutes"), lines)
 
 
