@@ -77,14 +77,14 @@ class ModelSection(Section):
     freeze: list[str] = Field(
         [], description="parameters that are not trained: shell patterns over their names, as vision_tower.*"
     )
-    new_head: bool = Field(
-        False, description="make the head anew, also where the model has one, which may be for other labels"
-    )
     train: Literal["all", "head"] = Field(
         "all", description="head: freeze all but the task's head, the baseline of full fine-tuning"
     )
     dropout: float | None = Field(
         None, ge=0, lt=1, description="in place of every dropout probability of the configuration; null: as it says"
+    )
+    new_head: bool = Field(
+        False, description="make the head anew, also where the model has one, which may be for other labels"
     )
 
     @model_validator(mode="after")
@@ -199,12 +199,12 @@ class EvaluationSection(Section):
         None, description="whether lower or higher is better; null: as the metric says, which it must not contradict"
     )
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
+    least_change: float = Field(0.0, ge=0, description="the metric must improve by more than this to count as better")
     out_of_scope_label: str | None = Field(
         None,
         description="the label of records that belong to none of the others, as oos: its recall and the accuracy on"
         " all other records are figures too",
     )
-    least_change: float = Field(0.0, ge=0, description="the metric must improve by more than this to count as better")
     answers: AnswersSection = Field(AnswersSection(), description="of questions about a context")
 
 
@@ -270,8 +270,8 @@ class RunConfig(Section):
         None,
         description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
     )
-    loss: LossSection = LossSection()
     masking: MaskingSection = MaskingSection()
+    loss: LossSection = LossSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
@@ -301,13 +301,13 @@ class RunConfig(Section):
     def _task_faults(self) -> Iterator[str]:
         """Keys that have no meaning for the task, whatever its data."""
         metric, task = self.evaluation.metric, TASKS.get(self.task)
-        known = ("loss",) if task is None else tuple(task.known_metrics)
+        known: dict[str, Literal["min", "max"]] = {"loss": "min"} if task is None else task.known_metrics
         if metric is not None and metric not in known:
             there = ", ".join(known)
             yield f"evaluation.metric {metric} is not one of task {self.task}, which has {there}"
-        elif task is not None:
-            name = metric or task.best
-            if self.evaluation.mode not in (None, own := task.known_metrics[name]):
+        elif task is not None and self.evaluation.mode is not None:
+            name = metric or task.best  # all kinds of a task have a best metric of one mode
+            if self.evaluation.mode != (own := known[name]):
                 yield f"evaluation.mode: {name} is better the {_BETTER[own]}, so write {own}, or leave it out"
         if task is None or task.label_counts is None:
             yield from (

@@ -140,7 +140,8 @@ def _evaluate_pending(training: Training, progress: Progress, log: RunLog, stop:
     if results is None:
         return False
     log.evaluation(progress.step, results)
-    metric, mode = training.best_metric, training.zero.task.metrics[training.best_metric]
+    metric = training.best_metric
+    mode = training.zero.task.metrics[metric]
     update_best(progress, results[metric], mode, training.config.evaluation.least_change)
     progress.evaluation_pending = False
     return True

@@ -87,6 +87,8 @@ class Task:
     figures: Callable[[Sequence[DocumentResult], "TokenStore"], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
+    #: (store, row index, rows, draw) -> how many targets they have; None: as many as the row index says.
+    count_targets: Callable[["TokenStore", "Rows", "Rows64", Draw], int] | None = None
     #: The same results for people, by name: texts, and pictures (H, W, 3).
     report: Callable[[Sequence[DocumentResult], "TokenStore"], Mapping[str, "str | NDArray[np.uint8]"]] | None = None
     problem: Problem | None = None  # what the model's configuration calls it, where several are possible
@@ -95,8 +97,6 @@ class Task:
     #: (this task, a label) -> the same with figures about records that belong to none of the other labels.
     out_of_scope: Callable[["Task", str], "Task"] | None = None
     kinds: Mapping[str, "Task"] = field(default_factory=dict)  # by a column of the store: the task as it is with it
-    #: (store, row index, rows, draw) -> how many targets they have; None: as many as the row index says.
-    count_targets: Callable[["TokenStore", "Rows", "Rows64", Draw], int] | None = None
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     #: The task with a run file's settings of answers; None where it finds none.
     configured: Callable[["Task", "AnswerOptions"], "Task"] | None = None
@@ -114,7 +114,7 @@ class Task:
         return next((kind for column, kind in self.kinds.items() if column in store.columns), self)
 
     @property
-    def known_metrics(self) -> Mapping[str, Literal["min", "max"]]:
+    def known_metrics(self) -> dict[str, Literal["min", "max"]]:
         """The metrics of all its kinds."""
         return {name: mode for task in (self, *self.kinds.values()) for name, mode in task.metrics.items()}
 
