@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from data_fixtures import bert_vocabulary, byte_level_folder, sentences, write_jsonl
 from ranks import run_ranks
+from repository import WORKERS
 from scipy import stats
 from sklearn import metrics as oracle
 from training_runs import metrics
@@ -88,17 +89,32 @@ class Classifier:
     model: Any
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
-    kind, folder = KINDS[request.param], tmp_path_factory.mktemp(request.param)
-    bert = kind.family == "bert"
-    tokenizer = bert_vocabulary(folder / "vocab.txt") if bert else byte_level_folder(folder / "tokenizer")
-    path = run_file(folder, tokenizer, kind)
-    stores = prepared(path)
-    make_model(kind, open_tokenizer(str(tokenizer)).vocab_size, stores["train"]).save_pretrained(folder / "model")
-    run_ranks(2, "-m", "engine", str(path))
-    losses, model = plain_training(folder / "model", stores["train"], kind)
-    return Classifier(kind, folder / "run", stores, losses, model)
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Classifier]:
+    """All kinds, trained in one start of two ranks."""
+    top = tmp_path_factory.mktemp("classifiers")
+    paths, stores = {}, {}
+    for name, kind in KINDS.items():
+        folder = top / name
+        folder.mkdir()
+        bert = kind.family == "bert"
+        tokenizer = bert_vocabulary(folder / "vocab.txt") if bert else byte_level_folder(folder / "tokenizer")
+        paths[name] = run_file(folder, tokenizer, kind)
+        stores[name] = prepared(paths[name])
+        vocab_size = open_tokenizer(str(tokenizer)).vocab_size
+        make_model(kind, vocab_size, stores[name]["train"]).save_pretrained(folder / "model")
+    run_ranks(2, WORKERS / "runs_worker.py", *map(str, paths.values()))
+    return {
+        name: Classifier(
+            kind, top / name / "run", stores[name], *plain_training(top / name / "model", stores[name]["train"], kind)
+        )
+        for name, kind in KINDS.items()
+    }
+
+
+@pytest.fixture(params=KINDS)
+def classifier(request: pytest.FixtureRequest, classifiers: dict[str, Classifier]) -> Classifier:
+    return classifiers[request.param]
 
 
 def run_file(folder: Path, tokenizer: Path, kind: Kind) -> Path:
