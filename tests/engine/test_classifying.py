@@ -278,6 +278,24 @@ def test_the_exported_classifier_opens_and_computes_the_same(classifier: Classif
         torch.testing.assert_close(logits, classifier.model(**inputs).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_transformers_pipeline_serves_the_export(classifier: Classifier) -> None:
+    """By what config.json says: one distribution over labels, a probability for each label, or the score as it is."""
+    store, folder = classifier.stores["validation"], classifier.run_dir / "export"
+    served = transformers.pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
+    record = classifier.kind.records(25, 2)[0]
+    given = {"text": record["sentence1"], "text_pair": record["sentence2"]} if "score" in record else record["text"]
+    answers = served([given])
+    found = {one["label"]: one["score"] for one in (answers[0] if isinstance(answers[0], list) else answers)}
+    with torch.no_grad():
+        logits = served.model(**inputs_of(store, [0], served.model)).logits[0]
+    expected = {
+        "single_label_classification": logits.softmax(-1), "multi_label_classification": logits.sigmoid(),
+        "regression": logits,
+    }[classifier.kind.problem]  # fmt: skip
+    names = served.model.config.id2label
+    assert found == pytest.approx({names[n]: value for n, value in enumerate(expected.tolist())}, rel=1e-4)
+
+
 def test_people_get_a_table_by_label(classifier: Classifier) -> None:
     table, board = classifier.run_dir / "evaluation.txt", list((classifier.run_dir / "tensorboard").iterdir())
     assert board
