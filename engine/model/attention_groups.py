@@ -54,7 +54,7 @@ _PLANS = WeakTensorKeyDictionary()
 
 def by_groups(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, rule: Rule) -> Tensor:
     """query (1, H, N, D), key and value (1, K, N, D), borders (documents + 1,); returns (N, H, D)."""
-    plan: _Plan | None = _PLANS.get(borders)
+    plan: _Plan | None = _PLANS.get(borders)  # type: ignore[no-untyped-call]
     if plan is None:
         plan = _PLANS[borders] = _plan(borders)
     outputs = [_attend(query, key, value, group, rule) for group in plan.groups]
@@ -99,7 +99,7 @@ def _plan(borders: Tensor) -> _Plan:
 def _attend(query: Tensor, key: Tensor, value: Tensor, group: _Group, rule: Rule) -> Tensor:
     """(M, H, D): the M real tokens of a group, document after document."""
     shape = (group.num_documents, group.longest)
-    q, k, v = (tensor[0][:, group.tokens].unflatten(1, shape).transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (torch.unflatten(tensor[0][:, group.tokens], 1, shape).transpose(0, 1) for tensor in (query, key, value))
     if rule.window is None or rule.window >= group.longest:
         output = _full(q, k, v, group, rule)
     else:
