@@ -87,12 +87,12 @@ ROWS = (
     Row(
         "up_roles", "UP EWT, semantic roles", "semantic_roles", data.up_roles, "f1",
         _CUT.format("a fifth of its sentences", "document"), 4, 2e-4, 192, data.write_conllup, data.num_predicates,
-        reading={"format": "conllup", "fields": {"words": "tokens", "roles": "roles", "predicate": "predicate"}},
+        reading={"format": "conllup"},
         data={"overlong": "truncate", "min_targets": 1, "unknown_labels": "count_wrong"},
     ),
     Row(
         "policyqa", "PolicyQA, answers", "question_answering", data.policyqa, "f1",
-        _CUT.format("a fifth of its 3,809 questions", "context"), 3, 1e-4, 320, data.write_squad, data.num_questions,
+        _CUT.format("a fifth of its 3,809 questions", "context"), 2, 1e-4, 320, data.write_squad, data.num_questions,
         data={"stride_tokens": 128},
     ),
 )  # fmt: skip

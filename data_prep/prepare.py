@@ -72,6 +72,7 @@ def prepare(
     task: str,
     progress: bool = True,
     part: tuple[int, int] | None = None,
+    held_out_only: bool = False,
 ) -> Mapping[str, Path]:
     """Make the token stores that `config` describes, or find them made; returns the folder of each split.
 
@@ -79,9 +80,10 @@ def prepare(
     ``store_dir/current.json`` records.
     With ``part`` = (i, n), i from 1, only that share of the input is tokenised and {} returned; a
     preparation without it then joins the parts. Safe to run twice at once; killed, it leaves nothing that
-    looks like a store, and the next one goes on from the parts that were finished. Raises PreparationError.
+    looks like a store, and the next one goes on from the parts that were finished. With `held_out_only` the
+    records of train are not looked at: ``data.label_names`` has the labels. Raises PreparationError.
     """
-    run = _open(config, task, progress)
+    run = replace(_open(config, task, progress), held_out_only=held_out_only)
     with storage_errors(config.store_dir):
         config.store_dir.mkdir(parents=True, exist_ok=True)
         inputs = find_inputs(run)

@@ -150,5 +150,6 @@ _FLAT = Task(
     figures=_figures,
     metrics={"loss": "min"},
     best="loss",
+    heads=("ForMaskedLM",),
 )
 TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))

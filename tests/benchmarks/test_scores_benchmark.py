@@ -95,7 +95,7 @@ def test_every_figure_of_a_tiny_run(minilm: Path, tmp_path: Path) -> None:
     record = tmp_path / "record.md"
     command = [sys.executable, str(BENCHMARKS / "scores.py"), "--tiny", "--model", str(minilm), "--data", str(SAMPLES)]
     command += ["--work", str(tmp_path / "work"), "--output", str(record)]
-    first = subprocess.run([*command, "--rows", *ROWS], capture_output=True, text=True)
+    first = subprocess.run([*command, "--curve", "--rows", *ROWS], capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-3000:]
     found = json.loads(first.stdout.splitlines()[-1])["rows"]
     assert [row["row"] for row in found] == list(ROWS)
@@ -103,6 +103,8 @@ def test_every_figure_of_a_tiny_run(minilm: Path, tmp_path: Path) -> None:
         assert all(-100 <= row[side][0] <= 100 for side in ("ours", "trainer"))
         assert row["minutes"]["ours"] > 0
     assert all(name in record.read_text(encoding="utf-8") for name in ("SST-2", "91.5 MiniLM", "bag of words"))
-    again = subprocess.run([*command, "--rows", *ROWS], capture_output=True, text=True)
-    assert again.stdout.count("(kept)") == 2 * len(ROWS)
+    again = subprocess.run([*command, "--curve", "--rows", *ROWS], capture_output=True, text=True)
+    curve = json.loads(first.stdout.splitlines()[-1])["curve"]
+    assert len(curve) == 4 and all(0 <= one["bag_of_words"] <= 100 and 0 <= one["ours"][0] <= 100 for one in curve)
+    assert again.stdout.count("(kept)") == 2 * len(ROWS) + 4
     assert json.loads(again.stdout.splitlines()[-1])["rows"] == found

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from head_cases import FLAT, PADDED, config_of, head_model, head_store, padded_form
+from head_cases import FLAT, PADDED, config_of, head_model, head_store, padded_form, padded_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,18 +29,12 @@ def stock_logits(family: str, name: str) -> list[torch.Tensor]:
     """Of each of ROWS, by the stock model with its own attention on a batch that is padded by hand."""
     store, _ = head_store(name)
     model = head_model(family, padded_form(name)).eval()
-    documents = [torch.from_numpy(store.documents[row]) for row in ROWS]
-    ids = torch.nn.utils.rnn.pad_sequence(documents, True, model.config.pad_token_id)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(document) for document in documents], True, 0)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if name == "sequence_classification" and getattr(model.config, "type_vocab_size", 1) > 1:
-        starts = torch.from_numpy(store.column("pair_starts")[ROWS].astype(np.int64))[:, None]
-        inputs["token_type_ids"] = ((starts > 0) & (torch.arange(ids.shape[1]) >= starts)).long() * mask
-        assert inputs["token_type_ids"].any()
+    inputs = padded_inputs(model, store, ROWS, pairs=name == "sequence_classification")
+    assert "token_type_ids" not in inputs or inputs["token_type_ids"].any()
     logits = model(**inputs).logits
     if name == "sequence_classification":
         return list(logits)
-    return [row[: len(document)] for row, document in zip(logits, documents, strict=True)]
+    return [row[: len(store.documents[number])] for row, number in zip(logits, ROWS, strict=True)]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -110,10 +104,8 @@ def test_roberta_counts_positions_as_the_stock_model_where_a_text_has_the_paddin
     batch = TASKS[name].batch(store, index, np.array([row - 1, row, 1]), 0, STILL)
     with torch.no_grad():
         together = document_logits(model, batch)[1]
-        starts = int(store.column("pair_starts")[row])
         ids = torch.from_numpy(store.documents[row])[None]
-        types = ((torch.arange(ids.shape[1]) >= starts) & (starts > 0)).long()[None]
-        alone = stock(ids, attention_mask=torch.ones_like(ids), token_type_ids=types).logits[0]
+        alone = stock(ids, attention_mask=torch.ones_like(ids)).logits[0]
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
