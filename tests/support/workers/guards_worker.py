@@ -35,7 +35,7 @@ from engine.zero.wrap import fill, wrap
 def training_of(case: Case, out_dir: Path, ranks, model: Any = None, **changes: Any) -> Training:
     store, rows = memory_store(case.task)
     config = case_config(case, out_dir).model_copy(update=changes)
-    model = model or make_model(case.family, packed=case.task == "causal_lm")
+    model = model or make_model(case.family, packed=config.trained_task.packs)
     return training_on(config, model, StartingWeights.of(model), store, rows, ranks)
 
 
