@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup bench-deps demo test test-unit test-long test-faults test-cluster test-cluster-short test-compat lint format clean
+.PHONY: help setup bench-deps demo test test-unit test-long test-faults test-cluster test-cluster-short test-compat scores lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@launcher/install.sh $(BIN)/python
 	@touch $@
 
-bench-deps: $(STAMP) ## install what benchmarks/ compares with (trl, gigatoken, accelerate)
+bench-deps: $(STAMP) ## install what benchmarks/ compares with (trl, gigatoken, accelerate, scikit-learn)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-input --no-build-isolation -e '.[bench]' -c constraints.txt
 
 demo: $(STAMP) ## train a small model from nothing on this machine: corpus to generated text
@@ -52,6 +52,9 @@ test-faults: $(STAMP) ## long campaigns: kills, hangs, failing storage, damage; 
 
 test-compat: $(STAMP) ## exports read by transformers 4.45 and 4.57 (installed into .venv/readers; 3 minutes on 2 cores)
 	@$(PYTEST) -m compat
+
+scores: $(STAMP) ## how good MiniLM becomes on eight data sets, beside transformers' Trainer (hours; SCORES=--quick: minutes; goes on where it stopped)
+	@$(BIN)/python benchmarks/scores.py $(SCORES)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(BIN)/ruff check .

@@ -88,9 +88,12 @@ class Results:
 
 
 def run_key(row: Row, side: str, seed: int, steps: int, files: dict[str, Path]) -> str:
-    """The name of a run: everything that its score follows from but the program."""
+    """The name of a run: everything that its score follows from but the model and the program."""
     content = [hashlib.sha256(files[name].read_bytes()).hexdigest() for name in sorted(files)]
-    settings = [row.task, row.metric, row.learning_rate, row.row_tokens, steps, ROWS_A_STEP, content]
+    settings = [
+        row.task, row.metric, row.learning_rate, row.row_tokens, dict(row.reading), dict(row.data), steps, ROWS_A_STEP,
+        content,
+    ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     return f"{row.name}/{side}/seed-{seed}/{steps}-steps/{digest}"
 
@@ -112,12 +115,16 @@ def run_side(row: Row, side: str, seed: int, files: dict[str, Path], steps: int,
     }  # fmt: skip
 
 
-def run_row(row: Row, seeds: Sequence[int], bench: Bench, results: Results) -> dict[str, Any]:
-    """All runs of a row, its baseline, and what they come to."""
+def run_row(
+    row: Row, seeds: Sequence[int], bench: Bench, results: Results, most_train: int | None = None,
+    sides: Sequence[str] = ("ours", "trainer"),
+) -> dict[str, Any]:  # fmt: skip
+    """All runs of a row, on its first records where `most_train` says so; its baseline, and what they come to."""
     parts = parts_of(row, bench)
+    parts = replace(parts, train=parts.train[:most_train])
     files = write_parts(row, parts, bench)
     steps = min(row.steps(parts.train), bench.most_steps or 10**9)
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "trainer": []}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for seed in seeds:
         for side, done in found.items():
             key = run_key(row, side, seed, steps, files)
@@ -125,15 +132,25 @@ def run_row(row: Row, seeds: Sequence[int], bench: Bench, results: Results) -> d
             result = known or results.add(key, run_side(row, side, seed, files, steps, bench))
             done.append(result)
             how = "kept" if known else f"{result['minutes']:.1f} min"
-            print(f"{row.name:9s} {side:8s} seed {seed}: {row.metric} {100 * result['score']:.1f} ({how})", flush=True)
+            score = f"{row.metric} {100 * result['score']:.1f}"
+            print(f"{row.name:9s} {side:8s} seed {seed}, {steps} steps: {score} ({how})", flush=True)
     key = run_key(row, "bag-of-words", 0, 0, files)
     baseline = results.get(key) or results.add(key, {"row": row.name, "score": bag_of_words(row, parts)})
     scores = {side: [100 * result["score"] for result in done] for side, done in found.items()}
     return {
-        "row": row.name, "steps": steps, "metric": row.metric, **scores, "passes": passes(**scores),
+        "row": row.name, "records": len(parts.train), "steps": steps, "metric": row.metric, **scores,
         "bag_of_words": None if baseline["score"] is None else 100 * baseline["score"],
         "minutes": {side: statistics.mean(result["minutes"] for result in done) for side, done in found.items()},
     }  # fmt: skip
+
+
+def run_curve(bench: Bench, results: Results) -> list[dict[str, Any]]:
+    """SST-2 with few records and with all of them: how much data is enough. Few are seen more often."""
+    row = next(row for row in ROWS if row.name == "sst2")
+    found = []
+    for most, epochs in ((100, 20.0), (300, 10.0), (1000, 6.0), (None, row.epochs)):
+        found.append(run_row(replace(row, epochs=epochs), (1,), bench, results, most, ("ours",)))
+    return found
 
 
 def two_standard_errors(*samples: Sequence[float]) -> float:
@@ -172,7 +189,16 @@ def _shown(scores: Sequence[float]) -> str:
     return f"{statistics.mean(scores):.1f}{error}"
 
 
-def write_report(path: Path, found: Sequence[dict[str, Any]]) -> None:
+def curve_table(curve: Sequence[dict[str, Any]]) -> str:
+    """A line for each number of training records."""
+    lines = []
+    for one in curve:
+        figures = (one["bag_of_words"], statistics.mean(one["ours"]), one["minutes"]["ours"])
+        lines.append((f"{one['records']:,}", one["steps"], *(f"{figure:.1f}" for figure in figures)))
+    return markdown(("training records", "steps", "bag of words", "ours", "minutes"), lines)
+
+
+def write_report(path: Path, found: Sequence[dict[str, Any]], curve: Sequence[dict[str, Any]]) -> None:
     """Write the record."""
     parts = [
         "# Scores of a small pretrained model",
@@ -180,6 +206,7 @@ def write_report(path: Path, found: Sequence[dict[str, Any]]) -> None:
         f"    {' '.join(['python', 'benchmarks/scores.py', *sys.argv[1:]])}",
         RULE,
         table(found),
+        *(["## How much data is enough: SST-2", curve_table(curve)] if curve else []),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -205,6 +232,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed of two rows, nothing recorded")
     parser.add_argument("--tiny", action="store_true", help="to see whether everything runs; the figures mean nothing")
     parser.add_argument("--rows", nargs="+", choices=names, help="default: all of them, with --quick two")
+    parser.add_argument("--curve", action="store_true", help="also SST-2 with 100, 300 and 1,000 records")
     parser.add_argument("--seeds", type=int, help="default: three or one, as each row says")
     parser.add_argument("--steps", type=int, help="at most so many")
     parser.add_argument("--rate", type=float, help="another learning rate")
@@ -229,13 +257,14 @@ def main() -> None:
             continue
         row = replace(row, learning_rate=arguments.rate or row.learning_rate)
         seeds = range(1, 1 + (arguments.seeds or (1 if short else row.num_seeds)))
-        found.append(run_row(row, seeds, bench, results))
+        result = run_row(row, seeds, bench, results)
+        found.append(result | {"passes": passes(result["ours"], result["trainer"])})
+    curve = run_curve(bench, results) if arguments.curve or not (short or arguments.rows) else []
     print(table(found))
     if arguments.output or not (short or arguments.rows):
-        write_report(
-            arguments.output or ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-scores.md", found
-        )
-    print(json.dumps({"rows": found, "all_pass": all(one["passes"] for one in found)}))
+        path = arguments.output or ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-scores.md"
+        write_report(path, found, curve)
+    print(json.dumps({"rows": found, "all_pass": all(one["passes"] for one in found), "curve": curve}))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Learning rates and epochs were chosen on the tenth that is held out of train, never on what is scored.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import scores_data as data
@@ -40,6 +40,9 @@ class Row:
     num_seeds: int = 1
     published: tuple[Published, ...] = ()
     note: str = ""
+    #: Keys of the run file: of a source, and of its data section.
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=lambda: {"overlong": "truncate"})
 
     def steps(self, train: Sequence[Any]) -> int:
         """Steps of a whole run on these records."""
@@ -84,10 +87,13 @@ ROWS = (
     Row(
         "up_roles", "UP EWT, semantic roles", "semantic_roles", data.up_roles, "f1",
         _CUT.format("a fifth of its sentences", "document"), 4, 2e-4, 192, data.write_conllup, data.num_predicates,
+        reading={"format": "conllup"},
+        data={"overlong": "truncate", "min_targets": 1, "unknown_labels": "count_wrong"},
     ),
     Row(
         "policyqa", "PolicyQA, answers", "question_answering", data.policyqa, "f1",
-        _CUT.format("a fifth of its 3,809 questions", "context"), 3, 1e-4, 320, data.write_squad, data.num_questions,
+        _CUT.format("a fifth of its 3,809 questions", "context"), 2, 1e-4, 320, data.write_squad, data.num_questions,
+        data={"stride_tokens": 128},
     ),
 )  # fmt: skip
 QUICK = ("clinc", "ud_pos")

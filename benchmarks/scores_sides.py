@@ -27,9 +27,9 @@ def run_file(row: Row, model: Path, files: dict[str, Path], folder: Path, seed: 
     values = {
         "run_dir": str(folder / "run"), "task": row.task, "seed": seed,
         "data": {
-            "store_dir": str(files["train"].parent / "stores"), "train": str(files["train"]),
-            "validation": str(files["tuning"]), "tokenizer": str(model), "row_tokens": row.row_tokens,
-            "overlong": "error" if row.task == "question_answering" else "truncate",
+            "store_dir": str(files["train"].parent / "stores"), "train": {"path": str(files["train"]), **row.reading},
+            "validation": {"path": str(files["tuning"]), **row.reading}, "tokenizer": str(model),
+            "row_tokens": row.row_tokens, **row.data,
         },
         "model": {"path": str(model), "activation_checkpointing": False},
         "optimizer": {
@@ -43,7 +43,7 @@ def run_file(row: Row, model: Path, files: dict[str, Path], folder: Path, seed: 
     }  # fmt: skip
     path = folder / "run.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")  # which is YAML too
     return path
 
 

@@ -72,6 +72,7 @@ def prepare(
     task: str,
     progress: bool = True,
     part: tuple[int, int] | None = None,
+    held_out_only: bool = False,
 ) -> Mapping[str, Path]:
     """Make the token stores that `config` describes, or find them made; returns the folder of each split.
 
@@ -79,9 +80,10 @@ def prepare(
     ``store_dir/current.json`` records.
     With ``part`` = (i, n), i from 1, only that share of the input is tokenised and {} returned; a
     preparation without it then joins the parts. Safe to run twice at once; killed, it leaves nothing that
-    looks like a store, and the next one goes on from the parts that were finished. Raises PreparationError.
+    looks like a store, and the next one goes on from the parts that were finished. With `held_out_only` the
+    records of train are not looked at: ``data.label_names`` has the labels. Raises PreparationError.
     """
-    run = _open(config, task, progress)
+    run = replace(_open(config, task, progress), held_out_only=held_out_only)
     with storage_errors(config.store_dir):
         config.store_dir.mkdir(parents=True, exist_ok=True)
         inputs = find_inputs(run)
@@ -247,8 +249,13 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(
             f"data.tokenizer {config.tokenizer} has no end-of-sequence token, which {task.name} needs"
         )
+    if task.needs_mask and tokenizer.mask_id is None:
+        raise DataConfigError(
+            f"data.tokenizer {config.tokenizer} has no mask token, which {task.name} needs: its model was not trained "
+            "on masked words, or tokenizer_config.json lacks `mask_token`"
+        )
     room = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
-    if config.overlong == "truncate" and not task.packs and config.row_tokens <= room:
+    if config.overlong in ("truncate", "split") and not task.packs and config.row_tokens <= room:
         raise DataConfigError(f"data.row_tokens: {config.row_tokens} leaves no room beside {room} special tokens")
     around = [*tokenizer.prefix_ids, *tokenizer.suffix_ids]
     if around and max(around) >= tokenizer.vocab_size:
@@ -260,7 +267,7 @@ def _check_task(run: Preparation) -> None:
         raise DataConfigError(f"data.label_names belongs to classification, not to task {task.name}")
     if config.label_map is not None and not task.has_label_names:
         raise DataConfigError(f"data.label_map belongs to classification, not to task {task.name}")
-    if config.overlong == "split" and not (task.packs or task.tags_words):
+    if config.overlong == "split" and not (task.packs or task.tags_words or task.splits):
         raise DataConfigError(f"data.overlong: split would cut the examples of task {task.name}; use truncate or drop")
     if config.packing != "best_fit" and not task.packs:
         raise DataConfigError(f"data.packing: rows of task {task.name} hold one document each; leave it out")

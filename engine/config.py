@@ -25,6 +25,9 @@ else:  # so that errors and the JSON schema have the names
     MetricName = Literal[tuple(dict.fromkeys(name for task in TASKS.values() for name in task.metrics))]
 
 
+_BETTER = {"min": "lower it is", "max": "higher it is"}
+
+
 class Section(BaseModel):
     """A strict section: unknown keys and wrong types are errors, values never change."""
 
@@ -74,6 +77,12 @@ class ModelSection(Section):
     freeze: list[str] = Field(
         [], description="parameters that are not trained: shell patterns over their names, as vision_tower.*"
     )
+    train: Literal["all", "head"] = Field(
+        "all", description="head: freeze all but the task's head, the baseline of full fine-tuning"
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="in place of every dropout probability of the configuration; null: as it says"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -90,6 +99,12 @@ class OptimizerSection(Section):
     learning_rate: float = Field(gt=0, description="highest learning rate of the schedule")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False, description="AdamW's decay of both moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="each layer's learning rate as a share of that of the layer above; 1 for the head",
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; never of biases and norms")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = Field(
@@ -147,14 +162,30 @@ class AnswersSection(Section):
     )
 
 
+class MaskingSection(Section):
+    fraction: float = Field(
+        0.15, gt=0, lt=1, description="masked language modelling: share of a text's words that a step masks"
+    )
+
+
 class EvaluationSection(Section):
     eval_every_steps: PositiveInt | None = Field(None, description="evaluate each so many steps; null: only at the end")
     micro_rows: PositiveInt | None = Field(None, description="rows a rank evaluates at once; null: as in batch")
     metric: MetricName | None = Field(
         None, description="what best and patience go by; null: the task's own (see launcher/recipes)"
     )
+    mode: Literal["min", "max"] | None = Field(
+        None, description="whether lower or higher is better; null: as the metric says, which it must not contradict"
+    )
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
+    least_change: float = Field(0.0, ge=0, description="the metric must improve by more than this to count as better")
     answers: AnswersSection = Field(AnswersSection(), description="of questions about a context")
+
+
+def configured_task(name: str, evaluation: EvaluationSection) -> Task:
+    """A task that can be trained, with the settings that a run file has for its evaluations."""
+    task, options = TASKS[name], AnswerOptions(**evaluation.answers.model_dump())
+    return task if task.configured is None else task.configured(task, options)
 
 
 class CheckpointSection(Section):
@@ -213,6 +244,7 @@ class RunConfig(Section):
         None,
         description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
     )
+    masking: MaskingSection = MaskingSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
@@ -230,9 +262,7 @@ class RunConfig(Section):
     def trained_task(self) -> Task:
         """The task that this run trains. ConfigError as `check_trainable` raises it."""
         self.check_trainable()
-        task = TASKS[self.task]
-        options = AnswerOptions(**self.evaluation.answers.model_dump())
-        return task if task.configured is None else task.configured(task, options)
+        return configured_task(self.task, self.evaluation)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -247,6 +277,9 @@ class RunConfig(Section):
         if metric is not None and metric not in known:
             there = ", ".join(known)
             yield f"evaluation.metric {metric} is not one of task {self.task}, which has {there}"
+        elif self.task in TASKS and self.evaluation.mode not in (None, TASKS[self.task].metrics[self.best_metric]):
+            own = TASKS[self.task].metrics[self.best_metric]
+            yield f"evaluation.mode: {self.best_metric} is better the {_BETTER[own]}, so write {own}, or leave it out"
 
     def _batch_faults(self) -> Iterator[str]:
         row_tokens, tokens, micro_tokens = self.data.row_tokens, self.batch.global_tokens, self.batch.micro_tokens

@@ -7,27 +7,22 @@ computes the figures from them once: two kinds of hosts cannot disagree about wh
 """
 
 import itertools
-import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from data_prep.token_store import Rows, TokenStore
 from engine.batches import Rows64, segments_of
-from engine.errors import NumericalStopError
-from engine.micro_batches import MicroBatches, row_groups
+from engine.figures import Entry, entries_of, figures_of
+from engine.micro_batches import MicroBatches, groups_of_sources
 from engine.ranks import heartbeat
 from engine.ranks.agreement import from_rank_0, gather_json
 from engine.ranks.distributed import Ranks
 from engine.ranks.stop import StopSignal
-from engine.tasks.task import STILL, DocumentResult, Task, mean_loss
+from engine.tasks.task import STILL, Task
 from engine.zero.zero_model import DeepSpeedEngine
-
-#: (document, its first token here, number of the source, loss, number of targets, details): as JSON carries it.
-_Entry = tuple[int, int, int, float, int, dict[str, Any]]
 
 
 def evaluate(
@@ -46,11 +41,7 @@ def evaluate(
     Raises NumericalStopError when the loss is not finite.
     """
     started = time.perf_counter()
-    groups = [
-        (number, rows)
-        for number, source in enumerate(index.sources)
-        for rows in row_groups(index, np.arange(source.first_row, source.first_row + source.num_rows), size)
-    ]
+    groups = groups_of_sources(index, size)
     was_training = engine.module.training
     engine.eval()
     with torch.no_grad():
@@ -61,7 +52,7 @@ def evaluate(
     heartbeat.beat("results")
     parts = gather_json(entries, ranks.cpu_group)
     del entries  # a few hundred bytes a document, which rank 0 holds a second time now
-    figures = from_rank_0(lambda: _figures(sorted(itertools.chain(*(parts or []))), task, store, index))
+    figures = from_rank_0(lambda: figures_of(sorted(itertools.chain(*(parts or []))), task, store, index))
     return figures | {"seconds": time.perf_counter() - started}
 
 
@@ -73,14 +64,14 @@ def _own_entries(
     groups: Sequence[tuple[int, Rows64]],
     ranks: Ranks,
     stop: StopSignal | None,
-) -> list[_Entry] | None:
+) -> list[Entry] | None:
     """The results of this rank's documents, or None after a request to stop. A group has its source's number and rows.
 
     All ranks run the model equally often, because ZeRO-3 needs every rank in every collective: where
     micro-batches do not divide by ranks, some ranks run a filler row at last, which counts for nothing.
     """
     nothing = (0, np.zeros(0, dtype=np.int64))
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for first in range(0, len(groups), ranks.world_size):
         heartbeat.beat("batch")
         if stop is not None and ranks.any(stop.asked):
@@ -91,25 +82,6 @@ def _own_entries(
         output = engine(batch)
         if len(rows):
             documents, starts, _, _ = segments_of(index, rows)
-            results = task.results(output, batch)
-            entries += [
-                (document, start, number, result.loss, result.num_targets, dict(result.details))
-                for document, start, result in zip(documents.tolist(), starts.tolist(), results, strict=True)
-            ]
+            places = zip(documents.tolist(), starts.tolist(), strict=True)
+            entries += entries_of(task.results(output, batch), places, number)
     return entries
-
-
-def _figures(entries: Sequence[_Entry], task: Task, store: TokenStore, index: Rows) -> dict[str, float]:
-    """The figures of an evaluation, from the entries of all documents in their order."""
-    results = [DocumentResult(loss, targets, details) for _, _, _, loss, targets, details in entries]
-    loss = mean_loss(results)
-    if not math.isfinite(loss):
-        raise NumericalStopError("the held-out loss is not finite: the weights are unusable; go back to a checkpoint")
-    figures = {"loss": loss} | task.figures(results, store)
-    names = [source.name for source in index.sources]
-    if len(set(names)) > 1:
-        sources: dict[str, list[DocumentResult]] = {name: [] for name in names}
-        for entry, result in zip(entries, results, strict=True):
-            sources[names[entry[2]]].append(result)
-        figures |= {f"loss/{name}": mean_loss(own) for name, own in sources.items()}
-    return figures | {"targets": float(sum(result.num_targets for result in results))}

@@ -54,6 +54,15 @@ def row_groups(index: Rows, rows: Rows64, size: MicroBatches) -> list[Rows64]:
     return [rows[begin:end] for begin, end in _micro_batch_borders(index, rows, 1, size)]
 
 
+def groups_of_sources(index: Rows, size: MicroBatches) -> list[tuple[int, Rows64]]:
+    """The micro-batches of an evaluation: (number of the source, rows), so that none mixes sources."""
+    return [
+        (number, rows)
+        for number, source in enumerate(index.sources)
+        for rows in row_groups(index, np.arange(source.first_row, source.first_row + source.num_rows), size)
+    ]
+
+
 def _dearest_first(index: Rows, rows: Rows64) -> tuple[Rows64, Rows64]:
     """`rows` by falling cost, and their costs."""
     costs = row_costs(index, rows)

@@ -82,6 +82,7 @@ class StepPlan:
     rows: Rows64  # (G,)
     micro_batches: list[list[Rows64]]  # [micro-batch][rank] -> rows
     num_targets: int  # of the global batch
+    draw: Draw
     num_tokens: int
     learning_rate: float
 
@@ -145,11 +146,14 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
     config, index = training.config, training.rows
     rows = stream_rows(progress.row_position, config.global_rows, index.sources, config.seed)
     size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens, not training.zero.task.packs)
+    draw = Draw(config.seed, progress.step + 1, config.masking.fraction)
+    count = training.zero.task.count_targets
     return StepPlan(
         number=progress.step + 1,
         rows=rows,
         micro_batches=split_rows(index, rows, training.ranks.world_size, size),
-        num_targets=int(index.row_targets[rows].sum()),
+        num_targets=int(index.row_targets[rows].sum()) if count is None else count(training.store, index, rows, draw),
+        draw=draw,
         num_tokens=int(row_lengths(index, rows).sum()),
         learning_rate=learning_rate(progress.step, training.total_steps, config.optimizer),
     )
@@ -187,7 +191,7 @@ def forward_backward(training: Training, step: StepPlan, clock: Stopwatch, stop:
                 raise StepDroppedError
         with clock.phase("data"):
             batch = training.zero.task.batch(
-                training.store, training.rows, parts[ranks.rank], int(step.rows[0]), Draw(config.seed, step.number)
+                training.store, training.rows, parts[ranks.rank], int(step.rows[0]), step.draw
             )
             tokens, padding = tokens + batch.num_tokens, padding + batch.num_padding
             used += rows_hash(batch.rows)

@@ -1,6 +1,5 @@
 """The training loop: what happens in which order around the steps."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
@@ -141,7 +140,8 @@ def _evaluate_pending(training: Training, progress: Progress, log: RunLog, stop:
         return False
     log.evaluation(progress.step, results)
     metric = training.config.best_metric
-    update_best(progress, results[metric], training.config.trained_task.metrics[metric])
+    mode = training.config.trained_task.metrics[metric]
+    update_best(progress, results[metric], mode, training.config.evaluation.least_change)
     progress.evaluation_pending = False
     return True
 
@@ -163,10 +163,13 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
     return figures
 
 
-def update_best(progress: Progress, value: float, best: Literal["min", "max"]) -> None:
-    """Remember the best evaluation, whose `value` is the lowest or the highest, and how many came after it."""
-    is_better = operator.lt if best == "min" else operator.gt
-    if progress.best_value is None or is_better(value, progress.best_value):
+def update_best(progress: Progress, value: float, mode: Literal["min", "max"], least_change: float = 0.0) -> None:
+    """Remember the best evaluation, whose `value` is the lowest or the highest, and how many came after it.
+
+    A value that is better by no more than `least_change` counts as no improvement, and is not the best one either.
+    """
+    sign = 1.0 if mode == "max" else -1.0
+    if progress.best_value is None or sign * (value - progress.best_value) > least_change:
         progress.best_value, progress.best_step = value, progress.step
         progress.evaluations_without_improvement = 0
     else:

@@ -28,6 +28,8 @@ COMMANDS = {
     "doctor": "would a run work on these machines: versions, GPUs, memory, disks, ports, ssh",
     "export": "turn a checkpoint into a Hugging Face folder (no GPU needed)",
     "import": "turn a checkpoint that DeepSpeed itself saved into a Hugging Face folder",
+    "eval": "the figures of a model on labelled records",
+    "predict": "a model's answer to every record of files: label, tags, score or answer",
     "verify": "read a run's checkpoints and say whether they are what was written",
     "tensorboard": "show runs side by side in TensorBoard, on localhost",
     "generate": "continue prompts with a Hugging Face folder",

@@ -27,6 +27,7 @@ class Context:
     train_on_prompt: bool = False
     allow_untrained_stop: bool = False
     limit_tokens: int | None = None
+    splits: bool = False  # what is longer becomes several documents; else its end is cut off
     target_limit_tokens: int | None = None
     row_tokens: int = 0
     stride_tokens: int = 0

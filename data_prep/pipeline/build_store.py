@@ -214,6 +214,9 @@ def _join_content(
         "sources": sources,
         "files": files,
     }
+    if run.task.needs_mask:
+        content |= {"mask_id": tokenizer.mask_id, "control_ids": sorted(tokenizer.control_ids)}
+        content["largest_id"] = max(content["largest_id"], tokenizer.mask_id or 0)
     if unknown:
         content["unknown_labels"] = unknown
     return {**content, "digest": content_digest(content)}

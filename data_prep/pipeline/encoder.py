@@ -50,7 +50,8 @@ class Encoder:
     def context(self, names: Names) -> Context:
         """The arguments of the encode functions, with a book for the names they meet."""
         config = self.job.config
-        cuts = not self.job.task.packs and config.overlong == "truncate"
+        splits = self.job.task.splits and config.overlong == "split"
+        cuts = not self.job.task.packs and (splits or config.overlong == "truncate")
         return Context(
             tokenizer=self.tokenizer,
             backend=self._backend,
@@ -59,6 +60,7 @@ class Encoder:
             train_on_prompt=config.chat.train_on_prompt,
             allow_untrained_stop=config.chat.allow_untrained_stop,
             limit_tokens=config.row_tokens if cuts else None,
+            splits=splits,
             target_limit_tokens=config.target_tokens or config.row_tokens,
             row_tokens=config.row_tokens,
             stride_tokens=config.stride_tokens,

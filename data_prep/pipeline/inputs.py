@@ -50,6 +50,7 @@ class Preparation:
     templates: Mapping[str, str]  # the tokenizer's own chat templates by their names
     chat_template: str | None  # the one that is used; None: not yet chosen, or there is none
     progress: bool  # whether people read along
+    held_out_only: bool = False  # only the records of data.validation, whose labels the run file gives
 
     def say(self, line: str) -> None:
         """Print a line for people."""
@@ -152,7 +153,7 @@ def num_bytes(file: SourceFile, span: Span) -> int:
 
 def find_inputs(run: Preparation) -> dict[str, tuple[Input, ...]]:
     """The inputs of every split that has its own, hashed and recognised. Raises PreparationError."""
-    found = {"train": _inputs(run, run.config.train, "train")}
+    found = {} if run.held_out_only else {"train": _inputs(run, run.config.train, "train")}
     if run.config.validation is not None:
         found["validation"] = _inputs(run, run.config.validation, "validation")
     return found
@@ -162,6 +163,10 @@ def find_groups(run: Preparation, inputs: Mapping[str, tuple[Input, ...]]) -> tu
     """The splits of a run with their inputs. `run` has the chat template that goes with these."""
     config = run.config
     encoded = _encoding_key(run)
+    if run.held_out_only:
+        held_out = inputs["validation"]
+        split = _split(config, "validation", None, _input_key(encoded, held_out, ""), held_out)
+        return (Group((split,), held_out, encoded),)
     train = inputs["train"]
     whole = _input_key(encoded, train, "")
     share = config.validation_fraction

@@ -35,6 +35,7 @@ _NOTES = {
     "nulls_left_out": "nulls left out: {count} fields of objects are null in a table, which gives each all fields",
     "systems_folded": "folded: {count} system prompts stand in the user turn that follows them",
     "answers_inside_tokens": "answers inside tokens: {count} begin or end within a token, so their spans are longer",
+    "texts_split": "split: {count} texts are longer than a row and became several documents",
     "windowed": "windows: {count} records longer than a row are overlapping windows, each word a target in one of them",
     "turns_merged": "merged: {count} turns are part of the turn of the same role before them",
 }

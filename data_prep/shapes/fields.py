@@ -133,7 +133,7 @@ _TEXTS: tuple[Form, ...] = (
 )
 _WORDS = ("tokens", "words", "text", "sentence", "text_a")
 _TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "label")
-_ROLES = ("roles", "srl_tags", "tags", "labels")
+_ROLES = ("roles", "srl_tags")
 _TURNS = ("messages", "conversations", "conversation")
 
 _FORMS: dict[ShapeName, tuple[Form, ...]] = {

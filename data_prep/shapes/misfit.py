@@ -76,6 +76,8 @@ def _nearest(value: Mapping[str, Any], shape: ShapeName, ours: str, given: Mappi
 
 def other_format(records: Sequence[Record], config: SourceConfig, shapes: Sequence[ShapeName]) -> str:
     """Advice for lines of text that look like records of another format; else nothing."""
+    if "roles" in shapes and "deprel" in records[0].value:
+        return "; `format: conllup` reads the predicates and roles that stand in columns behind the ten of CoNLL-U"
     if config.format not in (None, "text") or any(list(record.value) != ["text"] for record in records):
         return ""
     lines = [str(record.value["text"]) for record in records]

@@ -116,8 +116,8 @@ _FIELDS: dict[ShapeName, tuple[tuple[str, Ranks, Callable[[Any], bool]], ...]] =
         (
             "roles",
             (
-                ("roles", "srl_tags", "tags", "labels"),
-                ("srl", "role", "role_tags", "srl_labels", "arguments", "srl_frames"),
+                ("roles", "srl_tags"),
+                ("srl", "role", "role_tags", "srl_labels", "arguments", "srl_frames", "tags", "labels"),
             ),
             _is_row,
         ),

@@ -131,11 +131,9 @@ class _Words:
         count = len(self.predicates())
         for row, line in zip(self.rows, self.places, strict=True):
             filled = max((number for number, cell in enumerate(row, 1) if cell not in _NOTHING), default=0)
-            have = len(row) - _SENSES - 1
+            have = max(0, len(row) - _SENSES - 1)
             if filled > _SENSES + 1 + count or have < count:
-                said = (
-                    f"{max(0, have)} columns of roles, but the sentence has {count} predicates (column {_SENSES + 1})"
-                )
+                said = f"columns of roles: {have}, predicates in the sentence (column {_SENSES + 1}): {count}"
                 return BadDataError(f"{path}:{line}: {said}", "wrong_columns")
         return None
 

@@ -6,6 +6,7 @@ Read first: data_task.py, then token_classification.py.
 
 from data_prep.tasks import (
     causal_lm,
+    masked_lm,
     question_answering,
     semantic_roles,
     seq2seq_lm,
@@ -21,6 +22,7 @@ TASKS = {
         token_classification,
         semantic_roles,
         question_answering,
+        masked_lm,
         seq2seq_lm,
     )
 }

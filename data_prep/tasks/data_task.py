@@ -1,7 +1,8 @@
 """The data half of a task as one value: what its records are, how they are encoded, and how `inspect` shows them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,20 @@ class DocumentView:
     answer: tuple[int, ...] = ()  # token ids of a text of its own that is to be generated
 
 
+@dataclass(frozen=True)
+class Blank:
+    """How records without anything to learn are read for predictions: what stands in the place of what they lack.
+
+    `field` is our name for it, `value` gives it from the other fields of a record, by our names. `repeats` are fields
+    that a prediction has beside it, so that people see what it is about.
+    """
+
+    shape: ShapeName
+    field: str
+    value: Callable[[Mapping[str, Any]], Any]
+    repeats: tuple[str, ...] = ()
+
+
 def _no_histograms(_store: TokenStore) -> list[Histogram]:
     return []
 
@@ -55,11 +70,15 @@ class DataTask:
     columns: tuple[Column, ...] = ()  # in the order of the manifest
     marks_tokens: bool = False  # targets are marked tokens; else a target column's values, or one a document
     packs: bool = False  # documents share rows and may be cut where a row ends; else each has a row of its own
+    splits: bool = False  # `encode` makes several documents of a longer text where `context.splits` says so
     needs_eos: bool = False
+    needs_mask: bool = False  # the store then has the id of the mask token, and the ids of all control tokens
     has_label_names: bool = False
     tags_words: bool = False  # of words; with `overlong: split`, long sentences become overlapping windows
     histograms: Callable[[TokenStore], list[Histogram]] = _no_histograms
     legend: str = ""  # what `inspect` adds to its legend in the terminal
+    #: (config.json of a model, its label names) -> what records to predict with it get; None: nothing is predicted.
+    blank: Callable[[Mapping[str, Any], Sequence[str]], Blank] | None = None
     revision: int = 0  # is part of a store's key: raised when the same records become other columns than before
 
     @property

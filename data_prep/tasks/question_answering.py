@@ -5,8 +5,8 @@ the first window of a record holds what belongs to all of them, the others have 
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from data_prep.encode.content import Context, encode_texts
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example, QuestionExample
 from data_prep.sources.records import Record
-from data_prep.tasks.data_task import PAIR_STARTS, DataTask, DocumentView, Histogram, pair_fact
+from data_prep.tasks.data_task import PAIR_STARTS, Blank, DataTask, DocumentView, Histogram, pair_fact
 from data_prep.token_store import TokenStore
 
 #: Start, stop, start, stop ...: the places of the answers that lie whole in the window.
@@ -198,6 +198,11 @@ def _histograms(store: TokenStore) -> list[Histogram]:
     return [Histogram("Windows by answers in them", answers, "windows", tuple(counts.tolist()))]
 
 
+def _blank(_config: Mapping[str, Any], _names: Sequence[str]) -> Blank:
+    """No answer; the predicted one stands beside the question."""
+    return Blank("question", "answers", lambda _: [], repeats=("question",))
+
+
 TASK = DataTask(
     name="question_answering",
     shapes=("question",),
@@ -216,4 +221,5 @@ TASK = DataTask(
     learned="answer",
     view=_view,
     histograms=_histograms,
+    blank=_blank,
 )

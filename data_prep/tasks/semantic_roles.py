@@ -8,7 +8,8 @@ A tokenizer that puts nothing between two texts is that of a decoder, which sees
 the predicate comes first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,9 @@ from data_prep.encode.blocks import Block, Column
 from data_prep.encode.content import Context, refuse_untrainable_at
 from data_prep.shapes.examples import Example, RolesExample
 from data_prep.sources.records import Record
-from data_prep.tasks.data_task import DataTask, DocumentView
+from data_prep.tasks.data_task import Blank, DataTask, DocumentView
 from data_prep.tasks.tagged_words import SENTENCES, TAGS, WORD_STARTS, Sentence, TaggedWords, pieces_of_words
-from data_prep.tasks.token_classification import histograms
+from data_prep.tasks.token_classification import histograms, name_of_each_word
 from data_prep.tasks.token_classification import view as view_of_tags
 from data_prep.token_store import TokenStore
 from data_prep.tokenizer.tokenizer import Tokenizer
@@ -60,6 +61,11 @@ def _view(store: TokenStore, document: int, start: int, stop: int) -> DocumentVi
     return DocumentView(shown.learned, shown.num_targets, (place,), shown.tags)
 
 
+def _blank(_config: Mapping[str, Any], names: Sequence[str]) -> Blank:
+    """Any role for each word; the predicted ones stand beside the words and their predicate."""
+    return Blank("roles", "roles", name_of_each_word(names), repeats=("words", "predicate"))
+
+
 TASK = DataTask(
     name="semantic_roles",
     shapes=("roles",),
@@ -72,4 +78,5 @@ TASK = DataTask(
     view=_view,
     histograms=histograms,
     legend="(role O is not written)",
+    blank=_blank,
 )

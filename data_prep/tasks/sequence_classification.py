@@ -4,7 +4,8 @@ These documents stand alone in their row with the tokenizer's own special tokens
 row is cut at encoding (``context.limit_tokens``), between its special tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from data_prep.shapes.examples import Example, LabelledExample, ScoredExample
 from data_prep.sources.records import Record
 from data_prep.tasks.data_task import (
     PAIR_STARTS,
+    Blank,
     DataTask,
     DocumentView,
     Histogram,
@@ -123,6 +125,15 @@ def _histograms(store: TokenStore) -> list[Histogram]:
     return found
 
 
+def _blank(config: Mapping[str, Any], names: Sequence[str]) -> Blank:
+    """A score for a model without names, no label for one of several labels a text, else any label."""
+    if not names:
+        return Blank("score", "score", lambda _: 0.0)
+    if config.get("problem_type") == "multi_label_classification":
+        return Blank("label", "label", lambda _: [])
+    return Blank("label", "label", lambda _: names[0])
+
+
 TASK = DataTask(
     name="sequence_classification",
     shapes=("label", "score"),
@@ -132,4 +143,5 @@ TASK = DataTask(
     learned=None,
     view=_view,
     histograms=_histograms,
+    blank=_blank,
 )

@@ -1,12 +1,13 @@
 """A tag for every word of a sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from data_prep.encode.blocks import Block
 from data_prep.encode.content import Context, refuse_untrainable_at
 from data_prep.shapes.examples import Example, TaggedExample
 from data_prep.sources.records import Record
-from data_prep.tasks.data_task import DataTask, DocumentView, Histogram, name_histogram, name_of
+from data_prep.tasks.data_task import Blank, DataTask, DocumentView, Histogram, name_histogram, name_of
 from data_prep.tasks.tagged_words import SENTENCES, TAGS, WORD_STARTS, Sentence, TaggedWords, pieces_of_words
 from data_prep.token_store import TokenStore
 
@@ -39,6 +40,21 @@ def histograms(store: TokenStore) -> list[Histogram]:
     return [name_histogram(store, TAGS, "Tags", unit)]
 
 
+def name_of_each_word(names: Sequence[str]) -> Callable[[Mapping[str, Any]], list[str]]:
+    """What stands in the place of the tags of a record that has words alone: the first of `names` for each."""
+
+    def value(fields: Mapping[str, Any]) -> list[str]:
+        words = fields.get("words")
+        return [names[0]] * len(words.split(" ") if isinstance(words, str) else words or ())
+
+    return value
+
+
+def _blank(_config: Mapping[str, Any], names: Sequence[str]) -> Blank:
+    """Any tag for each word; the predicted tags stand beside the words."""
+    return Blank("tags", "tags", name_of_each_word(names), repeats=("words",))
+
+
 TASK = DataTask(
     name="token_classification",
     shapes=("tags",),
@@ -51,4 +67,5 @@ TASK = DataTask(
     view=view,
     histograms=histograms,
     legend="(tag O is not written)",
+    blank=_blank,
 )

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from data_prep.tokenizer.folder_files import FolderFiles
+from data_prep.tokenizer.word_starts import word_starts
 
 #: How new tokens are spelled in older ones: written by `extend_tokenizer`, read by the engine.
 EXTENSION_NAME = "extension.json"
@@ -61,6 +62,7 @@ class Tokenizer:
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self.unk_id = self._id_of("unk_token")
+        self.mask_id = self._id_of("mask_token")
         pad_id = self._id_of("pad_token")
         self.pad_id = pad_id if pad_id is not None else self.eos_id if self.eos_id is not None else 0
         self._forbidden_ids = self.control_ids - {self.unk_id}
@@ -156,6 +158,14 @@ class Tokenizer:
         """Ids and character spans of plain texts, without special tokens."""
         encodings = self._rendered_as_text.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_with_words(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """Ids of plain texts, without special tokens, and which of them begin a word (bool [ids])."""
+        encodings = self._rendered_as_text.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (encoding.ids, word_starts(text, encoding.offsets, encoding.word_ids))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
     def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[tuple[list[int], list[int | None]]]:
         """Ids of sentences given as words, and the number of the word each id belongs to."""

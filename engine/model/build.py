@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,11 @@ from engine.finding import warning_lines
 from engine.fit.labels import Labels, match_labels, names_of
 from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
+from engine.model.dropout import keep_saved_dropout, set_dropout
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
-from engine.model.frozen import freeze
+from engine.model.frozen import body_patterns, freeze
 from engine.model.isolation import attention_of, check_isolation, fit_to_rows, instead
+from engine.model.layer_scales import layer_scales
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.model_folder import CARRIED_PATTERNS, GENERATION_CONFIG, read_values
 from engine.model.narrow import check_shape
@@ -100,10 +102,11 @@ def build_model(
     config, labels = model_config(section, folder, facts, extension)
     pretrained = section.init == "pretrained"
     stored = read_model_files(folder, config) if folder is not None and pretrained and needs_weights else {}
+    dropout = None if section.dropout is None else set_dropout(config, section.dropout)
     model = made_model(section, folder, config, task, seed, stored, is_empty=pretrained or not needs_weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = grow_vocabulary(model, extension) if extension is not None and pretrained else None
-    freeze_and_check(model, config, task, section.freeze)
+    freeze_and_check(model, config, task, section)
     say(auxiliary.lines(model, is_computed=task.causal))
     if not needs_weights:
         initialise(model, [], seed)
@@ -113,6 +116,9 @@ def build_model(
         say(lines)
     else:
         weights = StartingWeights.of(model)
+    if dropout is not None:
+        keep_saved_dropout(model, dropout)
+        say([f"model.dropout: {section.dropout:g} in place of {', '.join(f'{k} {v:g}' for k, v in dropout.items())}"])
     return model, weights
 
 
@@ -135,12 +141,13 @@ def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_docum
     return fit_to_rows(config, task, task.padded)
 
 
-def freeze_and_check(model: Any, config: Any, task: Task, frozen: Sequence[str]) -> None:
-    """Freeze the parameters that the patterns `frozen` name.
+def freeze_and_check(model: Any, config: Any, task: Task, section: ModelSection) -> None:
+    """Freeze the parameters that ``model.freeze`` names, and all but the head where the section trains that alone.
 
     ConfigError as `freeze`, and for trained parameters without any path from the task's loss: ZeRO would
     apply old gradients to them.
     """
+    frozen = [*section.freeze, *(body_patterns(model) if section.train == "head" else ())]
     freeze(model, frozen)
     if patterns := unreached_parameters(config, task, frozen):
         raise ConfigError(
@@ -298,14 +305,18 @@ def _check_config_keys(given: dict[str, Any], config: Any) -> None:
             raise ConfigError(f"model.config: unknown key `model.config.{key}` for {config.model_type}{hint}")
 
 
-def decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(model: Any, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay, biases and norm weights (one dimension) do not.
 
-    Call it before ZeRO-3 flattens the parameters. Empty groups are left out.
+    With a `layer_decay` below 1, each layer has groups of its own, whose share of the learning rate is "lr_scale"; see
+    `engine.model.layer_scales`. Call it before ZeRO-3 flattens the parameters. There are no empty groups.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+    scales = layer_scales(model, layer_decay)
+    groups: dict[tuple[float, bool], list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((scales[name], parameter.ndim >= 2), []).append(parameter)
+    return [
+        {"params": groups[scale, decays], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        for scale, decays in sorted(groups, reverse=True)
     ]
-    return [group for group in groups if group["params"]]

@@ -17,6 +17,7 @@ from engine.finding import Finding, failure
 from engine.fit.labels import names_of
 from engine.fit.model_facts import ModelFacts
 from engine.model.build import StoreFacts, fitting_task, freeze_and_check, made_model, model_config, model_folder
+from engine.model.dropout import set_dropout
 from engine.model.empty_model import check_missing, has_head
 from engine.model.frozen import untrained_lines
 from engine.model.model_files import FileTensor, read_model_files
@@ -55,10 +56,12 @@ def examine(
     task = fitting
     reads = folder is not None and section.init == "pretrained" and needs_weights
     stored: dict[str, FileTensor] = (attempt(lambda: read_model_files(folder, config)) if reads else None) or {}
+    if section.dropout is not None:
+        attempt(lambda: set_dropout(config, section.dropout))
     model = attempt(lambda: made_model(section, folder, config, task, 0, stored, is_empty=True))
     if model is None:
         return None, findings
-    attempt(lambda: freeze_and_check(model, config, task, section.freeze))
+    attempt(lambda: freeze_and_check(model, config, task, section))
     name = "model.config" if folder is None else f"model.path {section.path}"
     rows = int(model.get_input_embeddings().weight.shape[0])
     facts = ModelFacts(name, rows, positions_of(model), names_of(config.id2label) if task.new_head else ())

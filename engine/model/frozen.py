@@ -45,6 +45,16 @@ def frozen_names(model: Any, patterns: Sequence[str]) -> set[str]:
     return frozen
 
 
+def body_patterns(model: Any) -> tuple[str, ...]:
+    """Patterns for all of a model but its head: what lies outside the base model, and a pooler in it.
+
+    Checkpoints often lack the pooler, which is part of the head then.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = [name for name, _ in model.named_parameters()]
+    return freeze_patterns([name for name in names if name.startswith(prefix) and "pooler" not in name], names)
+
+
 def matches(name: str, pattern: str, prefix: str) -> bool:
     """True if `pattern` names this parameter, or a module that it is in; `prefix` may be left out."""
     return any(

@@ -134,6 +134,7 @@ _PACKED = Task(
     figures=_figures,
     metrics={"loss": "min"},
     best="loss",
+    heads=("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
 )
 #: Where packing is impossible, a row of one document is padded, and the model's own attention computes it.
 _PADDED = replace(_PACKED, packs=False, batch=_padded_batch, sample=_padded_sample)

@@ -266,5 +266,6 @@ _FLAT = Task(
     configured=_configured,
     predictions=partial(_predictions, options=AnswerOptions()),
     join=partial(_join, options=AnswerOptions()),
+    heads=("ForQuestionAnswering",),
 )
 TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=partial(_sample, is_padded=True)))

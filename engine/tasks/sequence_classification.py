@@ -117,5 +117,6 @@ _FLAT = Task(
     best="accuracy",
     second_texts="pair_starts",
     predictions=_predictions,
+    heads=("ForSequenceClassification",),
 )
 TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))

@@ -27,6 +27,7 @@ class Draw(NamedTuple):
 
     seed: int
     step: int  # of training, from 1; an evaluation has 0, so its draws stay the same
+    mask_fraction: float = 0.15  # share of a document's words that are masked, where a task masks words
 
 
 #: The draw of batches outside training.
@@ -78,11 +79,14 @@ class Task:
     figures: Callable[[Sequence[DocumentResult], "TokenStore"], dict[str, float]]
     metrics: Mapping[str, Literal["min", "max"]]  # figures that the run file may choose the best model by
     best: str  # the metric that is taken where the run file names none
+    #: (store, row index, rows, draw) -> how many targets they have; None: as many as the row index says.
+    count_targets: Callable[["TokenStore", "Rows", "Rows64", Draw], int] | None = None
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     #: The task with a run file's settings of answers; None where it finds none.
     configured: Callable[["Task", "AnswerOptions"], "Task"] | None = None
     padded: "Task | None" = None  # the same for rows of one document, where attention cannot keep several apart
     why_padded: str = ""  # the reason for which a model's batches are padded, for people
+    heads: tuple[str, ...] = ()  # endings of the names that transformers' classes for it have
     #: (output, batch, store) -> a JSON object for each document of an evaluation's batch, in the batch's order: what
     #: `fulltune predict` writes. It needs no true labels. None: the task predicts nothing of a record.
     predictions: Callable[[Output, "Batch", "TokenStore"], list[dict[str, Any]]] | None = None

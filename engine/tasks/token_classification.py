@@ -243,5 +243,6 @@ _FLAT = Task(
     best="f1",
     predictions=tag_predictions,
     join=joined_tags,
+    heads=("ForTokenClassification",),
 )
 TASK = replace(_FLAT, padded=replace(_FLAT, packs=False, batch=_padded_batch, sample=_padded_sample))

@@ -44,7 +44,7 @@ def wrap(
     """
     _place_parameters(model, ds_config)
     parameters = dict(model.named_parameters())
-    groups = decay_groups(model, config.optimizer.weight_decay)
+    groups = decay_groups(model, config.optimizer.weight_decay, config.optimizer.layer_decay)
     task_model = TaskModel(model, task, label_numbers)
     if ds_config["zero_optimization"]["stage"] == 3:
         _partition(task_model, ds_config)

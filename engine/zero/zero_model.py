@@ -85,9 +85,9 @@ class ZeroModel:
         return {name: parameter for name, parameter in self.parameters.items() if not parameter.requires_grad}
 
     def set_learning_rate(self, rate: float) -> None:
-        """Let the next update use `rate`."""
+        """Let the next update use `rate`, or each group's share of it; see `engine.model.layer_scales`."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
 
     def owned_slices(self) -> list[Slice]:
         """The slices of the trained parameters whose state this rank owns: over all ranks each element once."""

@@ -16,6 +16,14 @@ def add_run_file(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """`--sweep`, for verbs that start runs."""
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=A,B,C",
+        help="a run with each of these values, below the run folder, and a table of them; repeatable: all combinations",
+    )  # fmt: skip
+
+
 def checked_run(arguments: argparse.Namespace) -> Run:
     """The checked run file. From here on its key `share_with_group` decides who may read what this process writes."""
     run = load_run(arguments.run_file, arguments.overrides)

@@ -4,15 +4,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from engine.errors import FulltuneError
+from engine.errors import FulltuneError, NumericalStopError
+from engine.file_modes import set_umask
 from engine.finding import Finding, exit_code, failures, not_there_yet, refuse
-from launcher.commands.arguments import add_run_file, checked_run, positive_number
+from launcher.commands.arguments import add_run_file, add_sweep, checked_run, positive_number
 from launcher.doctor.check_here import check_here
+from launcher.job import runs
 from launcher.job.job import Job
 from launcher.job.run_config import Run
 from launcher.start.dry_run import describe_plan
 from launcher.start.preflight import check_run
 from launcher.start.start import plan_job, start
+from launcher.start.sweep import HELD_OUT, found_of_all, is_done, load_sweep, table_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="least time without a sign of life in a step that counts as a hang (default 15; 0: never)",
     )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start over even if the run folder holds a checkpoint")
+    add_sweep(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan; then print the plan, or prepare and train."""
+    if arguments.sweep:
+        return _sweep(arguments)
     run = checked_run(arguments)
     try:
         job = _plan(run, arguments)
@@ -60,6 +66,45 @@ def run(arguments: argparse.Namespace) -> int:
     if message:
         print(f"fulltune: {message}", file=sys.stderr)
     return code
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    """Check all runs of a sweep, then train one after another those that are not done; print how they compare."""
+    sweep = load_sweep(arguments.run_file, arguments.overrides, arguments.sweep)
+    set_umask(sweep.combinations[0].run.share_with_group)
+    if HELD_OUT in sweep.overrides:
+        print(f"no validation records: a tenth of train is held out to choose by ({HELD_OUT})", flush=True)
+    findings = found_of_all(sweep, lambda run: [*_check_job(run, arguments), *check_run(run)])
+    if arguments.dry_run:
+        first = sweep.combinations[0].run
+        print(describe_plan(first, _plan(first, arguments)) + "\n")
+        print("the same for each of:\n" + "\n".join(f"  {one.run.config.run_dir}" for one in sweep.combinations) + "\n")
+        return _print(findings)
+    refuse(findings)
+    code, done = 0, 0
+    for number, one in enumerate(sweep.combinations, 1):
+        if is_done(one.run) and not arguments.fresh:
+            done += runs.is_complete(one.run)
+            continue
+        print(f"sweep: run {number} of {len(sweep.combinations)}: {one.name}", flush=True)
+        code, message = start(one.run, _plan(one.run, arguments), arguments.restarts, arguments.master_port)
+        if message:
+            print(f"fulltune: {message}", file=sys.stderr)
+        if code == 0:
+            runs.record_complete(one.run)
+            done += 1
+        elif code != NumericalStopError.exit_code:  # a learning rate that is too high says nothing about the others
+            break
+    print("\n" + table_of(sweep), flush=True)
+    return 0 if code == NumericalStopError.exit_code and done else code
+
+
+def _check_job(run: Run, arguments: argparse.Namespace) -> list[Finding]:
+    """The findings about this machine for the start of a run, or why it cannot be planned."""
+    try:
+        return check_here(run, _plan(run, arguments))
+    except FulltuneError as error:
+        return [*failures("job", error), *check_here(run, None)]
 
 
 def _plan(run: Run, arguments: argparse.Namespace) -> Job:

@@ -37,6 +37,37 @@ def test_the_best_evaluation_is_the_first_of_the_best(
     assert (progress.best_step, progress.evaluations_without_improvement) == (best_step, since)
 
 
+@pytest.mark.parametrize(
+    ("mode", "values", "best_step", "since"),
+    [
+        ("max", [0.5, 0.55, 0.59, 0.58], 1, 3),  # each is better than the one before, none by more than a tenth
+        ("max", [0.5, 0.61, 0.7, 0.72], 4, 0),  # compared with the best that counted, not with the one before
+        ("min", [2.0, 1.95, 1.89, 1.85], 3, 1),
+        ("max", [0.5, 0.5], 1, 1),
+    ],
+)
+def test_a_change_must_be_large_enough_to_count(mode: Any, values: list[float], best_step: int, since: int) -> None:
+    progress = Progress()
+    for step, value in enumerate(values, start=1):
+        progress.step = step
+        update_best(progress, value, mode, least_change=0.1)
+    assert (progress.best_step, progress.evaluations_without_improvement) == (best_step, since)
+    assert progress.best_value == values[best_step - 1]
+
+
+@pytest.mark.parametrize(("metric", "mode", "fits"), [
+    ("accuracy", "max", True), ("accuracy", "min", False), ("loss", "min", True), ("loss", "max", False),
+    (None, "min", False), (None, None, True),
+])  # fmt: skip
+def test_the_mode_must_be_that_of_the_metric(metric: str | None, mode: str | None, fits: bool) -> None:
+    values = training(metric).config.model_dump(mode="json") | {"evaluation": {"metric": metric, "mode": mode}}
+    if fits:
+        assert RunConfig.model_validate(values).evaluation.mode == mode
+        return
+    with pytest.raises(ValueError, match=r"evaluation.mode: (accuracy|loss) is better the (lower|higher) it is"):
+        RunConfig.model_validate(values)
+
+
 def test_a_run_that_stopped_early_stays_stopped() -> None:
     progress = Progress(step=40, evaluations_without_improvement=3)
     assert is_finished(training(patience=3), progress)

@@ -16,6 +16,7 @@ from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.tokenizer.open import open_tokenizer
 from engine.run_file import dump_yaml, load_run_file
+from launcher.cli import main
 from launcher.commands.export import export_run
 
 NAMES = ("positive", "neutral", "negative")
@@ -46,8 +47,13 @@ def labelled(model: Any, tokenizer: Any, texts: list[str]) -> tuple[list[dict[st
 
 
 @pytest.mark.ranks
-def test_the_models_own_accuracy_is_there_before_the_first_step(tmp_path: Path) -> None:
-    """On two ranks, resumed on one, and exported with the model's labels in the model's order."""
+def test_the_models_own_accuracy_is_there_before_the_first_step(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On two ranks, resumed on one, and exported with the model's labels in the model's order.
+
+    `fulltune eval` of the run, and of its export in fp32, has the figures of its last evaluation to the last digit.
+    """
     vocabulary = bert_vocabulary(tmp_path / "tokenizer")
     model = trained_classifier(tmp_path / "model", open_tokenizer(str(vocabulary)).vocab_size)
     tokenizer = hf.BertTokenizerFast(str(vocabulary))
@@ -60,7 +66,7 @@ def test_the_models_own_accuracy_is_there_before_the_first_step(tmp_path: Path) 
                  "row_tokens": 64, "workers": 1},
         "model": {"path": str(tmp_path / "model"), "activation_checkpointing": False},
         "optimizer": {"learning_rate": 1e-9, "schedule": "constant"}, "batch": {"global_rows": 8},
-        "duration": {"steps": 1},
+        "duration": {"steps": 1}, "evaluation": {"micro_rows": 4},
     }  # fmt: skip
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": true}')
     (tmp_path / "run.yaml").write_text(dump_yaml(values))
@@ -79,3 +85,10 @@ def test_the_models_own_accuracy_is_there_before_the_first_step(tmp_path: Path) 
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["id2label"] == {str(number): name for number, name in enumerate(NAMES)}
     assert config["label2id"] == {name: number for number, name in enumerate(NAMES)}
+    last = {name: figures[2][name] for name in ("loss", "accuracy", "macro_f1", "targets")}
+    files = ["--data", str(tmp_path / "v.jsonl"), "data.row_tokens=64", "--micro-rows", "4"]
+    for command in ([tmp_path / "run"], [tmp_path / "export", *files]):
+        capfd.readouterr()
+        assert main(["eval", *map(str, command), "--json"]) == 0
+        again = json.loads(capfd.readouterr().out)
+        assert {name: again[name] for name in last} == last

@@ -118,6 +118,7 @@ def test_every_key_of_the_data_section_is_explained() -> None:
         "docs/import.md",
         "docs/nvme.md",
         "docs/doctor.md",
+        "docs/tasks.md",
     ],
 )
 def test_every_command_is_one(page: str) -> None:

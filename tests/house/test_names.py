@@ -19,7 +19,7 @@ from slurm_scripts import FIELDS, OPTIONS, arguments_of, header, options
 
 from engine.errors import ConfigError, MissingInputError
 from engine.ranks.rendezvous import Place
-from launcher.batch import slurm_job
+from launcher.batch import batch_script, slurm_job
 from launcher.commands import submit
 from launcher.commands.tensorboard import name_runs
 from launcher.job.hostfile import parse_hostfile
@@ -108,14 +108,14 @@ def test_generated_scripts(words: list[str], tmp_path: Path) -> None:
         elif place != "run_dir":
             setattr(chosen, place, word)
         if place == "run_dir":
-            submit.checked_path(run_dir, "run_dir")
-        return submit.check_request(chosen, run_dir), run_dir
+            batch_script.checked_path(run_dir, "run_dir")
+        return batch_script.check_request(chosen, run_dir), run_dir
 
     fine: dict[str, list[str]] = {}
     for place, told in FIELDS.items():
         if place == "site":  # one that is not there is refused after its name was looked at
             fine[place] = taken(
-                words, lambda word: submit.checked_path(Path(f"{tmp_path}/site/{word}"), "--site"), told
+                words, lambda word: batch_script.checked_path(Path(f"{tmp_path}/site/{word}"), "--site"), told
             )
         else:
             fine[place] = taken(words, lambda word, place=place: request(place, word), told)
@@ -124,19 +124,19 @@ def test_generated_scripts(words: list[str], tmp_path: Path) -> None:
     for number in range(max(map(len, fine.values()))):
         at = {place: found[number % len(found)] for place, found in fine.items()}
         chosen = argparse.Namespace(**vars(given) | {key: at[key] for key in at if key not in ("run_dir", "site")})
-        chosen.time = chosen.time if submit.seconds_of(chosen.time) > 180 else "9:00:00"
+        chosen.time = chosen.time if batch_script.seconds_of(chosen.time) > 180 else "9:00:00"
         site = tmp_path / "site" / at["site"]
         if at["site"] and site.parent == tmp_path / "site" and len(at["site"]) < 255 and not site.is_dir():
             site.write_text(f"SITE={number}\n")  # read by the script, which the name must not keep from it
             chosen.site = site
         run_dir = Path(f"/runs/{at['run_dir']}")
-        asked = submit.check_request(chosen, run_dir)
-        made = [submit.training_script(asked, run_dir), submit.preparation_script(asked, run_dir)]
+        asked = batch_script.check_request(chosen, run_dir)
+        made = [batch_script.training_script(asked, run_dir), batch_script.preparation_script(asked, run_dir)]
         training, preparation = map(header, made)
         assert {key: training[option] for key, option in OPTIONS.items() if key != "name"} == {
             key: getattr(chosen, key) for key in OPTIONS if key != "name"
         }
-        assert training["job-name"] == (chosen.name or submit._name_of(run_dir))
+        assert training["job-name"] == (chosen.name or batch_script._name_of(run_dir))
         assert (preparation["partition"], preparation["time"]) == (chosen.prepare_partition, chosen.prepare_time)
         plain = (str(run_dir), str(chosen.site or "/"))
         assert not any(re.search(r"[^\w./+=@,:-]", path, re.ASCII) for path in plain), "#SBATCH lines know no quoting"

@@ -224,7 +224,7 @@ def test_every_verb_has_its_file_and_its_help(name: str, capsys: pytest.CaptureF
     assert shown.startswith(f"usage: fulltune {name} ")
     assert "--debug" in shown
     files = {path.stem.strip("_") for path in (ROOT / "launcher" / "commands").glob("*.py")}
-    assert files == {*cli.COMMANDS, "init", "arguments"}
+    assert files == {*cli.COMMANDS, "init", "arguments", "model_argument"}
 
 
 @pytest.mark.parametrize(

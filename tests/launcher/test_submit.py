@@ -16,7 +16,7 @@ from slurm_scripts import arguments_of, header, options
 
 from engine.errors import ConfigError, MissingInputError
 from launcher import cli
-from launcher.batch import rank_parent, slurm_job
+from launcher.batch import batch_script, rank_parent, slurm_job
 from launcher.commands import status, submit
 from launcher.job import runs
 from launcher.job.job import Job
@@ -25,8 +25,11 @@ from launcher.supervision.supervisor import Stop, Supervision
 
 
 def scripts(run_dir: str = "/runs/one", **given: object) -> list[str]:
-    request = submit.check_request(options(**given), Path(run_dir))
-    return [submit.training_script(request, Path(run_dir)), submit.preparation_script(request, Path(run_dir))]
+    request = batch_script.check_request(options(**given), Path(run_dir))
+    return [
+        batch_script.training_script(request, Path(run_dir)),
+        batch_script.preparation_script(request, Path(run_dir)),
+    ]
 
 
 def test_the_script_asks_for_what_was_asked_for() -> None:
@@ -89,7 +92,7 @@ def test_what_cannot_be_asked_for_is_named(given: dict[str, object], named: str)
     [("5", 300), ("5:07", 307), ("2:05:07", 7507), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784)],
 )
 def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
-    assert submit.seconds_of(time) == seconds
+    assert batch_script.seconds_of(time) == seconds
 
 
 def test_a_canary_would_have_been_noticed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from equivalence_cases import Case, make_model, memory_store, reference_gradients
+from equivalence_cases import Case, QuestionStore, make_model, memory_store, reference_gradients
 from ranks import run_ranks
 from repository import WORKERS
 
@@ -17,7 +17,7 @@ from engine.tasks.task import STILL, DocumentResult, LossOptions, document_resul
 
 register_packed_attention()
 SIZES = ("1", "3", "100", "60")  # rows of a micro-batch; the last in tokens
-FAMILIES = ("llama", "bert", "bert_tags")
+FAMILIES = ("llama", "bert", "bert_tags", "bert_answers")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,37 @@ def test_held_out_accuracy_and_f1_over_tags_are_exact(evaluations: dict[int, dic
     assert confusion.sum() == figures["targets"] > 100
     assert figures["accuracy"] == pytest.approx(np.trace(confusion) / confusion.sum())
     assert figures["macro_f1"] == pytest.approx(macro_f1(confusion))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [*SIZES, "sources"])
+def test_held_out_answers_are_exact(evaluations: dict[int, dict[str, Any]], size: str) -> None:
+    """The best span of both windows of each question, found in one window at a time, against its answers."""
+    figures = evaluations[2]["bert_answers"][size]
+    store, _ = memory_store("question_answering")
+    assert isinstance(store, QuestionStore)
+    model = make_model("bert_answers", packed=False).eval()
+    exact = []
+    for question in range(12):
+        found, nulls = [], []
+        for window in (2 * question, 2 * question + 1):
+            ids = torch.from_numpy(store.documents[window])[None]
+            with torch.no_grad():
+                output = model(ids, token_type_ids=(torch.arange(ids.shape[1]) >= 1).long()[None])
+            starts, ends = output.start_logits[0], output.end_logits[0]
+            nulls.append(float(starts[0] + ends[0]))
+            before = int(store.column("context_firsts")[window])
+            count = store.counts[window]
+            found += [
+                (float(starts[1 + first] + ends[1 + last]), before + first, before + last)
+                for first in range(count)
+                for last in range(first, count)
+            ]
+        score, first, last = max(found)
+        text = "" if min(nulls) > score else " ".join(store.words(2 * question)[first : last + 1])
+        exact.append(text in (store.answers(2 * question) or [""]))
+    assert figures["exact_match"] == pytest.approx(np.mean(exact)) and 0 < np.mean(exact) < 1
+    assert figures["best_f1"] >= figures["f1"] > 0
 
 
 @pytest.mark.ranks

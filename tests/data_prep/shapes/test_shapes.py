@@ -21,6 +21,7 @@ from data_prep.shapes.examples import (
     LabelledExample,
     PromptExample,
     QuestionExample,
+    RolesExample,
     ScoredExample,
     TaggedExample,
     TextExample,
@@ -87,6 +88,18 @@ EXAMPLES: list[tuple[str, dict[str, Any], str, Example]] = [
         TaggedExample(("a", "b c"), ("0", "B")),
     ),
     ("token_classification", {"words": ["a"], "tags": ["X"]}, "tags", TaggedExample(("a",), ("X",))),
+    (
+        "semantic_roles",
+        {"tokens": ["a", "b"], "roles": ["V", "A1"], "predicate": 0, "tags": ["X", "Y"]},
+        "roles",
+        RolesExample(("a", "b"), ("V", "A1"), (0,)),
+    ),
+    (
+        "semantic_roles",
+        {"words": "a b", "srl": ["O", "V"], "verb_index": [1, 1]},
+        "roles",
+        RolesExample(("a", "b"), ("O", "V"), (1,)),
+    ),
     (
         "token_classification",
         {"text_a": "海 \u3000 钓", "label": "O O B"},

@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep.errors import BadDataError
-from data_prep.sources.read_conll import read_conll, read_conllu
+from data_prep.sources.read_conll import read_conll, read_conllu, read_conllup
 from data_prep.sources.records import Record
 from data_prep.sources.spans import cut_at_blank_lines
 
@@ -94,3 +94,51 @@ def test_spans_end_between_sentences(span_bytes: int, size: int) -> None:
     assert len(spans) >= 5 and spans[-1].stop == len(content)
     pieced = [r for s in spans for r in read_conll([content[s.start : s.stop]], "a.conll", None, s.first_line)]
     assert pieced == whole
+
+
+def word(number: str, form: str, *more: str) -> str:
+    return "\t".join([number, form, form, "X", "Y", "_", "0", "root", "_", "_", *more])
+
+
+def test_a_record_a_predicate_with_its_own_roles() -> None:
+    lines = [
+        "# sent_id = 1",
+        word("1-2", "Don't", "_", "_", "_"),
+        word("1", "Do", "_", "ARGM-MOD", "_"),
+        word("2", "go", "go.01", "V", ""),
+        word("2.1", "gone", "", "", ""),
+        word("3", "say", "say.01", "_", "V"),
+        "",
+        word("1", "Hm", "_", ""),
+        "",
+        word("1", "Oh"),
+    ]
+    first, second, third, fourth = read_conllup(["\n".join(lines).encode()], "a.conllup")
+    shared = {"tokens": ["Do", "go", "say"], "lemmas": ["Do", "go", "say"], "tags": ["X"] * 3, "xpos": ["Y"] * 3}
+    shared["deprel"] = ["root"] * 3
+    assert first.value == {**shared, "predicate": [1], "sense": "go.01", "roles": ["ARGM-MOD", "V", "O"]}
+    assert second.value == {**shared, "predicate": [2], "sense": "say.01", "roles": ["O", "O", "V"]}
+    assert (first.where, first.line, first.item_lines) == ("a.conllup:3", 3, [3, 4, 6]) == second[1:3] + second[6:]
+    assert third.value["predicate"] == [] and third.value["roles"] == ["O"] and third.where == "a.conllup:8"
+    assert fourth.value["predicate"] == [] and fourth.value["roles"] == ["O"] and fourth.where == "a.conllup:10"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([word("1", "go", "go.01")], r"a.conllup:1: columns of roles: 0, .*: 1$"),
+        ([word("1", "a", "_", "V"), word("2", "b", "_", "_")], r"a.conllup:1: columns of roles: 1, .*: 0$"),
+        ([word("1", "a", "a.01", "V"), word("2", "b", "_", "_", "ARG1")], r"a.conllup:2: columns of roles: 2, .*: 1$"),
+        (["1\ta\tb"], "a.conllup:1: 3 columns; CoNLL-U has ten"),
+    ],
+    ids=["none", "too many", "one more", "short"],
+)
+def test_columns_of_roles_that_do_not_fit_the_predicates(lines: list[str], words: str) -> None:
+    with pytest.raises(BadDataError, match=words):
+        list(read_conllup(["\n".join(lines).encode()], "a.conllup"))
+    faults: list[str] = []
+    after = ["", word("1", "go", "go.01", "V")]
+    records = read_conllup(
+        ["\n".join([*lines, *after]).encode()], "a.conllup", on_fault=lambda fault, _: faults.append(str(fault))
+    )
+    assert [record.value["roles"] for record in records] == [["V"]] and len(faults) == 1
