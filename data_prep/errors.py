@@ -12,6 +12,8 @@ class PreparationError(Exception):
 
 #: The reason under which a record that would train nothing is counted.
 NO_TARGETS = "no_targets"
+#: The reason of a text whose annotators agreed on no label, or whose label was held back: always left out and counted.
+NO_GOLD_LABEL = "no_gold_label"
 
 
 class BadDataError(PreparationError):

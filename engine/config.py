@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     MetricName = str
 else:  # so that errors and the JSON schema have the names
     TaskName = Literal[(*TASKS, *PREPARED_ONLY)]
-    MetricName = Literal[tuple(dict.fromkeys(name for task in TASKS.values() for name in task.metrics))]
+    MetricName = Literal[tuple(dict.fromkeys(name for task in TASKS.values() for name in task.known_metrics))]
 
 
 _BETTER = {"min": "lower it is", "max": "higher it is"}
@@ -83,6 +83,9 @@ class ModelSection(Section):
     dropout: float | None = Field(
         None, ge=0, lt=1, description="in place of every dropout probability of the configuration; null: as it says"
     )
+    new_head: bool = Field(
+        False, description="make the head anew, also where the model has one, which may be for other labels"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -92,7 +95,25 @@ class ModelSection(Section):
             raise ValueError("model.config describes an untrained model: set model.init to random, or give model.path")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs model_type (for example llama, bert, t5)")
+        if self.new_head and self.init == "random":
+            raise ValueError("model.new_head has no effect with model.init random: all weights are made anew")
         return self
+
+
+class LossSection(Section):
+    label_smoothing: Fraction = Field(
+        0.0, description="share of each target's weight that is spread evenly over all labels; evaluations leave it out"
+    )
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0.0)]] | None = Field(
+        None,
+        description="balanced: rare labels weigh more, all labels the same in sum; or a weight for each label that"
+        " is named, the others have 1; scaled to the mean 1 over the training targets; evaluations leave them out",
+    )
+
+    def given(self) -> list[str]:
+        """The keys that change something, dotted."""
+        keys = {"loss.label_smoothing": self.label_smoothing, "loss.class_weights": self.class_weights}
+        return [key for key, value in keys.items() if value]
 
 
 class OptimizerSection(Section):
@@ -179,6 +200,11 @@ class EvaluationSection(Section):
     )
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without improvement")
     least_change: float = Field(0.0, ge=0, description="the metric must improve by more than this to count as better")
+    out_of_scope_label: str | None = Field(
+        None,
+        description="the label of records that belong to none of the others, as oos: its recall and the accuracy on"
+        " all other records are figures too",
+    )
     answers: AnswersSection = Field(AnswersSection(), description="of questions about a context")
 
 
@@ -245,6 +271,7 @@ class RunConfig(Section):
         description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
     )
     masking: MaskingSection = MaskingSection()
+    loss: LossSection = LossSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
@@ -266,20 +293,30 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        faults = [*self._metric_faults(), *self._batch_faults()]
+        faults = [*self._task_faults(), *self._batch_faults()]
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
-    def _metric_faults(self) -> Iterator[str]:
-        metric = self.evaluation.metric
-        known = TASKS[self.task].metrics if self.task in TASKS else ("loss",)
+    def _task_faults(self) -> Iterator[str]:
+        """Keys that have no meaning for the task, whatever its data."""
+        metric, task = self.evaluation.metric, TASKS.get(self.task)
+        known: dict[str, Literal["min", "max"]] = {"loss": "min"} if task is None else task.known_metrics
         if metric is not None and metric not in known:
             there = ", ".join(known)
             yield f"evaluation.metric {metric} is not one of task {self.task}, which has {there}"
-        elif self.task in TASKS and self.evaluation.mode not in (None, TASKS[self.task].metrics[self.best_metric]):
-            own = TASKS[self.task].metrics[self.best_metric]
-            yield f"evaluation.mode: {self.best_metric} is better the {_BETTER[own]}, so write {own}, or leave it out"
+        elif task is not None and self.evaluation.mode is not None:
+            name = metric or task.best  # all kinds of a task have a best metric of one mode
+            if self.evaluation.mode != (own := known[name]):
+                yield f"evaluation.mode: {name} is better the {_BETTER[own]}, so write {own}, or leave it out"
+        if task is None or task.label_counts is None:
+            yield from (
+                f"{key} belongs to tasks with labels, not to {self.task}: leave it out" for key in self.loss.given()
+            )
+        if self.evaluation.out_of_scope_label is not None and (task is None or task.out_of_scope is None):
+            yield f"evaluation.out_of_scope_label has no meaning for task {self.task}: leave it out"
+        if self.model.new_head and task is not None and not task.new_head:
+            yield f"model.new_head: task {self.task} has no head of its own: leave it out"
 
     def _batch_faults(self) -> Iterator[str]:
         row_tokens, tokens, micro_tokens = self.data.row_tokens, self.batch.global_tokens, self.batch.micro_tokens
@@ -297,7 +334,6 @@ class RunConfig(Section):
         assert self.batch.global_tokens is not None
         return self.batch.global_tokens // self.data.row_tokens
 
-    @property
-    def best_metric(self) -> str:
-        """The metric that `best` and patience go by."""
-        return self.evaluation.metric or self.trained_task.best
+    def best_metric(self, task: Task) -> str:
+        """The metric that `best` and patience go by; `task` is the one that is trained, as it is on the run's data."""
+        return self.evaluation.metric or task.best

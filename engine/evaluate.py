@@ -8,10 +8,11 @@ computes the figures from them once: two kinds of hosts cannot disagree about wh
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_prep.token_store import Rows, TokenStore
 from engine.batches import Rows64, segments_of
@@ -33,9 +34,11 @@ def evaluate(
     ranks: Ranks,
     size: MicroBatches,
     stop: StopSignal | None = None,
+    show: Callable[[Mapping[str, str | NDArray[np.uint8]]], None] | None = None,
 ) -> dict[str, float] | None:
     """Loss over all targets of the store, and the task's figures. All ranks call it.
 
+    On rank 0 `show` gets the task's report for people: texts and pictures by name.
     None if `stop` was asked for on any rank in the meantime: then nothing has been counted.
     With several sources, also the loss of each, as ``loss/<name>``. Every row is used exactly once.
     Raises NumericalStopError when the loss is not finite.
@@ -52,7 +55,7 @@ def evaluate(
     heartbeat.beat("results")
     parts = gather_json(entries, ranks.cpu_group)
     del entries  # a few hundred bytes a document, which rank 0 holds a second time now
-    figures = from_rank_0(lambda: figures_of(sorted(itertools.chain(*(parts or []))), task, store, index))
+    figures = from_rank_0(lambda: figures_of(sorted(itertools.chain(*(parts or []))), task, store, index, show))
     return figures | {"seconds": time.perf_counter() - started}
 
 

@@ -1,8 +1,11 @@
 """The figures of an evaluation, computed in one place from the results of all documents. Imports without torch."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.token_store import Rows, TokenStore
 from engine.errors import NumericalStopError
@@ -20,8 +23,14 @@ def entries_of(results: Sequence[DocumentResult], places: Iterable[tuple[int, in
     ]
 
 
-def figures_of(entries: Sequence[Entry], task: Task, store: TokenStore, index: Rows) -> dict[str, float]:
-    """The figures of an evaluation, from the entries of all documents in their order.
+def figures_of(
+    entries: Sequence[Entry],
+    task: Task,
+    store: TokenStore,
+    index: Rows,
+    show: Callable[[Mapping[str, str | NDArray[np.uint8]]], None] | None = None,
+) -> dict[str, float]:
+    """The figures of an evaluation, from the entries of all documents in their order; `show` gets the task's report.
 
     NumericalStopError for a loss that is not finite.
     """
@@ -30,6 +39,8 @@ def figures_of(entries: Sequence[Entry], task: Task, store: TokenStore, index: R
     if not math.isfinite(loss):
         raise NumericalStopError("the held-out loss is not finite: the weights are unusable; go back to a checkpoint")
     figures = {"loss": loss} | task.figures(results, store)
+    if show is not None and task.report is not None:
+        show(task.report(results, store))
     names = [source.name for source in index.sources]
     if len(set(names)) > 1:
         sources: dict[str, list[DocumentResult]] = {name: [] for name in names}

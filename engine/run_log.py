@@ -6,10 +6,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.config import LogSection
@@ -32,6 +35,8 @@ LAYOUT = {
 }
 #: Figures that identify something: a curve of them says nothing.
 NOT_DRAWN = {"rows_hash"}
+#: The file in the run folder with the tables of the newest evaluation.
+EVALUATION_NAME = "evaluation.txt"
 _LOG = logging.getLogger(__name__)
 
 
@@ -72,6 +77,7 @@ class RunLog:
         self._board: Any = None
         if not self._writing:
             return
+        self._tables, self._has_named_tables = run_dir / EVALUATION_NAME, False
         path = run_dir / "metrics.jsonl"
         lost_seconds = _keep_lines_until(path, step)
         self._goodput = Goodput(run_dir / "time.json")
@@ -125,6 +131,34 @@ class RunLog:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "seconds")
         self.say(f"evaluation after step {step}: {shown}")
 
+    def report(self, step: int, report: Mapping[str, str | NDArray[np.uint8]]) -> None:
+        """The task's texts and pictures (H, W, 3) of an evaluation after `step` updates: for TensorBoard, and the
+        texts for a file that holds those of the newest evaluation."""
+        if not self._writing:
+            return
+        texts = {name: value for name, value in report.items() if isinstance(value, str)}
+        if texts:
+            tables = "".join(f"\n{name}\n\n{text}\n" for name, text in texts.items())
+            try:
+                self._tables.write_text(f"evaluation after step {step}\n{tables}", encoding="utf-8")
+            except OSError as error:
+                _LOG.warning("%s cannot be written (%s)", self._tables, error.strerror)
+            if not self._has_named_tables:
+                self._has_named_tables = True
+                self.say(f"figures by label of the newest evaluation: {self._tables}")
+        if self._board is None:
+            return
+        try:
+            for name, value in report.items():
+                tag = f"evaluation/{name}"
+                if isinstance(value, str):  # four blanks before each line: Markdown leaves the columns as they are
+                    self._board.add_text(tag, "".join(f"    {line}\n" for line in value.splitlines()), step)
+                else:
+                    self._board.add_image(tag, value, step, dataformats="HWC")
+            self._board.flush()
+        except OSError as error:  # its writer does not recover
+            self._close_board(error)
+
     def ended(self) -> None:
         """The run is complete, or stops because it was asked to."""
         if self._writing:
@@ -155,8 +189,11 @@ class RunLog:
                 self._board.add_scalar(tag, value, step)
             self._board.flush()
         except OSError as error:  # its writer does not recover
-            _LOG.warning("TensorBoard files cannot be written (%s): none until the next start", error)
-            self._board = None
+            self._close_board(error)
+
+    def _close_board(self, error: OSError) -> None:
+        _LOG.warning("TensorBoard files cannot be written (%s): none until the next start", error)
+        self._board = None
 
     def _write(self) -> None:
         """Append what waits. A full disk does not end the training: lines wait until they fit."""

@@ -24,6 +24,7 @@ from engine.checkpoint.schedule import Saves
 from engine.config import RunConfig
 from engine.errors import ConfigError, DataError, StorageError
 from engine.finding import warning_lines
+from engine.fit.loss import loss_options
 from engine.fit.model_facts import ModelFacts
 from engine.fit.positions import check_positions
 from engine.fit.stores import Stores, open_stores
@@ -37,7 +38,7 @@ from engine.ranks.distributed import Ranks
 from engine.ranks.rank_record import write_json
 from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
-from engine.run_log import RunLog
+from engine.run_log import EVALUATION_NAME, RunLog
 from engine.step import Progress, Training, padding_line
 from engine.tasks.task import Task
 from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config, with_nvme_path
@@ -60,7 +61,9 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     model, weights, task = _build_model(config, stores, ranks)
     store, rows = stores.training
     ds_config_here = _with_swap_folder(config, ds_config, folder, ranks, model)
-    zero = wrap(model, task, config, ds_config_here, label_numbers(model, store.label_names))
+    numbers = label_numbers(model, store.label_names)
+    options = loss_options(config.loss, task, store, numbers, model.config.num_labels)
+    zero = wrap(model, task, config, ds_config_here, numbers, options)
     must_match = _values_that_must_match(config, rows, model)
     may_change = _values_that_may_change(config, ds_config, ranks)
     began_loading = time.perf_counter()
@@ -122,7 +125,7 @@ def _build_model(config: RunConfig, stores: Stores, ranks: Ranks) -> tuple[Any, 
     resumes = from_rank_0(partial(_has_checkpoints, config.run_dir))
     with ranks.together():
         facts = StoreFacts.of(*(store for store, _ in stores.opened))
-        task = fitting_task(config.model, config.trained_task, facts, config.data.one_document_a_row)
+        task = fitting_task(config.model, stores.task, facts, config.data.one_document_a_row)
         model, weights = build_model(config.model, task, facts, config.seed, not resumes)
         _check_lengths(model, config, stores)
         return model, weights, task
@@ -200,6 +203,8 @@ def model_digest(model: Any) -> str:
     values = model.config.to_dict()
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         values.pop(key, None)
+    if values.get("problem_type") == "single_label_classification":
+        values["problem_type"] = None  # computed alike; checkpoints that name none go on
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -284,7 +289,7 @@ def _write_records(run_file: RunFile, config: RunConfig, ds_config: dict[str, An
 
 def _put_aside(run_dir: Path) -> None:
     """--fresh: earlier results move into a dated folder; deleting them is left to a person."""
-    earlier = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "tensorboard", "time.json")]
+    earlier = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "tensorboard", "time.json", EVALUATION_NAME)]
     present = [path for path in earlier if path.exists()]
     if present:
         aside = run_dir / time.strftime("before-%Y%m%d-%H%M%S")

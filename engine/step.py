@@ -73,6 +73,11 @@ class Training:
     must_match: Mapping[str, Any] = field(default_factory=dict)  # values that may not change during a run
     may_change: Mapping[str, Any] = field(default_factory=dict)  # values that may; a change is logged
 
+    @property
+    def best_metric(self) -> str:
+        """The metric that `best` and patience go by."""
+        return self.config.best_metric(self.zero.task)
+
 
 @dataclass(frozen=True)
 class StepPlan:

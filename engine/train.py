@@ -1,6 +1,7 @@
 """The training loop: what happens in which order around the steps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 from engine.checkpoint.schedule import Best
@@ -74,7 +75,7 @@ def _finish(training: Training, progress: Progress, log: RunLog) -> None:
         _export(export_end, training, progress, log)
     if progress.step < training.total_steps:
         log.say(
-            f"no better {training.config.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
+            f"no better {training.best_metric} in {progress.evaluations_without_improvement} evaluations: done; "
             f"best {progress.best_value} after step {progress.best_step}"
         )
 
@@ -93,7 +94,7 @@ def save(training: Training, progress: Progress, at_once: bool) -> None:
     best = None
     if progress.best_step == progress.step:
         assert progress.best_value is not None
-        best = Best(training.config.best_metric, progress.best_value)
+        best = Best(training.best_metric, progress.best_value)
     with heartbeat.during("save"):
         (training.saves.save_now if at_once else training.saves.begin)(_state(training, progress), best)
 
@@ -123,7 +124,7 @@ def _is_evaluation_due(training: Training, progress: Progress) -> bool:
 def _evaluate_at_start(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> None:
     """Evaluate the weights that the run starts from, or catch up on the evaluation that a stop came before."""
     if progress.step == 0 and training.validation:
-        results = _evaluate(training, stop)
+        results = _evaluate(training, progress, log, stop)
         if results is None:
             _stop(training, progress, is_saved=True)
         log.evaluation(0, results)
@@ -135,18 +136,18 @@ def _evaluate_at_start(training: Training, progress: Progress, log: RunLog, stop
 
 def _evaluate_pending(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> bool:
     """Evaluate after this step and compare with the best; False if a stop came first: then it stays pending."""
-    results = _evaluate(training, stop)
+    results = _evaluate(training, progress, log, stop)
     if results is None:
         return False
     log.evaluation(progress.step, results)
-    metric = training.config.best_metric
-    mode = training.config.trained_task.metrics[metric]
+    metric = training.best_metric
+    mode = training.zero.task.metrics[metric]
     update_best(progress, results[metric], mode, training.config.evaluation.least_change)
     progress.evaluation_pending = False
     return True
 
 
-def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
+def _evaluate(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> dict[str, float] | None:
     assert training.validation is not None
     store, rows = training.validation
     with heartbeat.during("evaluation"):
@@ -155,8 +156,8 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
         engine, task = training.zero.engine, training.zero.task
         tokens = None if micro_rows else batch.micro_tokens
         size = MicroBatches(micro_rows or batch.micro_rows, tokens, not task.packs)
-        figures = evaluate(engine, task, store, rows, training.ranks, size, stop)
-    metric = training.config.best_metric
+        figures = evaluate(engine, task, store, rows, training.ranks, size, stop, partial(log.report, progress.step))
+    metric = training.best_metric
     if figures is not None and metric not in figures:
         there = ", ".join(name for name in task.metrics if name in figures)
         raise ConfigError(f"evaluation.metric {metric} has no value with this data, which has {there}")

@@ -9,6 +9,7 @@ from typing import Any
 from data_prep.config import DataConfig
 from data_prep.errors import (
     MOST_LISTED,
+    NO_GOLD_LABEL,
     NO_TARGETS,
     OVERLONG,
     OVERLONG_ADVICE,
@@ -64,8 +65,12 @@ def refused(counts: Mapping[str, int], config: DataConfig) -> int:
 
 
 def num_unusable(counts: Mapping[str, int], min_targets: int | None) -> int:
-    """How many records cannot be used; with `min_targets`, too few targets are another matter."""
-    return sum(count for reason, count in counts.items() if reason != NO_TARGETS or min_targets is None)
+    """How many records cannot be used; with `min_targets`, too few targets are another matter.
+
+    Texts without a gold label are none of them: nothing is wrong with these records, and they are left out by rule.
+    """
+    others = {NO_GOLD_LABEL} if min_targets is None else {NO_GOLD_LABEL, NO_TARGETS}
+    return sum(count for reason, count in counts.items() if reason not in others)
 
 
 class Listing:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data_prep.errors import BadDataError, FatalDataError
+from data_prep.errors import NO_GOLD_LABEL, BadDataError, FatalDataError
 from data_prep.shapes.examples import Example, LabelledExample, TaggedExample
 from data_prep.shapes.fields import shown
 
@@ -35,17 +35,18 @@ class LabelNames:
             **({"own_labels": list(self.own)} if self.own else {}),
         }
 
-    def name_all(self, labels: Sequence[str], where: str) -> tuple[str, ...]:
+    def name_all(self, labels: Sequence[str], where: str, without_gold: str) -> tuple[str, ...]:
         """The names of a record's labels; one that has none stays as it is, and is unknown where names are numbered.
 
-        Raises BadDataError for a record without a gold label, and for a name among numbers.
+        Raises BadDataError for a record without a gold label, with the reason `without_gold`, and for a name among
+        numbers.
         """
-        return tuple([self.names.get(label) or self._unnamed(label, where) for label in labels])
+        return tuple([self.names.get(label) or self._unnamed(label, where, without_gold) for label in labels])
 
-    def _unnamed(self, label: str, where: str) -> str:
+    def _unnamed(self, label: str, where: str, without_gold: str) -> str:
         if label in NO_GOLD and label not in self.known:
             raise BadDataError(
-                f"{where}: no gold label: {label!r} stands in its place, and is none of the labels", "no_gold_label"
+                f"{where}: no gold label: {label!r} stands in its place, and is none of the labels", without_gold
             )
         if self.numbers_only and not NUMBER.fullmatch(label):
             raise FatalDataError(
@@ -57,7 +58,7 @@ class LabelNames:
     def name_example(self, example: Example, where: str) -> Example:
         """The example with the names of its labels or tags."""
         if isinstance(example, LabelledExample):
-            return replace(example, labels=self.name_all(example.labels, where))
+            return replace(example, labels=self.name_all(example.labels, where, NO_GOLD_LABEL))
         if isinstance(example, TaggedExample):
-            return replace(example, tags=self.name_all(example.tags, where))
+            return replace(example, tags=self.name_all(example.tags, where, "no_gold_tag"))
         return example

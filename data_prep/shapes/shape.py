@@ -113,6 +113,7 @@ def _named(example: Example, shape: Shape, record: Record) -> Example:
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LARGEST_SCORE = 3.4e38
 _NUMBER_CHARACTERS = 64
 
 
@@ -178,6 +179,8 @@ def scored(record: Record, fields: Mapping[str, str]) -> ScoredExample:
     number = number_of(value)
     if number is None:
         raise BadDataError(f"{where}: field {shown(name)!r} must be a finite number, not {_said(value)}")
+    if abs(number) > _LARGEST_SCORE:
+        raise BadDataError(f"{where}: field {shown(name)!r} is {number:g}, which is too large for a score in fp32")
     return ScoredExample(text_at(record.value, fields["text"], where), number, _pair(record, fields))
 
 

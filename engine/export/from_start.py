@@ -31,7 +31,7 @@ def export_start(config: RunConfig, store: TokenStore, out_dir: Path, dtype: str
     weight_dtype(dtype)
     check_free(out_dir)
     facts = StoreFacts.of(store)
-    task = fitting_task(config.model, config.trained_task, facts, config.data.one_document_a_row)
+    task = fitting_task(config.model, config.trained_task.on(store), facts, config.data.one_document_a_row)
     model, weights = build_model(config.model, task, facts, config.seed)
     sources = {name: _source(weights, name, shape) for name, shape in model_shapes(model).items()}
     held = persistent_buffers(model)

@@ -1,7 +1,8 @@
 """Labels of a store against those of a model that already has a head for such a task: names decide, not numbers.
 
 A store numbers its labels in its own order. Where the model knows them by name, training, evaluation and
-export keep the model's numbers, and all of its labels; else the model gets a new head for the store's.
+export keep the model's numbers, and all of its labels. A trained head for other labels is an error, unless the run
+file asks for a new one. LABEL_0, LABEL_1 ... are no names: such a head takes the store's labels where it has as many.
 """
 
 import re
@@ -9,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.finding import Finding
+from engine.tasks.task import Problem
 
 _NAME = "label names"
 _GENERIC = re.compile(r"LABEL_(\d+)")
 _NAMED = 12
+_ANEW = "set model.new_head: true, which keeps the body of the model and makes a new head"
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,16 @@ def names_of(id2label: Mapping[int, str] | None) -> tuple[str, ...]:
     return names if is_sound else ()
 
 
-def match_labels(model: Sequence[str], store: Sequence[str]) -> Labels:
-    """How the labels of a store, by its numbers, become those of a model that has the labels `model` (() for none)."""
+def match_labels(model: Sequence[str], store: Sequence[str], new_head: bool = False) -> Labels:
+    """How the labels of a store, by its numbers, become those of a model that has the labels `model` (() for none).
+
+    With `new_head` (model.new_head) they take the place of the model's, whatever these are.
+    """
     model, store = tuple(model), tuple(store)
     own = tuple(range(len(store)))
+    if new_head:
+        found = f"the head of the model is made anew for {_list(store)} (model.new_head)"
+        return Labels(store, own, keeps_head=False, finding=Finding(_NAME, "warning", found), is_about_head=True)
     if not model:
         return Labels(store, own, keeps_head=True)
     if set(store) <= set(model):
@@ -61,17 +70,42 @@ def match_labels(model: Sequence[str], store: Sequence[str]) -> Labels:
             return _numbered(model, numbers)
     if all(_GENERIC.fullmatch(name) for name in model):
         if len(model) != len(store):
-            return Labels(store, own, keeps_head=False, finding=_new_head(model, store), is_about_head=True)
+            found = (
+                f"the model's {len(model)} labels have no names, and the data have {len(store)} labels: it gets a new "
+                f"head for {_list(store)}"
+            )
+            return Labels(store, own, keeps_head=False, finding=Finding(_NAME, "warning", found), is_about_head=True)
         order = _pairs(own, store)
         found = f"the model's labels have no names ({_list(model)}), so those of the data take its numbers: {order}"
         to_do = "if its numbers mean something else, give data.label_names in that order"
         return Labels(store, own, keeps_head=True, finding=Finding(_NAME, "warning", found, to_do), is_about_head=True)
-    return Labels(store, own, keeps_head=False, finding=_new_head(model, store), is_about_head=True)
+    return Labels(store, own, keeps_head=False, finding=_other_labels(model, store), is_about_head=True)
 
 
-def check_labels(model: Sequence[str], has_head: bool, store: Sequence[str]) -> Finding | None:
-    """The line about the labels of a store and those of a model, whose files have a head for them or not."""
-    labels = match_labels(model, store) if store else None
+def fit_labels(
+    model: Sequence[str], store: Sequence[str], problem: Problem | None, new_head: bool = False
+) -> Labels | None:
+    """The labels of a model that has the labels `model`, once it fits a store; None where a store has none to fit."""
+    if problem == "regression":
+        return _one_output(model, new_head)
+    return match_labels(model, store, new_head) if store else None
+
+
+def _one_output(model: Sequence[str], new_head: bool) -> Labels:
+    """The labels of a model that has the labels `model` once its head gives a score: one, with a name or without."""
+    names = tuple(model) if len(model) == 1 else ("LABEL_0",)
+    if new_head:
+        finding = Finding(_NAME, "warning", "the head of the model is made anew for a score (model.new_head)")
+    elif len(model) > 1:
+        found = f"the model's head tells {len(model)} labels apart ({_list(model)}), and the data have scores"
+        finding = Finding(_NAME, "error", found, _ANEW)
+    else:
+        return Labels(names, (0,), keeps_head=True)
+    return Labels(names, (0,), keeps_head=False, finding=finding, is_about_head=True)
+
+
+def check_labels(labels: Labels | None, has_head: bool) -> Finding | None:
+    """The line about matched labels, for a model whose files have a head for them or not."""
     return None if labels is None or (labels.is_about_head and not has_head) else labels.finding
 
 
@@ -98,12 +132,15 @@ def _numbered(model: tuple[str, ...], numbers: tuple[int, ...]) -> Labels:
     return Labels(model, numbers, keeps_head=True, finding=finding)
 
 
-def _new_head(model: tuple[str, ...], store: tuple[str, ...]) -> Finding:
-    found = f"the model's labels are {_list(model)}, those of the data {_list(store)}: it gets a new head for these"
+def _other_labels(model: tuple[str, ...], store: tuple[str, ...]) -> Finding:
+    """The error for two sets of labels: both in full where they are short, else by their differences."""
     missing = [name for name in store if name not in model]
-    is_partial = len(missing) < len(store)
-    to_do = f"the model has no {_list(missing)}: correct the records, if these are its labels" if is_partial else ""
-    return Finding(_NAME, "warning", found, to_do)
+    unused = [name for name in model if name not in store]
+    both = f"{_list(model)} in the model, {_list(store)} in the data"
+    found = f"the model's head is for other labels than the data have: {both}"
+    if len(missing) < len(store):
+        found += f" (only in the data: {_list(missing)}; only in the model: {_list(unused) or 'none'})"
+    return Finding(_NAME, "error", found, f"correct the records, or rename labels with data.label_map, or {_ANEW}")
 
 
 def _pairs(numbers: Sequence[int] | range, names: Sequence[str]) -> str:

@@ -32,10 +32,9 @@ class Plan:
     workers: int = 1
     evaluation: dict[str, Any] = field(default_factory=dict)  # that section of a run file
 
-    @property
-    def settled_task(self) -> Task:
-        """The task with the settings of its evaluations."""
-        return configured_task(self.task, EvaluationSection.model_validate(self.evaluation))
+    def settled_task(self, store: TokenStore) -> Task:
+        """The task as it is on `store`, with the settings of its evaluations."""
+        return configured_task(self.task, EvaluationSection.model_validate(self.evaluation)).on(store)
 
     def write(self, folder: Path) -> None:
         """Write the plan into the folder that its processes work in."""
@@ -65,7 +64,7 @@ def read_figures(plan: Plan, folder: Path) -> dict[str, float]:
             entries += [_entry(json.loads(line)) for line in file]
     store = TokenStore.open(Path(plan.store))
     return figures_of(
-        sorted(entries, key=lambda entry: entry[:2]), plan.settled_task, store, open_rows(store, plan.row_tokens)
+        sorted(entries, key=lambda entry: entry[:2]), plan.settled_task(store), store, open_rows(store, plan.row_tokens)
     )
 
 
@@ -79,11 +78,12 @@ class Predictions:
 
     def __init__(self, plan: Plan, folder: Path):
         """Note where in the parts each document's prediction stands."""
-        num_documents = TokenStore.open(Path(plan.store)).num_documents
+        store = TokenStore.open(Path(plan.store))
+        num_documents = store.num_documents
         self._part = np.full(num_documents, -1, dtype=np.int32)
         self._offset = np.zeros(num_documents, dtype=np.int64)
         self._files = [part_path(folder, number).open("rb") for number in range(plan.workers)]
-        self._join = plan.settled_task.join
+        self._join = plan.settled_task(store).join
         for number, file in enumerate(self._files):
             for document, offset in _places(file):
                 self._part[document], self._offset[document] = number, offset

@@ -16,7 +16,7 @@ from engine.arithmetic import is_hub_name
 from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from engine.finding import warning_lines
-from engine.fit.labels import Labels, match_labels, names_of
+from engine.fit.labels import Labels, fit_labels, names_of
 from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.dropout import keep_saved_dropout, set_dropout
@@ -31,7 +31,7 @@ from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
 from engine.tasks import auxiliary
-from engine.tasks.task import Task
+from engine.tasks.task import Problem, Task
 
 #: An attention that cannot be replaced, a model type without this task, a configuration it does not take, sizes that
 #: make no tensor: families and torch have an error of their own for each.
@@ -99,7 +99,7 @@ def build_model(
     """
     folder = model_folder(section)
     extension = _extension(facts)
-    config, labels = model_config(section, folder, facts, extension)
+    config, labels = model_config(section, folder, facts, extension, task.problem)
     pretrained = section.init == "pretrained"
     stored = read_model_files(folder, config) if folder is not None and pretrained and needs_weights else {}
     dropout = None if section.dropout is None else set_dropout(config, section.dropout)
@@ -222,7 +222,7 @@ def _extension(facts: StoreFacts) -> Extension | None:
 
 
 def model_config(
-    section: ModelSection, folder: Path | None, facts: StoreFacts, extension: Extension | None
+    section: ModelSection, folder: Path | None, facts: StoreFacts, extension: Extension | None, problem: Problem | None
 ) -> tuple[Any, Labels | None]:
     """The model's configuration, with its vocabulary where the tokenizer was extended, and its labels for the store's.
 
@@ -238,14 +238,13 @@ def model_config(
     if folder is not None or extension is not None:
         name = "model.config" if folder is None else f"model.path {folder}"
         _check_vocabulary(vocab_size, needed, name, facts)
-    if not facts.label_names:
+    labels = fit_labels(names_of(config.id2label), facts.label_names, problem, section.new_head)
+    if labels is None:
         return config, None
-    labels = match_labels(names_of(config.id2label), facts.label_names)
     # Both maps at once: num_labels follows from id2label.
     config.id2label = dict(enumerate(labels.names))
     config.label2id = {name: index for index, name in enumerate(labels.names)}
-    if config.problem_type is not None:  # else a head of several labels or of scores would be served
-        config.problem_type = "single_label_classification"
+    config.problem_type = problem
     if config.get_text_config().pad_token_id is None and (extension is not None or facts.pad_id < vocab_size):
         config.pad_token_id = facts.pad_id
     return config, labels

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.finding import warning_lines
-from engine.fit.labels import Labels
+from engine.fit.labels import Labels, check_labels
 from engine.model.frozen import untrained_lines
 from engine.model.model_files import FLOATING_TYPES, FileTensor
 from engine.model.model_folder import GENERATION_CONFIG
@@ -88,10 +88,14 @@ def pretrained_weights(
 
 
 def _label_lines(model: Any, names: NameMap, labels: Labels | None) -> list[str]:
-    """The labels where they are not simply the store's; nothing of a head that the files do not have."""
-    if labels is None or labels.finding is None or (labels.is_about_head and not has_head(model, names)):
-        return []
-    return warning_lines(labels.finding)
+    """The labels where they are not simply the store's; nothing of a head that the files do not have.
+
+    ConfigError for a head that is one for other labels.
+    """
+    finding = check_labels(labels, has_head(model, names))
+    if finding is not None and finding.verdict == "error":
+        raise ConfigError(finding.text)
+    return [] if finding is None else warning_lines(finding)
 
 
 def has_head(model: Any, names: NameMap) -> bool:

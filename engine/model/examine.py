@@ -46,7 +46,7 @@ def examine(
     folder = attempt(lambda: model_folder(section))
     if findings:
         return None, findings
-    made = attempt(lambda: model_config(section, folder, _NO_STORE, None))
+    made = attempt(lambda: model_config(section, folder, _NO_STORE, None, None))
     if made is None:
         return None, findings
     config = made[0]

@@ -38,16 +38,24 @@ class TaskModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         if self._to_model is None or self._to_store is None:
             return self.task.loss(self.model, batch, self._options)
-        device = batch.target_ids.device
-        own = dataclasses.replace(batch, target_ids=self._to_model.to(device)[batch.target_ids])
-        output = self.task.loss(self.model, own, self._options)
+        output = self.task.loss(self.model, dataclasses.replace(batch, target_ids=self._own(batch)), self._options)
+        to_store = self._to_store.to(batch.target_ids.device)
         values = dict(output.values)
-        to_store = self._to_store.to(device)
         if "predicted" in values:
             values["predicted"] = to_store[values["predicted"]]
         if "logits" in values:
             values["logits"] = values["logits"][:, to_store.argsort()]
         return output._replace(values=values)
+
+    def _own(self, batch: Batch) -> Tensor:
+        """The targets in the model's numbers: a number each (U,), or a value for each label (U, L)."""
+        assert self._to_model is not None
+        numbers, targets = self._to_model.to(batch.target_ids.device), batch.target_ids
+        if targets.ndim == 1:
+            return numbers[targets]
+        own = targets.new_zeros(len(targets), self.model.config.num_labels)
+        own[:, numbers[:-1]] = targets
+        return own
 
 
 def _inverse(label_numbers: Sequence[int], num_labels: int) -> Tensor:

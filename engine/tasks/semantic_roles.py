@@ -59,8 +59,8 @@ def _padded_batch(store: "TokenStore", index: "Rows", rows: "Rows64", filler_row
     return _role_batch(padded_batch, store, index, rows, filler_row)
 
 
-def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
-    return label_loss(tag_logits(model, batch, **_types_of(model, batch)), batch.target_ids)
+def _loss(model: Any, batch: "Batch", options: LossOptions) -> Output:
+    return label_loss(tag_logits(model, batch, **_types_of(model, batch)), batch.target_ids, options)
 
 
 def _types_of(model: Any, batch: "Batch") -> "dict[str, Tensor]":

@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from data_prep.token_store import Rows, TokenStore
     from engine.batches import Batch, Rows64
     from engine.tasks.answers import AnswerOptions
+
+#: transformers' names for what a head of the class for whole texts computes.
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 #: Anything that JSON carries: results travel between ranks.
 Detail = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
@@ -36,10 +41,13 @@ STILL = Draw(0, 0)
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The settings of a run that change a loss; the defaults change nothing."""
+    """The settings of a run that change the loss of training; the defaults change nothing.
+
+    An evaluation leaves them out: its loss is the plain one, so that runs with different settings can be compared.
+    """
 
     label_smoothing: float = 0.0  # the share of a target's weight that is spread evenly over all labels
-    class_weights: tuple[float, ...] | None = None  # by the model's number of a label
+    class_weights: tuple[float, ...] | None = None  # by the model's number of a label; their mean over targets is 1
 
 
 class Output(NamedTuple):
@@ -81,6 +89,14 @@ class Task:
     best: str  # the metric that is taken where the run file names none
     #: (store, row index, rows, draw) -> how many targets they have; None: as many as the row index says.
     count_targets: Callable[["TokenStore", "Rows", "Rows64", Draw], int] | None = None
+    #: The same results for people, by name: texts, and pictures (H, W, 3).
+    report: Callable[[Sequence[DocumentResult], "TokenStore"], Mapping[str, "str | NDArray[np.uint8]"]] | None = None
+    problem: Problem | None = None  # what the model's configuration calls it, where several are possible
+    #: How often each label is a target of a store, by its number: weights and smoothing of labels have a meaning.
+    label_counts: Callable[["TokenStore"], "NDArray[np.int64]"] | None = None
+    #: (this task, a label) -> the same with figures about records that belong to none of the other labels.
+    out_of_scope: Callable[["Task", str], "Task"] | None = None
+    kinds: Mapping[str, "Task"] = field(default_factory=dict)  # by a column of the store: the task as it is with it
     second_texts: str | None = None  # the column with the first token of a pair's second text, 0 where there is none
     #: The task with a run file's settings of answers; None where it finds none.
     configured: Callable[["Task", "AnswerOptions"], "Task"] | None = None
@@ -93,32 +109,50 @@ class Task:
     #: The objects of all documents of one record, in their order -> that of the record. None: a record is one document.
     join: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None
 
+    def on(self, store: "TokenStore") -> "Task":
+        """The task as it is on a store: its columns decide among the task's kinds."""
+        return next((kind for column, kind in self.kinds.items() if column in store.columns), self)
+
+    @property
+    def known_metrics(self) -> dict[str, Literal["min", "max"]]:
+        """The metrics of all its kinds."""
+        return {name: mode for task in (self, *self.kinds.values()) for name, mode in task.metrics.items()}
+
 
 #: The number of a held-out label that train has not: no prediction equals it, and it has no loss.
 UNKNOWN_LABEL = -1
 
 
-def target_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
+def target_loss(logits: "Tensor", target_ids: "Tensor", options: LossOptions | None = None) -> Output:
     """The cross-entropy of logits (U, V) for target_ids (U,), computed in fp32; 0 for UNKNOWN_LABEL.
 
-    Without gradients, as in an evaluation, the values are "losses" (U,), fp32, and "predicted" (U,), the likeliest ids.
+    With gradients, as in training, it is that of torch with the weights and the smoothing of `options`. The weights
+    have the mean 1 over the targets of the training store, so the sum is divided by the number of targets as ever.
+    Without gradients, as in an evaluation, it is the plain one, and the values are "losses" (U,), fp32, and
+    "predicted" (U,), the likeliest ids.
     """
     import torch
     import torch.nn.functional as F
 
     scores = logits.float()
-    loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     if torch.is_grad_enabled():
+        options = options or LossOptions()
+        weights = None if options.class_weights is None else scores.new_tensor(options.class_weights)
+        smoothing = options.label_smoothing
+        loss_sum = F.cross_entropy(
+            scores, target_ids, weights, reduction="sum", ignore_index=UNKNOWN_LABEL, label_smoothing=smoothing
+        )
         return Output(loss_sum, {}, {})
+    loss_sum = F.cross_entropy(scores, target_ids, reduction="sum", ignore_index=UNKNOWN_LABEL)
     losses = F.cross_entropy(scores, target_ids, reduction="none", ignore_index=UNKNOWN_LABEL)
     return Output(loss_sum, {"losses": losses, "predicted": logits.argmax(-1)}, {})
 
 
-def label_loss(logits: "Tensor", target_ids: "Tensor") -> Output:
+def label_loss(logits: "Tensor", target_ids: "Tensor", options: LossOptions | None = None) -> Output:
     """As `target_loss`, of logits (U, L) over labels: without gradients, the values have these "logits" as well."""
     import torch
 
-    output = target_loss(logits, target_ids)
+    output = target_loss(logits, target_ids, options)
     return output if torch.is_grad_enabled() else output._replace(values=output.values | {"logits": logits})
 
 

@@ -115,8 +115,16 @@ def tag_logits(model: Any, batch: "Batch", **inputs: "Tensor") -> "Tensor":
     return logits.flatten(0, 1)[batch.target_positions]
 
 
-def _loss(model: Any, batch: "Batch", _options: LossOptions) -> Output:
-    return label_loss(tag_logits(model, batch), batch.target_ids)
+def _loss(model: Any, batch: "Batch", options: LossOptions) -> Output:
+    return label_loss(tag_logits(model, batch), batch.target_ids, options)
+
+
+def tag_counts(store: "TokenStore") -> "NDArray[Any]":
+    """How often each tag is a target; other tokens have none."""
+    import numpy as np
+
+    tags = store.values("tags")
+    return np.bincount(tags[tags >= 0], minlength=len(store.label_names))
 
 
 def tag_results(output: Output, batch: "Batch") -> list[DocumentResult]:
@@ -241,6 +249,7 @@ _FLAT = Task(
         "loss": "min",
     },
     best="f1",
+    label_counts=tag_counts,
     predictions=tag_predictions,
     join=joined_tags,
     heads=("ForTokenClassification",),

@@ -25,7 +25,7 @@ from engine.model.build import decay_groups
 from engine.model.starting_weights import StartingWeights, exchange_parameters
 from engine.model.task_model import TaskModel
 from engine.ranks.agreement import agree, all_gather_json, this_rank
-from engine.tasks.task import Task
+from engine.tasks.task import LossOptions, Task
 from engine.tensor_files.slices import LiveSlice
 from engine.zero.ds_config import offloads_optimizer
 from engine.zero.zero_model import ZeroModel
@@ -37,15 +37,18 @@ def wrap(
     config: RunConfig,
     ds_config: dict[str, Any],
     label_numbers: Sequence[int] | None = None,
+    options: LossOptions | None = None,
 ) -> ZeroModel:
-    """Hand `model` with the loss of `task` to DeepSpeed; all ranks call it. `label_numbers`: as `TaskModel` takes them.
+    """Hand `model` with the loss of `task` to DeepSpeed; all ranks call it.
+
+    `label_numbers` and `options`: as `TaskModel` takes them.
 
     What comes back has no weights until `fill` has put them there or a checkpoint was installed.
     """
     _place_parameters(model, ds_config)
     parameters = dict(model.named_parameters())
     groups = decay_groups(model, config.optimizer.weight_decay, config.optimizer.layer_decay)
-    task_model = TaskModel(model, task, label_numbers)
+    task_model = TaskModel(model, task, label_numbers, options)
     if ds_config["zero_optimization"]["stage"] == 3:
         _partition(task_model, ds_config)
     section = config.optimizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_prep.token_store import TokenStore
 from engine.finding import Finding
-from engine.fit.labels import check_labels
+from engine.fit.labels import check_labels, fit_labels
 from engine.fit.model_facts import ModelFacts
 from engine.fit.positions import check_positions, check_row_length
 from engine.fit.schedule import check_schedule
@@ -32,20 +32,23 @@ def _with_stores(run: Run, facts: ModelFacts, stores: Stores) -> list[Finding | 
     opened: list[TokenStore] = [store for store, _ in stores.opened]
     training = opened[0]
     ids = _ids_that_need_rows(run, training.tokenizer_dir, training.vocab_size)
+    new_head = run.config.model.new_head
+    labels = fit_labels(facts.label_names, training.label_names, stores.task.problem, new_head)
     return [
         check_vocabulary(facts.name, facts.embedding_rows, ids, opened),
         check_positions(facts, stores.opened),
-        check_labels(facts.label_names, facts.has_head, training.label_names),
+        check_labels(labels, facts.has_head),
     ]
 
 
 def _without_stores(run: Run, facts: ModelFacts, vocab_size: int | None) -> list[Finding | None]:
     folder = Path(run.data.tokenizer).expanduser()
     ids = 0 if vocab_size is None else _ids_that_need_rows(run, folder, vocab_size)
+    labels = fit_labels(facts.label_names, run.data.label_names or (), None, run.config.model.new_head)
     return [
         check_tokenizer(facts.name, facts.embedding_rows, ids, folder),
         check_row_length(facts, run.config.data.row_tokens),
-        check_labels(facts.label_names, facts.has_head, run.data.label_names or ()),
+        check_labels(labels, facts.has_head),
     ]
 
 

@@ -9,13 +9,14 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, FulltuneError, NumericalStopError
 from engine.finding import Finding, failures
+from engine.tasks.task import Task
 from launcher.job import runs
 from launcher.job.run_config import Run, load_run
 
@@ -140,6 +141,7 @@ class _Result:
     """What there is to say of a run of a sweep: its best evaluation so far, when it was, how long all took."""
 
     state: str
+    metric: str = ""
     value: float | None = None
     step: int | None = None
     minutes: float = 0.0
@@ -152,19 +154,20 @@ def is_done(run: Run) -> bool:
 
 
 def _result(run: Run) -> _Result:
-    folder, metric = run.config.run_dir, run.config.best_metric
+    folder = run.config.run_dir
     outcome = runs.read_outcome(folder)
     state = "complete" if runs.is_complete(run) else "not run" if outcome is None else _state(outcome[0])
     best: tuple[float, int] | None = None
-    seconds = 0.0
+    name, seconds = "", 0.0
     for line in _metrics(folder):
         kind, step = line.get("kind"), line.get("step", 0)
         seconds += line.get("step_seconds" if kind == "train" else "seconds", 0.0)
-        if kind == "evaluation" and step and metric in line:
-            better = best is None or (line[metric] < best[0] if _lowest(run) else line[metric] > best[0])
-            best = (line[metric], step) if better else best
+        metric = _metric(run, line)
+        if kind == "evaluation" and step and metric:
+            better = best is None or (line[metric] < best[0] if _lowest(run, metric) else line[metric] > best[0])
+            best, name = ((line[metric], step), metric) if better else (best, name)
     value, step = best or (None, None)
-    return _Result(state, value, step, seconds / 60)
+    return _Result(state, name, value, step, seconds / 60)
 
 
 def _state(code: int) -> str:
@@ -179,18 +182,30 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _lowest(run: Run) -> bool:
-    return run.config.trained_task.metrics[run.config.best_metric] == "min"
+def _metric(run: Run, line: Mapping[str, Any]) -> str:
+    """The metric of an evaluation that `best` goes by: the run file's, else that of the task as it is on the data."""
+    task = run.config.trained_task
+    names = (run.config.evaluation.metric,) if run.config.evaluation.metric else _bests(task)
+    return next((name for name in names if name in line), "")
+
+
+def _bests(task: Task) -> list[str]:
+    return [kind.best for kind in (task, *task.kinds.values())]
+
+
+def _lowest(run: Run, metric: str) -> bool:
+    return run.config.trained_task.known_metrics[metric] == "min"
 
 
 def table_of(sweep: Sweep) -> str:
     """The table of a sweep's runs, the best one marked, and the commands to go on with that one."""
     first = sweep.combinations[0].run
-    metric, results = first.config.best_metric, [_result(one.run) for one in sweep.combinations]
+    results = [_result(one.run) for one in sweep.combinations]
+    metric = next((result.metric for result in results if result.metric), "score")
     known = [number for number, result in enumerate(results) if result.value is not None]
     best = None
     if known:
-        choose = min if _lowest(first) else max
+        choose = min if _lowest(first, metric) else max
         best = choose(known, key=lambda number: results[number].value or 0.0)
     rows = [(*sweep.keys, metric, "step", "minutes", "state", "")]
     for number, (one, result) in enumerate(zip(sweep.combinations, results, strict=True)):

@@ -42,7 +42,7 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
     config = parse(tmp_path, MINIMAL)
     assert config.optimizer.learning_rate == 2e-5
     assert config.global_rows == 8
-    assert config.best_metric == "loss"
+    assert config.best_metric(config.trained_task) == "loss"
 
 
 def test_global_tokens_become_rows(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_the_best_evaluation_is_the_first_of_the_best(
     progress, config = Progress(), training(metric).config
     for step, value in enumerate(values, start=1):
         progress.step = step
-        update_best(progress, value, config.trained_task.metrics[config.best_metric])
+        update_best(progress, value, config.trained_task.metrics[config.best_metric(config.trained_task)])
     assert (progress.best_step, progress.evaluations_without_improvement) == (best_step, since)
 
 

@@ -10,7 +10,7 @@ from data_fixtures import bert_vocabulary, byte_level_folder, section, write_jso
 from preparations import run
 
 from data_prep.config import SourceConfig
-from data_prep.errors import BadDataError, DataConfigError
+from data_prep.errors import DataConfigError
 from data_prep.sources.class_names import class_names
 from data_prep.sources.scan import find_sources
 from data_prep.token_store import TokenStore
@@ -198,8 +198,12 @@ def test_a_class_that_marks_missing_labels_is_said(tmp_path: Path, capsys: pytes
     values = section(tmp_path, bert_vocabulary(tmp_path / "vocab.txt"), str(path))
     run(values, "sequence_classification", progress=True)
     assert "label '-' is a class of its own here; where it marks records without" in capsys.readouterr().out
-    with pytest.raises(BadDataError, match=r"train\.jsonl:3: no gold label"):
-        run({**values, "label_names": ["a", "b"]}, "sequence_classification")
+    store = TokenStore.open(
+        run({**values, "label_names": ["a", "b"]}, "sequence_classification", progress=True)["train"]
+    )
+    assert list(store.label_names) == ["a", "b"] and store.num_documents == 2
+    said = capsys.readouterr().out
+    assert "unusable: 1 no_gold_label" in said and f"{path}:3" in said
 
 
 def test_label_map_is_for_labels(tmp_path: Path) -> None:

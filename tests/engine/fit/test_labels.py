@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.fit.labels import check_labels, match_labels, names_of
+from engine.fit.labels import check_labels, fit_labels, match_labels, names_of
 
 NLI = ("entailment", "neutral", "contradiction")
 TAGS = ("O", "B-PER", "I-PER")
@@ -30,7 +30,7 @@ def test_labels_with_the_models_names_get_its_numbers(
 ) -> None:
     labels = match_labels(model, store)
     assert (labels.names, labels.numbers, labels.keeps_head) == (names, numbers, True)
-    finding = check_labels(model, True, store)
+    finding = check_labels(labels, True)
     assert (finding is None) == (said is None)
     assert finding is None or (finding.verdict == "warning" and str(said) in finding.text)
     # A model that was trained so says the same of itself again.
@@ -42,31 +42,81 @@ def test_labels_with_the_models_names_get_its_numbers(
     ("model", "store", "advice"),
     [
         (("negative", "positive"), ("ham", "spam"), ""),
-        (("negative", "positive"), ("negative", "neutral", "positive"), "the model has no neutral"),
+        (
+            ("negative", "positive"),
+            ("negative", "neutral", "positive"),
+            "only in the data: neutral; only in the model: none",
+        ),
         (NLI, ("ham", "spam"), ""),
-        (("LABEL_0", "LABEL_1"), ("a", "b", "c"), ""),
-        (("negative", "positive"), ("negative", "postive"), "the model has no postive"),
+        (("negative", "positive"), ("negative", "postive"), "only in the data: postive; only in the model: positive"),
         (("Yes", "yes"), ("YES", "no"), ""),
         (("a", "b"), ("0", "7"), ""),
     ],
 )
-def test_other_labels_get_a_new_head_and_both_sets_are_named(
+def test_other_labels_are_an_error_that_names_both_sets(
     model: tuple[str, ...], store: tuple[str, ...], advice: str
 ) -> None:
     labels = match_labels(model, store)
     assert (labels.names, labels.numbers, labels.keeps_head) == (store, tuple(range(len(store))), False)
-    finding = check_labels(model, True, store)
-    assert finding is not None and finding.verdict == "warning"
-    assert ", ".join(model) in finding.text and ", ".join(store) in finding.text and "a new head" in finding.text
+    finding = check_labels(labels, True)
+    assert finding is not None and finding.verdict == "error"
+    assert (
+        ", ".join(model) in finding.text and ", ".join(store) in finding.text and "model.new_head: true" in finding.text
+    )
     assert advice in finding.text
-    assert check_labels(model, False, store) is None, "there is no head to speak of"
+    assert check_labels(labels, False) is None, "there is no head to speak of"
+
+
+@pytest.mark.parametrize("model", [("negative", "positive"), NLI, ("LABEL_0", "LABEL_1"), ("ham", "spam"), ()])
+def test_a_new_head_that_was_asked_for_has_the_datas_labels_in_their_order(model: tuple[str, ...]) -> None:
+    labels = match_labels(model, ("spam", "ham"), new_head=True)
+    assert (labels.names, labels.numbers, labels.keeps_head) == (("spam", "ham"), (0, 1), False)
+    finding = check_labels(labels, True)
+    assert finding is not None and finding.verdict == "warning" and "made anew for spam, ham" in finding.text
+
+
+def test_long_sets_of_labels_are_told_by_their_differences() -> None:
+    model = tuple(f"intent {number:03d}" for number in range(150))
+    finding = check_labels(match_labels(model, (*model[:-2], "other", "more")), True)
+    assert finding is not None and finding.verdict == "error" and len(finding.text) < 1200
+    assert "only in the data: other, more; only in the model: intent 148, intent 149" in finding.text
 
 
 def test_a_head_without_names_takes_the_datas_and_says_so() -> None:
     labels = match_labels(("LABEL_0", "LABEL_1"), ("ham", "spam"))
     assert (labels.names, labels.numbers, labels.keeps_head) == (("ham", "spam"), (0, 1), True)
-    assert "0 ham, 1 spam" in str(check_labels(("LABEL_0", "LABEL_1"), True, ("ham", "spam")))
-    assert check_labels(("LABEL_0", "LABEL_1"), False, ("ham", "spam")) is None
+    assert "0 ham, 1 spam" in str(check_labels(labels, True))
+    assert check_labels(labels, False) is None
+    more = match_labels(("LABEL_0", "LABEL_1"), ("a", "b", "c"))
+    assert (more.names, more.numbers, more.keeps_head) == (("a", "b", "c"), (0, 1, 2), False)
+    finding = check_labels(more, True)
+    assert finding is not None and finding.verdict == "warning" and "a new head for a, b, c" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("model", "new_head", "names", "keeps_head", "verdict"),
+    [
+        (("LABEL_0",), False, ("LABEL_0",), True, None),
+        (("similarity",), False, ("similarity",), True, None),
+        (("LABEL_0",), True, ("LABEL_0",), False, "warning"),
+        (("LABEL_0", "LABEL_1"), False, ("LABEL_0",), False, "error"),
+        (NLI, False, ("LABEL_0",), False, "error"),
+        (NLI, True, ("LABEL_0",), False, "warning"),
+        ((), False, ("LABEL_0",), True, None),
+    ],
+)
+def test_scores_need_a_head_of_one_output(
+    model: tuple[str, ...], new_head: bool, names: tuple[str, ...], keeps_head: bool, verdict: str | None
+) -> None:
+    labels = fit_labels(model, (), "regression", new_head)
+    assert labels is not None and (labels.names, labels.numbers, labels.keeps_head) == (names, (0,), keeps_head)
+    finding = check_labels(labels, True)
+    assert (finding.verdict if finding else None) == verdict
+    assert check_labels(labels, False) is None
+
+
+def test_a_store_without_labels_or_scores_leaves_the_models_labels() -> None:
+    assert fit_labels(NLI, (), None) is None and check_labels(None, True) is None
 
 
 @pytest.mark.parametrize(
