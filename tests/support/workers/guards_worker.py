@@ -11,7 +11,8 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from equivalence_cases import Case, MemoryStore, case_config, make_model, memory_store
+from equivalence_cases import Case, case_config, make_model
+from memory_stores import MemoryStore, memory_store
 from safetensors.torch import load_file
 
 from data_prep.token_store import StoreError, TokenStore, open_rows
