@@ -11,7 +11,8 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from equivalence_cases import Case, MemoryStore, case_config, make_model, memory_store
+from equivalence_cases import Case, case_config, make_model
+from memory_stores import MemoryStore, memory_store
 from safetensors.torch import load_file
 
 from data_prep.token_store import StoreError, TokenStore, open_rows
@@ -35,7 +36,7 @@ from engine.zero.wrap import fill, wrap
 def training_of(case: Case, out_dir: Path, ranks, model: Any = None, **changes: Any) -> Training:
     store, rows = memory_store(case.task)
     config = case_config(case, out_dir).model_copy(update=changes)
-    model = model or make_model(case.family, packed=case.task == "causal_lm")
+    model = model or make_model(case.family, packed=config.trained_task.packs)
     return training_on(config, model, StartingWeights.of(model), store, rows, ranks)
 
 
