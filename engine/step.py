@@ -144,7 +144,7 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
     """The step that comes next."""
     config, index = training.config, training.rows
     rows = stream_rows(progress.row_position, config.global_rows, index.sources, config.seed)
-    size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens, not training.zero.task.packs)
+    size = MicroBatches(config.batch.known_micro_rows, config.batch.micro_tokens, not training.zero.task.packs)
     return StepPlan(
         number=progress.step + 1,
         rows=rows,

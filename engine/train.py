@@ -154,7 +154,7 @@ def _evaluate(training: Training, stop: StopSignal) -> dict[str, float] | None:
         batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
         engine, task = training.zero.engine, training.zero.task
         tokens = None if micro_rows else batch.micro_tokens
-        size = MicroBatches(micro_rows or batch.micro_rows, tokens, not task.packs)
+        size = MicroBatches(micro_rows or batch.known_micro_rows, tokens, not task.packs)
         return evaluate(engine, task, store, rows, training.ranks, size, stop)
 
 
