@@ -20,6 +20,7 @@ from engine.checkpoint.save import Owner, save_checkpoint
 from engine.checkpoint.schedule import Saves
 from engine.config import ModelSection, RunConfig
 from engine.errors import NumericalStopError
+from engine.micro_rows import longest_rows, try_rows
 from engine.model.attention import register_packed_attention
 from engine.model.build import StoreFacts, build_model
 from engine.model.starting_weights import StartingWeights
@@ -187,6 +188,31 @@ def shipped(out_dir: Path, ranks) -> dict[str, Any]:
     return losses
 
 
+def trials(out_dir: Path, ranks) -> dict[str, Any]:
+    """Two steps with trials of micro-batches before them, and without: are the masters bit-equal on every rank?"""
+    result = {}
+    for name, case in {
+        "zero3_offload": Case("guards"), "zero3_bf16": Case("guards", bf16=True, offload=False),
+        "zero2_bf16": Case("guards", stage=2, offload=False, bf16=True),
+    }.items():  # fmt: skip
+        after = []
+        for sizes in ((), (1, 2, 4)):
+            training = training_of(case, out_dir, ranks)
+            start = masters(training)
+            for size in sizes:
+                rows = longest_rows(training.rows, size)
+                try_rows(training.zero, training.store, training.rows, rows, ranks)
+            unchanged = torch.equal(start, masters(training)) and training.zero.engine.global_steps == 0
+            progress = Progress()
+            for _ in range(2):
+                train_step(training, progress, StopSignal())
+            after.append(masters(training))
+            training.zero.engine.destroy()
+        same = unchanged and torch.equal(*after) and not torch.equal(start, after[0])
+        result[name] = sum(part[0] for part in ranks.gather([int(same)]))
+    return result
+
+
 def golden(out_dir: Path, ranks) -> dict[str, Any]:
     """Losses and gradient norms of eight real steps in fp32, for one model of each task."""
     results: dict[str, Any] = {}
@@ -266,6 +292,7 @@ def main() -> None:
             fp32_masters,
             dropout,
             shipped,
+            trials,
             golden,
             new_rows,
         )
