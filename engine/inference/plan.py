@@ -33,8 +33,13 @@ class Plan:
     evaluation: dict[str, Any] = field(default_factory=dict)  # that section of a run file
 
     def settled_task(self, store: TokenStore) -> Task:
-        """The task as it is on `store`, with the settings of its evaluations."""
-        return configured_task(self.task, EvaluationSection.model_validate(self.evaluation)).on(store)
+        """The task as it is on `store`, with the settings of its evaluations. DataError for a store without targets."""
+        section = EvaluationSection.model_validate(self.evaluation)
+        task, label = configured_task(self.task, section).on(store), section.out_of_scope_label
+        for column, fault in task.columns.items():
+            if column not in store.columns:
+                raise DataError(f"{store.path}: {fault}")
+        return task if label is None or task.out_of_scope is None else task.out_of_scope(task, label)
 
     def write(self, folder: Path) -> None:
         """Write the plan into the folder that its processes work in."""

@@ -39,10 +39,20 @@ RECORDS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
 }
 
 
+LABELS, SETS, SCORES = "sequence_classification", "sets", "scores"
+RECORDS |= {
+    SETS: (
+        [{"text": text, "labels": ["bad", "good", "fair"][number % 4 :]} for number, text in enumerate(TEXTS)],
+        RECORDS[LABELS][1],
+    ),
+    SCORES: ([{"text": text, "score": number / 4} for number, text in enumerate(TEXTS)], RECORDS[LABELS][1]),
+}
+
+
 def exported(folder: Path, task: str) -> Path:
     """The export of a run's starting weights: a small BERT with a head of the task, large enough to have opinions."""
     vocabulary = bert_vocabulary(folder / "vocab.txt")
-    records = RECORDS[task][0]
+    records, task = RECORDS[task][0], task if task in TASKS else LABELS
     for record in records:
         record |= {"tags": record["tags"][: len(record["tokens"])]} if "tags" in record else {}
     data = {
@@ -71,7 +81,7 @@ def predicted(folder: Path, task: str, *more: str) -> list[dict[str, Any]]:
 
 
 def test_every_task_has_a_test_here() -> None:
-    assert set(TASKS) == {*RECORDS, "causal_lm", "semantic_roles"}, "they have tests of their own"
+    assert set(TASKS) == {*RECORDS, "causal_lm", "semantic_roles"} - {SETS, SCORES}, "they have tests of their own"
 
 
 def test_text_classification(tmp_path: Path) -> None:
@@ -83,6 +93,20 @@ def test_text_classification(tmp_path: Path) -> None:
         assert one["probabilities"] == pytest.approx({label["label"]: label["score"] for label in each}, abs=1e-5)
         assert one["label"] == each[0]["label"]
     assert len({one["probabilities"][one["label"]] for one in ours}) == len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", [SETS, SCORES])
+def test_several_labels_and_scores(tmp_path: Path, kind: str) -> None:
+    """The pipeline takes from config.json which of the two it is: a chance of its own for each label, or the output itself."""
+    function = "none" if kind == SCORES else "sigmoid"
+    pipeline = hf.pipeline("text-classification", model=str(exported(tmp_path, kind)), top_k=None)
+    theirs = pipeline(TEXTS, function_to_apply=function)
+    for one, each in zip(predicted(tmp_path, kind), theirs, strict=True):
+        if kind == SCORES:
+            assert one["score"] == pytest.approx(each[0]["score"], abs=1e-5)
+        else:
+            assert one["probabilities"] == pytest.approx({label["label"]: label["score"] for label in each}, abs=1e-5)
+            assert set(one["labels"]) == {label["label"] for label in each if label["score"] >= 0.5}
 
 
 def test_token_classification(tmp_path: Path) -> None:
