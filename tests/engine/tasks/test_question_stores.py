@@ -51,9 +51,9 @@ def given_answers(store: TokenStore, is_right: bool) -> list[DocumentResult]:
         first, last = (spans[0] - head, spans[1] - 1 - head) if spans else (0, 0)
         if not is_right:
             first = last = count - 1 if last < count - 1 else 0
-        score = 1.0 if spans else -1.0
+        score, null = (1.0, 0.0) if spans else (-1.0, 5.0)
         results.append(
-            DocumentResult(0.5, 1, {"document": document, "first": first, "last": last, "score": score, "null": 0.0})
+            DocumentResult(0.5, 1, {"document": document, "first": first, "last": last, "score": score, "null": null})
         )
     return results
 
