@@ -61,16 +61,21 @@ def error_path(folder: Path, number: int) -> Path:
     return folder / f"error-{number}.json"
 
 
-def read_figures(plan: Plan, folder: Path) -> dict[str, float]:
-    """The figures of the whole store, from the parts of all processes. NumericalStopError as `figures_of`."""
+def read_figures(plan: Plan, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures of the whole store, from the parts of all processes, and the task's tables of them by name.
+
+    NumericalStopError as `figures_of`.
+    """
     entries: list[Entry] = []
     for number in range(plan.workers):
         with part_path(folder, number).open(encoding="utf-8") as file:
             entries += [_entry(json.loads(line)) for line in file]
     store = TokenStore.open(Path(plan.store))
-    return figures_of(
-        sorted(entries, key=lambda entry: entry[:2]), plan.settled_task(store), store, open_rows(store, plan.row_tokens)
-    )
+    entries.sort(key=lambda entry: entry[:2])
+    shown: dict[str, Any] = {}
+    rows, task = open_rows(store, plan.row_tokens), plan.settled_task(store)
+    figures = figures_of(entries, task, store, rows, shown.update)
+    return figures, {name: text for name, text in shown.items() if isinstance(text, str)}
 
 
 def _entry(values: list[Any]) -> Entry:
