@@ -99,7 +99,7 @@ def test_a_text_without_a_known_word_is_an_error_and_a_tokenizer_without_a_mask_
 def test_other_tasks_still_refuse_to_split(tmp_path: Path) -> None:
     values = section(tmp_path, ["the river"])
     with pytest.raises(DataConfigError, match=r"data.overlong: split would cut"):
-        prepare(DataConfig.model_validate(values), values, "token_classification", progress=False)
+        prepare(DataConfig.model_validate(values), values, "sequence_classification", progress=False)
 
 
 def starts_of(tokenizer: Tokenizer, text: str) -> list[str]:
