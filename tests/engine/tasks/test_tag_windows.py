@@ -11,10 +11,12 @@ import transformers
 from data_fixtures import WORDS, bert_vocabulary, byte_level_folder, prepared, section, write_jsonl
 
 from data_prep.token_store import Rows, TokenStore
+from engine.errors import ConfigError
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.task_model import TaskModel
 from engine.tasks import TASKS
 from engine.tasks.task import STILL, DocumentResult, Output
+from engine.train import check_metric
 
 TAGS = ("O", "B-word", "I-word", "B-place", "I-place")
 LENGTHS = (3, 40, 1, 25, 60, 7)
@@ -148,6 +150,10 @@ def test_plain_tags_have_accuracy_and_macro_f1_only(tmp_path: Path) -> None:
     results = results_of(store, rows, "token_classification", small_model("bert", store), lambda tags: tags * 0)
     figures = TASKS["token_classification"].figures(results, store)
     assert set(figures) == {"f1", "accuracy", "macro_f1"}
+    task = TASKS["token_classification"]
+    check_metric("accuracy", figures, task)
+    with pytest.raises(ConfigError, match="conll_f1 has no value with this data, which has f1, macro_f1, accuracy"):
+        check_metric("conll_f1", figures, task)
     assert TASKS["token_classification"].report is not None
     table = TASKS["token_classification"].report(results, store)["tags"]
     assert isinstance(table, str) and table.split("\n")[1].split() == ["NOUN", "0.3333", "1.0000", "0.5000", "1"]
