@@ -39,7 +39,10 @@ class Data(torch.utils.data.Dataset[dict[str, Any]]):
         document = int(documents[0])
         ids, _ = store.gather(documents, starts, lengths)
         found = {"input_ids": torch.from_numpy(ids.astype(np.int64))}
-        if "pair_starts" in store.columns:
+        if "predicate_types" in store.columns:
+            types = store.token_column("predicate_types", document, 0, len(ids))
+            found["token_type_ids"] = torch.from_numpy(types.astype(np.int64))
+        elif "pair_starts" in store.columns:
             start = int(store.column("pair_starts")[document])
             found["token_type_ids"] = (torch.arange(len(ids)) >= start).long() * int(start > 0)
         return found | _learned(store, document, len(ids))

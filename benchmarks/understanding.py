@@ -184,7 +184,7 @@ def start(folder: Path, name: str, recipe: Path, overrides: list[str]) -> Side:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     own = [f"run_dir={folder / name}"]
-    if name not in ("trainer", RECIPE):
+    if name in CONFIGURATIONS:
         own += [f"deepspeed={name}", *([f"nvme_path={folder / 'nvme'}"] if "nvme" in name else [])]
     steps = folder / f"{name}.steps"
     program = [sys.executable, str(HERE / "understanding_worker.py"), "trainer" if name == "trainer" else "ours"]

@@ -141,7 +141,9 @@ class BatchSection(Section):
 
     global_rows: PositiveInt | None = Field(None, description="rows of one step over all ranks")
     global_tokens: PositiveInt | None = Field(None, description="the same in tokens: a multiple of data.row_tokens")
-    micro_rows: PositiveInt = Field(1, description="rows one rank takes through the model at once")
+    micro_rows: PositiveInt | Literal["auto"] = Field(
+        1, description="rows one rank takes through the model at once; auto: the most that fit, found at the start"
+    )
     micro_tokens: PositiveInt | None = Field(
         None,
         description="instead of micro_rows: as many rows of similar length as fit in so many tokens; rows that"
@@ -155,6 +157,15 @@ class BatchSection(Section):
         if self.micro_tokens is not None and self.micro_rows != 1:
             raise ValueError("give at most one of batch.micro_rows and batch.micro_tokens")
         return self
+
+    @property
+    def known_micro_rows(self) -> int:
+        """`micro_rows`; 1 as long as it is "auto"."""
+        return 1 if self.micro_rows == "auto" else self.micro_rows
+
+    def with_micro_rows(self, rows: int) -> "BatchSection":
+        """The same with the number that was found for "auto"."""
+        return self.model_copy(update={"micro_rows": rows})
 
 
 class DurationSection(Section):

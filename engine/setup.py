@@ -28,6 +28,7 @@ from engine.fit.loss import loss_options
 from engine.fit.model_facts import ModelFacts
 from engine.fit.positions import check_positions
 from engine.fit.stores import Stores, open_stores
+from engine.micro_rows import find_micro_rows
 from engine.model.build import StoreFacts, build_model, fitting_task, model_folder, say
 from engine.model.model_folder import write_model_folder
 from engine.model.positions import positions_of
@@ -65,12 +66,13 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     options = loss_options(config.loss, task, store, numbers, model.config.num_labels)
     zero = wrap(model, task, config, ds_config_here, numbers, options)
     must_match = _values_that_must_match(config, rows, model)
-    may_change = _values_that_may_change(config, ds_config, ranks)
     began_loading = time.perf_counter()
     state = _restore_or_fill(zero, weights, folder, must_match)
     del weights  # they may be a whole model in memory
     load_seconds = time.perf_counter() - began_loading
     progress = Progress.of(state["progress"]) if state else Progress()
+    config = with_micro_rows(config, zero, stores, ranks, state)
+    may_change = _values_that_may_change(config, ds_config, ranks)
     steps = total_steps(config.duration.steps, config.duration.epochs, rows.epoch_rows, config.global_rows)
     with ranks.together(), _storage_errors(config.run_dir):
         if ranks.rank == 0:
@@ -154,6 +156,22 @@ def _restore_or_fill(
     if state is None:
         fill(zero, weights, partial(print, flush=True))
     return state
+
+
+def with_micro_rows(
+    config: RunConfig, zero: ZeroModel, stores: Stores, ranks: Ranks, state: Mapping[str, Any] | None
+) -> RunConfig:
+    """The configuration with a number for `batch.micro_rows: auto`: the checkpoint's if it had as many ranks."""
+    if config.batch.micro_rows != "auto":
+        return config
+    recorded = state["circumstances"] if state else {}
+    if recorded.get("ranks") == ranks.world_size:
+        found, why = int(recorded["config"]["batch"]["micro_rows"]), "as in the checkpoint"
+    else:
+        found, why = find_micro_rows(zero, *stores.training, ranks, config.global_rows)
+    if ranks.rank == 0:
+        print(f"batch.micro_rows: auto is {found} ({why})", flush=True)
+    return config.model_copy(update={"batch": config.batch.with_micro_rows(found)})
 
 
 def _values_that_must_match(config: RunConfig, rows: Rows, model: Any) -> dict[str, Any]:
@@ -256,7 +274,7 @@ def _summary(training: Training, ds_config: dict[str, Any], progress: Progress) 
     counts = {name: math.prod(shape) for name, shape in training.zero.shapes.items()}
     frozen = sum(counts[name] for name in training.zero.frozen)
     trained = f" ({sum(counts.values()) - frozen:,} trained, {frozen:,} frozen)" if frozen else ""
-    batch = StepBatch(config.global_rows, ranks.world_size, config.batch.micro_rows, config.batch.micro_tokens)
+    batch = StepBatch(config.global_rows, ranks.world_size, config.batch.known_micro_rows, config.batch.micro_tokens)
     uneven = f" ({batch.uneven_text})" if batch.uneven_text else ""
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
     stage = ds_config["zero_optimization"]["stage"]

@@ -150,7 +150,7 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
     """The step that comes next."""
     config, index = training.config, training.rows
     rows = stream_rows(progress.row_position, config.global_rows, index.sources, config.seed)
-    size = MicroBatches(config.batch.micro_rows, config.batch.micro_tokens, not training.zero.task.packs)
+    size = MicroBatches(config.batch.known_micro_rows, config.batch.micro_tokens, not training.zero.task.packs)
     draw = Draw(config.seed, progress.step + 1, config.masking.fraction)
     count = training.zero.task.count_targets
     return StepPlan(

@@ -155,7 +155,7 @@ def _evaluate(training: Training, progress: Progress, log: RunLog, stop: StopSig
         batch, micro_rows = training.config.batch, training.config.evaluation.micro_rows
         engine, task = training.zero.engine, training.zero.task
         tokens = None if micro_rows else batch.micro_tokens
-        size = MicroBatches(micro_rows or batch.micro_rows, tokens, not task.packs)
+        size = MicroBatches(micro_rows or batch.known_micro_rows, tokens, not task.packs)
         figures = evaluate(engine, task, store, rows, training.ranks, size, stop, partial(log.report, progress.step))
     metric = training.best_metric
     if figures is not None and metric not in figures:

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from data_prep.tokenizer.folder_files import FolderFiles
-from data_prep.tokenizer.word_starts import word_starts
+from data_prep.tokenizer.word_borders import word_begins
 
 #: How new tokens are spelled in older ones: written by `extend_tokenizer`, read by the engine.
 EXTENSION_NAME = "extension.json"
@@ -163,7 +163,7 @@ class Tokenizer:
         """Ids of plain texts, without special tokens, and which of them begin a word (bool [ids])."""
         encodings = self._rendered_as_text.encode_batch(list(texts), add_special_tokens=False)
         return [
-            (encoding.ids, word_starts(text, encoding.offsets, encoding.word_ids))
+            (encoding.ids, word_begins(text, encoding.offsets, encoding.word_ids))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 

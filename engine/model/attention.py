@@ -3,9 +3,9 @@
 Transformers looks attention functions up by name, so one function serves every model that uses
 its interface (Llama, Qwen, Mistral, GPT-2, ...). It receives all documents of a micro-batch as
 one sequence and their boundaries as ``cu_seq_lens_q``, and computes each document by itself: on
-CUDA with torch's variable-length FlashAttention kernel, else with scaled-dot-product calls for documents
-of like length, padded to the longest of them. No mask is made for this name, so nothing quadratic in the row
-is ever allocated. Models that see the whole document and models that see what precedes are told apart by
+CUDA with torch's variable-length FlashAttention kernel, else with scaled-dot-product calls (see
+`engine.model.attention_groups`). No mask is made for this name, so nothing quadratic in the row is ever
+allocated. Models that see the whole document and models that see what precedes are told apart by
 ``is_causal`` of their modules.
 
 Models that bypass the interface, or mix positions outside attention (state-space and convolution
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.model.attention_groups import Rule, by_groups
+from engine.model.attention_groups import Rule, by_documents, by_groups
 from engine.model.cpu_bf16 import is_bf16_slow
 
 PACKED_ATTENTION = "fulltune_packed"
@@ -71,7 +71,8 @@ def packed_attention(
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and is_bf16_slow():
         query, key, value = query.float(), key.float(), value.float()
-    return by_groups(query, key, value, cu_seq_lens_q, rule).to(dtype)[None], None
+    inside = by_groups if query.is_cuda else by_documents
+    return inside(query, key, value, cu_seq_lens_q, rule).to(dtype)[None].contiguous(), None
 
 
 def _by_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, rule: Rule) -> Tensor:

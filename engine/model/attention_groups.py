@@ -1,8 +1,10 @@
-"""Attention inside documents by torch's scaled-dot-product kernels: documents of like length go through together.
+"""Attention inside documents by torch's scaled-dot-product kernels, where the variable-length kernel does not run.
 
-One call a document would be hundreds of small calls a layer for short sentences. A group of documents is padded to
-its longest by repeating each document's own last token, which no other token attends to: nothing of another document
-comes near, and every gradient across a border is exactly zero.
+On a CPU each document is a call of its own: measured with sentences of 4 to 60 tokens, calls cost less than the copies
+and the padding that larger ones need (`by_documents`). On an accelerator a call costs as much as thousands of tokens,
+so documents of like length go through together (`by_groups`). A group is padded to its longest document by repeating
+each document's own last token, which no other token attends to: nothing of another document comes near, and every
+gradient across a border is exactly zero.
 """
 
 import itertools
@@ -14,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-#: A group of documents of L tokens at most may also hold shorter ones, as long as so many positions are saved a call.
-_FREE_POSITIONS = 128
+#: The positions of padding that cost as much as a call on an accelerator: no group has more.
+_FREE_POSITIONS = 1 << 12
 #: Scores a head that the documents of a group may have together, unless one alone has more.
 _MOST_SCORES = 1 << 20
 
@@ -34,10 +36,8 @@ class Rule:
 class _Group:
     """Documents that are computed in one call: n documents, L tokens in the longest."""
 
-    tokens: Tensor  # (n * L,): the position of each token; behind a document's end its last token again
+    tokens: Tensor  # (n, L): the position of each token; behind a document's end its last token again
     real: Tensor | None  # (n, L): False behind a document's end; None where all have L tokens
-    num_documents: int
-    longest: int
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,24 @@ class _Plan:
 _PLANS = WeakTensorKeyDictionary()
 
 
-def by_groups(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, rule: Rule) -> Tensor:
+def by_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, rule: Rule) -> Tensor:
     """query (1, H, N, D), key and value (1, K, N, D), borders (documents + 1,); returns (N, H, D)."""
+    lengths = borders.diff().tolist()
+    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_inside(*document, None, rule) for document in documents], dim=2)[0].transpose(0, 1)
+
+
+def by_groups(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, rule: Rule) -> Tensor:
+    """As `by_documents`, with few calls."""
     plan: _Plan | None = _PLANS.get(borders)
     if plan is None:
         plan = _PLANS[borders] = _plan(borders)
-    outputs = [_attend(query, key, value, group, rule) for group in plan.groups]
-    return torch.cat(outputs)[plan.places] if len(outputs) > 1 else outputs[0][plan.places]
+    outputs = []
+    for group in plan.groups:
+        output = _inside(*(_gather(tensor, group.tokens) for tensor in (query, key, value)), group.real, rule)
+        output = output.transpose(1, 2)
+        outputs.append(output.flatten(0, 1) if group.real is None else output[group.real])
+    return torch.cat(outputs)[plan.places]
 
 
 def group_lengths(lengths: Sequence[int]) -> list[list[int]]:
@@ -85,56 +96,50 @@ def _plan(borders: Tensor) -> _Plan:
     lengths = [stop - start for start, stop in itertools.pairwise(ends)]
     groups, order = [], []
     for numbers in group_lengths(lengths):
-        longest = lengths[numbers[0]]
+        steps = torch.arange(lengths[numbers[0]])
         starts, sizes = (torch.tensor([values[number] for number in numbers])[:, None] for values in (ends, lengths))
-        steps = torch.arange(longest)
         tokens, real = starts + torch.minimum(steps, sizes - 1), steps < sizes
         order.append(tokens[real])
-        padding = None if bool(real.all()) else real.to(borders.device)
-        groups.append(_Group(tokens.flatten().to(borders.device), padding, len(numbers), longest))
-    places = torch.cat(order).argsort().to(borders.device)
-    return _Plan(tuple(groups), places)
+        groups.append(_Group(tokens.to(borders.device), None if bool(real.all()) else real.to(borders.device)))
+    return _Plan(tuple(groups), torch.cat(order).argsort().to(borders.device))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, group: _Group, rule: Rule) -> Tensor:
-    """(M, H, D): the M real tokens of a group, document after document."""
-    shape = (group.num_documents, group.longest)
-    q, k, v = (tensor[0][:, group.tokens].unflatten(1, shape).transpose(0, 1) for tensor in (query, key, value))
-    if rule.window is None or rule.window >= group.longest:
-        output = _full(q, k, v, group, rule)
-    else:
-        output = _banded(q, k, v, group, rule, rule.window)
-    output = output.transpose(1, 2)
-    return output.flatten(0, 1) if group.real is None else output[group.real]
+def _gather(tensor: Tensor, tokens: Tensor) -> Tensor:
+    """(n, H, L, D) of tensor (1, H, N, D), for tokens (n, L)."""
+    # Looked up as rows of a table, for which gradients add up in a fixed order on every device.
+    rows = F.embedding(tokens, tensor[0].transpose(0, 1).flatten(1))
+    return rows.unflatten(2, (tensor.shape[1], -1)).transpose(1, 2)
 
 
-def _full(query: Tensor, key: Tensor, value: Tensor, group: _Group, rule: Rule) -> Tensor:
-    """Every token sees all of its document, or all that precede it; (n, H, L, D)."""
+def _inside(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, rule: Rule) -> Tensor:
+    """Attention inside n documents of up to L tokens, (n, H, L, D); `real` as of a group."""
+    if rule.window is not None and rule.window < query.shape[2]:
+        return _banded(query, key, value, real, rule, rule.window)
     # Padding stands behind the end, where no real token looks if attention is causal.
-    mask = None if group.real is None or rule.is_causal else group.real[:, None, None, :]
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, rule.dropout, rule.is_causal,
-        scale=rule.scaling, enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    mask = None if real is None or rule.is_causal else real[:, None, None, :]
+    return _call(query, key, value, mask, rule, rule.is_causal)
 
 
-def _banded(query: Tensor, key: Tensor, value: Tensor, group: _Group, rule: Rule, window: int) -> Tensor:
+def _banded(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, rule: Rule, window: int) -> Tensor:
     """Queries in blocks of one window: a block needs the keys of itself and its neighbours alone, so the band mask
-    stays (window x 3 windows) however long the documents are; (n, H, L, D)."""
-    outputs = []
-    for start in range(0, group.longest, window):
-        stop, first = min(start + window, group.longest), max(0, start - window)
-        last = stop if rule.is_causal else min(stop + window, group.longest)
+    stays (window x 3 windows) however long the documents are."""
+    outputs, length = [], query.shape[2]
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window)
+        last = stop if rule.is_causal else min(stop + window, length)
         places = torch.arange(first, last, device=query.device)
         distance = torch.arange(start, stop, device=query.device)[:, None] - places
         mask = (distance < window) & (distance >= 0 if rule.is_causal else distance > -window)
-        if group.real is not None and not rule.is_causal:
+        if real is not None and not rule.is_causal:
             # A query behind the end still needs a key: itself.
-            mask = (mask & group.real[:, None, None, first:last]) | (distance == 0)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], mask, rule.dropout,
-                scale=rule.scaling, enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )  # fmt: skip
+            mask = (mask & real[:, None, None, first:last]) | (distance == 0)
+        keys, values = key[:, :, first:last], value[:, :, first:last]
+        outputs.append(_call(query[:, :, start:stop], keys, values, mask, rule, False))
     return torch.cat(outputs, dim=2)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule, is_causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, rule.dropout, is_causal,
+        scale=rule.scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip

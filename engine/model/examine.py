@@ -56,8 +56,8 @@ def examine(
     task = fitting
     reads = folder is not None and section.init == "pretrained" and needs_weights
     stored: dict[str, FileTensor] = (attempt(lambda: read_model_files(folder, config)) if reads else None) or {}
-    if section.dropout is not None:
-        attempt(lambda: set_dropout(config, section.dropout))
+    if (dropout := section.dropout) is not None:
+        attempt(lambda: set_dropout(config, dropout))
     model = attempt(lambda: made_model(section, folder, config, task, 0, stored, is_empty=True))
     if model is None:
         return None, findings

@@ -132,6 +132,17 @@ def _score(hits: int, support: int, found: int) -> Score:
     return Score(hits / max(1, found), hits / max(1, support), 2 * hits / max(1, support + found), support)
 
 
+def kinds_table(truth: set[Entity], found: set[Entity]) -> str:
+    """A line for each type, for people: precision, recall, F1, and how many there are."""
+    import numpy as np
+
+    from engine.tasks.label_tables import table_of
+
+    scores = scores_by_kind(truth, found)
+    columns = [np.array([one[place] for one in scores.values()]) for place in range(3)]
+    return table_of(list(scores), columns, np.array([one.support for one in scores.values()], dtype=np.int64))
+
+
 def scores_by_kind(truth: set[Entity], found: set[Entity]) -> dict[str, Score]:
     """The score of each type, in the order of their names."""
     counts = [Counter(entity.kind for entity in entities) for entities in (truth & found, truth, found)]

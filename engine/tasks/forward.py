@@ -80,7 +80,8 @@ def _position_ids(model: Any, batch: Batch) -> Tensor:
     real = (batch.input_ids[0] != padding).long()
     counts = real.cumsum(0)
     before = (counts - real)[batch.first_tokens]
-    return ((counts - before[batch.token_owners]) * real + padding)[None]
+    positions: Tensor = (counts - before[batch.token_owners]) * real + padding
+    return positions[None]
 
 
 def _token_types(batch: Batch) -> Tensor:

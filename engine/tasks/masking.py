@@ -38,10 +38,14 @@ def chosen_tokens(pieces: NDArray[np.uint8], documents: Ids, lengths: Ids, draw:
     first = np.cumsum(counts) - counts
     numbers = np.arange(len(owners)) - first[owners]  # of each word in its document
     values = _mixed(_keys(documents, draw, _WORDS)[owners] + numbers.astype(np.uint64) * _STEP)
-    order = np.lexsort((values, owners))
+    # One number each to sort: the document, 24 bits of the draw, the word. No two are equal, so any sort will do.
+    assert len(lengths) < 1 << 20 and int(counts.max(initial=0)) < 1 << 20, "more documents or words than fit a key"
+    keys = owners.astype(np.uint64) << np.uint64(44) | values >> np.uint64(40) << np.uint64(20)
+    drawn_first = np.sort(keys | numbers.astype(np.uint64)) & np.uint64((1 << 20) - 1)
     wanted = np.maximum(1, np.floor(draw.mask_fraction * counts + 0.5)).astype(np.int64)
     drawn = np.zeros(len(owners), dtype=bool)
-    drawn[order] = numbers < wanted[owners]  # `owners` is sorted, so the k-th of a document in `order` has number k
+    # The k-th of a document's words in the order of the draw stands where its k-th word does.
+    drawn[first[owners] + drawn_first.astype(np.int64)] = numbers < wanted[owners]
     chosen: Flags = (pieces > 0) & drawn[np.maximum(np.cumsum(begins) - 1, 0)] if len(drawn) else pieces > 0
     return chosen
 

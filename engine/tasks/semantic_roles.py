@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from engine.tasks.entities import OUTSIDE, Entity, Tag, lenient_entities, scheme_of, score_of
+from engine.tasks.entities import OUTSIDE, Entity, Tag, kinds_table, lenient_entities, scheme_of, score_of
 from engine.tasks.task import DocumentResult, Draw, LossOptions, Output, Task, label_loss
 from engine.tasks.token_classification import TASK as TAGGING
 from engine.tasks.token_classification import (
@@ -94,6 +94,11 @@ def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str
     return figures | {"accuracy": word_figures(sentences, len(store.label_names))["accuracy"]}
 
 
+def _report(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, Any]:
+    """A table by role."""
+    return {"arguments": kinds_table(*arguments_of(sentences_of(results), store.label_names))}
+
+
 def _as_roles(tagging: Task) -> Task:
     """The task of tags, flat or padded, as that of roles."""
     return replace(
@@ -103,6 +108,7 @@ def _as_roles(tagging: Task) -> Task:
         batch=_flat_batch if tagging.packs else _padded_batch,
         loss=_loss,
         figures=_figures,
+        report=_report,
         metrics={"f1": "max", "accuracy": "max", "loss": "min"},
         best="f1",
         padded=None if tagging.padded is None else _as_roles(tagging.padded),

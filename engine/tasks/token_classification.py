@@ -9,6 +9,7 @@ from engine.tasks.entities import (
     Entity,
     Scheme,
     Tag,
+    kinds_table,
     lenient_entities,
     num_illegal,
     scheme_of,
@@ -28,6 +29,7 @@ from engine.tasks.task import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -161,14 +163,19 @@ def sentences_of(results: Sequence[DocumentResult]) -> list[TagPair]:
     return found
 
 
-def word_figures(sentences: Sequence[TagPair], num_labels: int) -> dict[str, float]:
-    """Accuracy and macro F1 over words."""
+def _words(sentences: Sequence[TagPair]) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
+    """The true and the predicted tags of all words (N,)."""
     import numpy as np
 
+    truth, predicted = (np.array([tag for pair in sentences for tag in pair[side]], dtype=np.int64) for side in (0, 1))
+    return truth, predicted
+
+
+def word_figures(sentences: Sequence[TagPair], num_labels: int) -> dict[str, float]:
+    """Accuracy and macro F1 over words."""
     from engine.tasks.metrics import label_figures
 
-    truth, predicted = (np.array([tag for pair in sentences for tag in pair[side]], dtype=np.int64) for side in (0, 1))
-    figures = label_figures(truth, predicted, num_labels)
+    figures = label_figures(*_words(sentences), num_labels)
     return {name: figures[name] for name in ("accuracy", "macro_f1")}
 
 
@@ -191,6 +198,17 @@ def _figures(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str
     if scheme is None:
         return {"f1": figures["macro_f1"], **figures}
     return _entity_figures(sentences, names, scheme) | figures
+
+
+def _report(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, Any]:
+    """A table by type of entity, found as conlleval finds them; of plain tags, by tag."""
+    from engine.tasks.label_tables import label_table
+    from engine.tasks.metrics import confusion_of
+
+    names, sentences = store.label_names, sentences_of(results)
+    if scheme_of(names) is None:
+        return {"tags": label_table(confusion_of(*_words(sentences), len(names)), names)}
+    return {"entities": kinds_table(*entities_of(sentences, names, lenient_entities))}
 
 
 def _entity_figures(sentences: Sequence[TagPair], names: Sequence[str], scheme: Scheme) -> dict[str, float]:
@@ -249,6 +267,7 @@ _FLAT = Task(
         "loss": "min",
     },
     best="f1",
+    report=_report,
     label_counts=tag_counts,
     predictions=tag_predictions,
     join=joined_tags,

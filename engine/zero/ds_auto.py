@@ -1,7 +1,8 @@
 """The values that ``"auto"`` stands for in a DeepSpeed JSON, and the blocks of it that are left out. Imports no torch.
 
 Batch sizes, clipping and the optimizer's numbers are the run file's. Bucket sizes follow from the model's hidden size,
-by the rule of transformers' Trainer. Half precision is bf16. Everything else has DeepSpeed's own default.
+by the rule of transformers' Trainer; but ZeRO-3 never gathers a small model, because every rank can hold its weights.
+Half precision is bf16. Everything else has DeepSpeed's own default.
 """
 
 import copy
@@ -15,11 +16,17 @@ from engine.arithmetic import is_hub_name
 from engine.config import RunConfig
 
 _HIDDEN_SIZES = ("hidden_size", "hidden_sizes", "d_model", "n_embd", "dim")
+_THRESHOLD = "stage3_param_persistence_threshold"
 _FROM_HIDDEN_SIZE: Mapping[str, Callable[[int], int]] = {
     "reduce_bucket_size": lambda size: size * size,
     "stage3_prefetch_bucket_size": lambda size: int(0.9 * size * size),
-    "stage3_param_persistence_threshold": lambda size: 10 * size,
+    _THRESHOLD: lambda size: 10 * size,
 }
+#: A model of so many parameters or fewer is small: the shipped configurations let ZeRO-3 keep as many gathered anyway.
+SMALL_MODEL_PARAMETERS = 500_000_000
+_NUMS_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+_NUMS_DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
+_INNER_SIZES = ("intermediate_size", "n_inner", "d_ff", "encoder_ffn_dim", "ffn_dim", "hidden_dim")
 #: Blocks that say of themselves that they are off are left out; other values of theirs are refused.
 _SWITCHED = ("amp", "tensorboard", "csv_monitor", "wandb", "comet", "elasticity", "autotuning", "data_efficiency")
 
@@ -54,13 +61,16 @@ def fill_autos(given: Mapping[str, Any], config: RunConfig, owned: Mapping[str, 
         known["zero_optimization.offload_optimizer.nvme_path"] = str(config.nvme_path)
     zero = filled.values.get("zero_optimization")
     if isinstance(zero, dict) and any(zero.get(key) == "auto" for key in _FROM_HIDDEN_SIZE):
-        size = hidden_size(config)
+        model = model_values(config)
+        size, count = hidden_size(model), _num_parameters(model)
         is_stage_3 = zero.get("stage") in (3, "auto")
         known |= {
             f"zero_optimization.{key}": rule(size)
             for key, rule in _FROM_HIDDEN_SIZE.items()
             if size is not None and (is_stage_3 or not key.startswith("stage3"))
         }
+        if is_stage_3 and count is not None and count <= SMALL_MODEL_PARAMETERS:
+            known[f"zero_optimization.{_THRESHOLD}"] = SMALL_MODEL_PARAMETERS
     _fill(filled, filled.values, "", known)
     return filled
 
@@ -97,11 +107,11 @@ def _fill(filled: Filled, section: dict[str, Any], prefix: str, known: Mapping[s
             filled.defaults.append(dotted)
 
 
-def hidden_size(config: RunConfig) -> int | None:
-    """The model's hidden size by its configuration, the largest of several; None where none is known here yet."""
+def model_values(config: RunConfig) -> Mapping[str, Any]:
+    """The model's configuration; empty where none is known here yet."""
     section = config.model
     if section.config is not None:
-        return _hidden_size_in(section.config)
+        return section.config
     folder = Path(section.path or "")
     file: Any = folder / "config.json"
     if not folder.is_dir() and is_hub_name(str(section.path)):
@@ -111,11 +121,12 @@ def hidden_size(config: RunConfig) -> int | None:
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
-        return None  # the model's own loader names the fault
-    return _hidden_size_in(values) if isinstance(values, dict) else None
+        return {}  # the model's own loader names the fault
+    return values if isinstance(values, dict) else {}
 
 
-def _hidden_size_in(values: Mapping[str, Any]) -> int | None:
+def hidden_size(values: Mapping[str, Any]) -> int | None:
+    """The hidden size, the largest of several; None without one."""
     for key in _HIDDEN_SIZES:
         found = values.get(key)
         if isinstance(found, list) and found and all(isinstance(size, int) for size in found):
@@ -123,4 +134,26 @@ def _hidden_size_in(values: Mapping[str, Any]) -> int | None:
         if isinstance(found, int):
             return found
     inner = values.get("text_config")
-    return _hidden_size_in(inner) if isinstance(inner, dict) else None
+    return hidden_size(inner) if isinstance(inner, dict) else None
+
+
+def _num_parameters(values: Mapping[str, Any]) -> int | None:
+    """About how many parameters a transformer has, by its configuration; None where that does not say enough.
+
+    Counted are embeddings, attention with as many heads of keys as of queries, and a gated network after it. A model
+    of several parts, or with experts, is none of these.
+    """
+    size, layers = hidden_size(values), _first_int(values, _NUMS_LAYERS)
+    vocabulary = values.get("vocab_size")
+    has_parts = any(isinstance(value, Mapping) and "model_type" in value for value in values.values())
+    if size is None or layers is None or not isinstance(vocabulary, int) or has_parts or "expert" in " ".join(values):
+        return None
+    inner = _first_int(values, _INNER_SIZES) or 4 * size
+    is_pair = values.get("is_encoder_decoder") is True
+    decoder_layers = (_first_int(values, _NUMS_DECODER_LAYERS) or layers) if is_pair else 0
+    attention, network = 4 * size * size, 3 * size * inner
+    return vocabulary * size * 2 + layers * (attention + network) + decoder_layers * (2 * attention + network)
+
+
+def _first_int(values: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    return next((values[key] for key in keys if isinstance(values.get(key), int)), None)

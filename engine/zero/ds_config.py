@@ -79,7 +79,7 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 def ds_config_notes(config: RunConfig, world_size: int) -> list[str]:
     """Lines about a JSON of the user's own: the values that "auto" stands for, and blocks that are left out."""
     if config.deepspeed in shipped_ds_configs():
-        return []  # its "auto" are the run file's values, and nothing else
+        return []  # its "auto" are the run file's values, and what is small enough to be never gathered
     filled, name = _filled(config, world_size), Path(config.deepspeed).name
     lines = filled.notes(name)
     if "bf16" not in filled.values and "torch_autocast" not in filled.values:
@@ -94,9 +94,9 @@ def _filled(config: RunConfig, world_size: int) -> Filled:
 def _owned_values(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The values that DeepSpeed gets of what the run file owns."""
     return {
-        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "train_micro_batch_size_per_gpu": config.batch.known_micro_rows,
         "gradient_accumulation_steps": 1,  # the loop accumulates: managed accumulation loses gradients under offload
-        "train_batch_size": config.batch.micro_rows * world_size,
+        "train_batch_size": config.batch.known_micro_rows * world_size,
         "gradient_clipping": config.optimizer.gradient_clipping,
     }
 

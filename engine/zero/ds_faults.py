@@ -131,10 +131,10 @@ def _precision(bf16: dict[str, Any], fp16: dict[str, Any]) -> Iterator[str]:
 
 def _owned(given: Mapping[str, Any], config: RunConfig, world_size: int) -> Iterator[str]:
     """Values that contradict the run file's. A JSON speaks of the whole job, as its user sees it."""
-    batch = StepBatch(config.global_rows, world_size, config.batch.micro_rows, config.batch.micro_tokens)
+    batch = StepBatch(config.global_rows, world_size, config.batch.known_micro_rows, config.batch.micro_tokens)
     accepted: Mapping[str, tuple[float, ...]] = {
         "train_batch_size": (config.global_rows,),
-        "train_micro_batch_size_per_gpu": (config.batch.micro_rows,),
+        "train_micro_batch_size_per_gpu": (config.batch.known_micro_rows,),
         "gradient_accumulation_steps": (batch.num_micro_batches, 1),  # 1 is what DeepSpeed gets
         "gradient_clipping": (config.optimizer.gradient_clipping,),
     }

@@ -187,6 +187,14 @@ class ZeroModel:
         ]
         return {"optimizer": type(optimizer).__name__, "groups": groups}
 
+    @property
+    def moment_bytes_to_come(self) -> int:
+        """Bytes on the device that the first update adds on this rank: none where the CPU updates, or after it."""
+        optimizer = self._optimizer.optimizer
+        if _is_cpu_adam(optimizer):
+            return 0
+        return sum(8 * buffer.numel() for buffer in self._master_buffers if buffer not in optimizer.state)
+
     def create_optimizer_state(self, steps: int) -> None:
         """Give every buffer zero moments and a count of `steps`, as after so many updates. All ranks call it."""
         optimizer = self._optimizer.optimizer

@@ -40,9 +40,15 @@ def describe_plan(run: Run, job: Job) -> str:
 
 
 def _batch_lines(config: RunConfig, num_ranks: int) -> list[str]:
-    batch = StepBatch(config.global_rows, num_ranks, config.batch.micro_rows, config.batch.micro_tokens)
+    batch = StepBatch(config.global_rows, num_ranks, config.batch.known_micro_rows, config.batch.micro_tokens)
     lines = [f"batch: a step takes {batch.text}, up to {config.global_rows * config.data.row_tokens:,} tokens"]
-    if batch.uneven_text:
+    if config.batch.micro_rows == "auto":
+        share = -(-config.global_rows // num_ranks)
+        lines[0] = (
+            f"batch: a step takes {config.global_rows} rows over {num_ranks} ranks, in micro-batches of as many rows "
+            f"as fit, up to {share} (batch.micro_rows: auto)"
+        )
+    elif batch.uneven_text:
         lines.append(f"  uneven: {batch.uneven_text}. Correct, but a multiple wastes nothing.")
     return lines
 

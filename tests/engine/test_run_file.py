@@ -75,7 +75,7 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
         (("steps: 3", "steps: 3.5"), "run.yaml:8: `duration.steps`: input should be a valid integer, not 3.5"),
         (("steps: 3", "steps: true"), "run.yaml:8: `duration.steps`: input should be a valid integer, not True"),
         (("steps: 3", "steps: 3, epochs: 2"), "run.yaml:8: `duration`: give exactly one of duration.steps and duration.epochs"),
-        (("task: causal_lm", "task: dancing"), "run.yaml:2: `task`: input should be 'causal_lm', 'sequence_classification', 'token_classification', 'semantic_roles', 'question_answering' or 'seq2seq_lm', not 'dancing'"),
+        (("task: causal_lm", "task: dancing"), "run.yaml:2: `task`: input should be 'causal_lm', 'sequence_classification', 'token_classification', 'semantic_roles', 'question_answering', 'masked_lm' or 'seq2seq_lm', not 'dancing'"),
         (("duration: {steps: 3}\n", ""), "run.yaml: `duration` is missing"),
         (("duration:", "duration: {steps: 3}\nduration:"), "run.yaml:9: `duration` is given twice (first on line 8)"),
         (("some/model", "!!python/name:os.system x"), "run.yaml:4: tags such as tag:yaml.org,2002:python/name:os.system are not allowed"),
@@ -140,7 +140,7 @@ model:
         [
             "run.yaml:1: unknown key `run_dr`; did you mean `run_dir`?",
             "run.yaml:2: `task`: input should be 'causal_lm', 'sequence_classification', 'token_classification', "
-            "'semantic_roles', 'question_answering' or 'seq2seq_lm', not 'causal_ml'; did you mean causal_lm?",
+            "'semantic_roles', 'question_answering', 'masked_lm' or 'seq2seq_lm', not 'causal_ml'; did you mean causal_lm?",
             "run.yaml:3: unknown key `optimizer.weight_decy`; did you mean `optimizer.weight_decay`?",
             "run.yaml:3: `optimizer.learning_rate`: input should be a valid number, not 'fast'",
             "run.yaml:4: `data.row_tokens`: input should be greater than 0, not -1",

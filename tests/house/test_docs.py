@@ -115,6 +115,8 @@ def test_every_key_of_the_data_section_is_explained() -> None:
         "docs/tensorboard.md",
         "docs/slurm.md",
         "docs/export.md",
+        "docs/predict.md",
+        "docs/running.md",
         "docs/import.md",
         "docs/nvme.md",
         "docs/doctor.md",

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 ROOMS = {
     "launcher": "cli commands doctor start batch supervision ssh job known_models check_system recipes",
     "engine": (
-        "__main__ inference setup deepspeed_import train evaluate figures export run_folder run_file run_faults step checkpoint zero run_log goodput ranks model fit"
+        "__main__ inference setup deepspeed_import train evaluate figures export run_folder run_file run_faults step micro_rows checkpoint zero run_log goodput ranks model fit"
         " config micro_batches row_stream tasks batches tensor_files file_modes finding arithmetic secrets_in_text errors"
     ),
     "data_prep": (

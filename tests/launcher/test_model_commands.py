@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from data_fixtures import bert_vocabulary, byte_level_folder, sentences, write_jsonl
+from repository import ROOT
 from sklearn.metrics import accuracy_score, f1_score
 
 from data_prep.tokenizer.open import open_tokenizer
@@ -124,6 +127,24 @@ def test_labels_that_the_model_has_not_are_an_error_or_count_as_wrong(
     assert main(["eval", str(classifier), "--data", str(source), "data.unknown_labels=count_wrong"]) == 0
     shown = dict(line.split() for line in capfd.readouterr().out.splitlines())
     assert float(shown["accuracy"]) <= 6 / 7 and shown["targets"] == "6"
+
+
+def test_the_commands_of_the_page_run(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """docs/predict.md: its records, and the first command of each section."""
+    page = (ROOT / "docs" / "predict.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    held, new = (body for kind, body in blocks if kind == "json")
+    commands = [line for kind, body in blocks if not kind for line in body.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    Path("held.jsonl").write_text(held, encoding="utf-8")
+    Path("new.jsonl").write_text(new, encoding="utf-8")
+    Path("model").symlink_to(classifier)
+    for name in ("eval", "predict"):
+        assert main(shlex.split(next(line for line in commands if line.startswith(f"fulltune {name} ")))[1:]) == 0
+    assert re.search(r"^accuracy +[01](\.5)?$", capfd.readouterr().out, re.MULTILINE)
+    assert [one["id"] for one in objects(Path("answers.jsonl"))] == ["a", "new.jsonl:2"]
 
 
 def test_models_and_options_that_cannot_be_meant(

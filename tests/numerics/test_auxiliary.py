@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from equivalence_cases import make_model, memory_store
+from equivalence_cases import make_model
+from memory_stores import memory_store
 
 from engine.batches import Batch
 from engine.errors import DataError

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from equivalence_cases import MemoryRows, memory_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_stores import MemoryRows, memory_store
 
 from data_prep.rows.pack import pack_rows
 from data_prep.token_store import RowSource

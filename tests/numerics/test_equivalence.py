@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from equivalence_cases import GLOBAL_ROWS, cases, documents_a_row, memory_store, reference_gradients, task_of
+from equivalence_cases import GLOBAL_ROWS, cases, documents_a_row, reference_gradients, task_of
+from memory_stores import memory_store
 from ranks import run_ranks
 from repository import WORKERS
 from safetensors.torch import load_file

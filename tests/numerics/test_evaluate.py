@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from equivalence_cases import Case, QuestionStore, make_model, memory_store, reference_gradients
+from equivalence_cases import Case, make_model, reference_gradients
+from memory_stores import QuestionStore, memory_store
 from ranks import run_ranks
 from repository import WORKERS
 

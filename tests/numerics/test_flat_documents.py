@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from head_cases import FLAT, PADDED, config_of, head_model, head_store, padded_form, padded_inputs
+from head_cases import FLAT, PADDED, config_of, has_head, head_model, head_store, padded_form, padded_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batches import flat_batch
 from engine.errors import DataError
 from engine.model.attention import document_borders
-from engine.model.attention_groups import Rule, by_groups, group_lengths
+from engine.model.attention_groups import Rule, by_documents, by_groups, group_lengths
 from engine.model.isolation import check_isolation, find_leak, fit_to_rows
 from engine.tasks import TASKS
 from engine.tasks.forward import document_logits, model_inputs
@@ -59,9 +59,7 @@ def test_logits_of_each_document_equal_the_stock_model_on_a_padded_batch(family:
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("family", FLAT)
 def test_families_whose_documents_stay_apart_have_flat_batches(family: str, name: str) -> None:
-    try:
-        TASKS[name].auto_class(config_of(family))._model_mapping[type(config_of(family))]
-    except KeyError:
+    if not has_head(family, name):
         pytest.skip("the family has no such head")
     task = fit_to_rows(config_of(family), TASKS[name], padded_form(name))
     assert task is TASKS[name] and task.packs and task.why_padded == ""
@@ -122,18 +120,18 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 @given(
     st.lists(st.one_of(st.integers(1, 12), st.integers(1, 90)), min_size=1, max_size=40),
-    st.booleans(), st.sampled_from([None, 1, 3, 8]), st.sampled_from([2, 4]),
+    st.booleans(), st.sampled_from([None, 1, 3, 8]), st.sampled_from([2, 4]), st.sampled_from([by_documents, by_groups]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_groups_of_documents_compute_attention_inside_each_document(
-    lengths: list[int], is_causal: bool, window: int | None, key_heads: int
+def test_attention_stays_inside_each_document(
+    lengths: list[int], is_causal: bool, window: int | None, key_heads: int, attend: Any
 ) -> None:
     generator = torch.Generator().manual_seed(len(lengths))
     query, key, value = (
         torch.randn((1, heads, sum(lengths), 8), generator=generator) for heads in (4, key_heads, key_heads)
     )
     rule = Rule(is_causal, window, None, 0.0)
-    together = by_groups(query, key, value, document_borders(lengths), rule).transpose(0, 1).split(lengths, dim=1)
+    together = attend(query, key, value, document_borders(lengths), rule).transpose(0, 1).split(lengths, dim=1)
     parts = (tensor[0].split(lengths, dim=1) for tensor in (query, key, value))
     for ours, *inputs in zip(together, *parts, strict=True):
         torch.testing.assert_close(ours, plain_attention(*inputs, rule), rtol=1e-4, atol=1e-5)

@@ -106,6 +106,10 @@ def test_every_shipped_configuration_trains_alike(results: dict[str, Any]) -> No
         np.testing.assert_allclose(values, losses["zero3_offload"], rtol=2e-3)
 
 
+def test_trials_of_micro_batches_change_nothing(results: dict[str, Any]) -> None:
+    assert results["trials"] == {"zero3_offload": 2, "zero3_bf16": 2, "zero2_bf16": 2}
+
+
 def test_dropout_is_a_function_of_the_step(results: dict[str, Any]) -> None:
     same, again, other_step, none = results["dropout"]["losses"]
     assert same == again

@@ -224,6 +224,32 @@ def test_a_rank_without_rows_has_a_loss_of_zero_with_a_gradient(data: tuple[Toke
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("ranks", "micro_rows"), [(1, 3), (2, 2), (3, 1), (4, 8)])
+def test_a_gradient_is_the_same_for_any_split_of_rows(
+    data: tuple[TokenStore, Rows], ranks: int, micro_rows: int
+) -> None:
+    """The losses of all parts together, divided by the masked tokens that each rank counts for itself."""
+    store, index = data
+    torch.manual_seed(6)
+    model = transformers.AutoModelForMaskedLM.from_config(transformers.BertConfig(vocab_size=store.vocab_size, **SIZE))
+    model.eval()
+    rows, draw, form = np.arange(30, 41), Draw(7, 5), FORMS["padded"]
+    whole = form.batch(store, index, rows, 0, draw)
+    labels = torch.full((whole.input_ids.numel(),), -100)
+    labels[whole.target_positions] = whole.target_ids
+    inputs = {"input_ids": whole.input_ids, "attention_mask": whole.attention_mask}
+    stock = model(**inputs, labels=labels.view(whole.input_ids.shape)).loss  # a mean over all masked tokens
+    expected = torch.autograd.grad(stock, list(model.parameters()))
+    assert form.count_targets is not None
+    num_targets = form.count_targets(store, index, rows, draw)
+    for micro_batch in split_rows(index, rows, ranks, MicroBatches(micro_rows)):
+        for own in micro_batch:
+            loss = form.loss(model, form.batch(store, index, own, 0, draw), LossOptions()).loss_sum
+            (loss / num_targets).backward()  # type: ignore[no-untyped-call]
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_results_belong_to_their_documents(data: tuple[TokenStore, Rows]) -> None:
     store, index = data
     config = transformers.BertConfig(vocab_size=store.vocab_size, **SIZE)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from equivalence_cases import QuestionStore, make_model, memory_store, window_loss
+from equivalence_cases import make_model, window_loss
+from memory_stores import QuestionStore, memory_store
 
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.isolation import check_isolation, fit_to_rows

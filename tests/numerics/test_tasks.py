@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence_cases import fitting_task, make_model, memory_store, task_of
+from equivalence_cases import fitting_task, make_model, task_of
+from memory_stores import memory_store
 
 from engine.errors import DataError
 from engine.model.attention import register_packed_attention

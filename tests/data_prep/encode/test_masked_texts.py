@@ -16,7 +16,7 @@ from data_prep.errors import DataConfigError, UnusableError
 from data_prep.prepare import prepare
 from data_prep.token_store import TokenStore, open_rows
 from data_prep.tokenizer.open import open_tokenizer
-from data_prep.tokenizer.word_starts import word_starts
+from data_prep.tokenizer.word_borders import word_begins
 
 
 def section(folder: Path, texts: list[str], **more: Any) -> dict[str, Any]:
@@ -99,13 +99,13 @@ def test_a_text_without_a_known_word_is_an_error_and_a_tokenizer_without_a_mask_
 def test_other_tasks_still_refuse_to_split(tmp_path: Path) -> None:
     values = section(tmp_path, ["the river"])
     with pytest.raises(DataConfigError, match=r"data.overlong: split would cut"):
-        prepare(DataConfig.model_validate(values), values, "token_classification", progress=False)
+        prepare(DataConfig.model_validate(values), values, "sequence_classification", progress=False)
 
 
 def starts_of(tokenizer: Tokenizer, text: str) -> list[str]:
     """The words of a text, as its characters."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    starts = word_starts(text, encoding.offsets, encoding.word_ids)
+    starts = word_begins(text, encoding.offsets, encoding.word_ids)
     borders = [encoding.offsets[place][0] for place in np.flatnonzero(starts)] + [len(text)]
     return [text[begin:stop] for begin, stop in pairwise(borders)]
 

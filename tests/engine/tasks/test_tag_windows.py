@@ -106,6 +106,9 @@ def test_plain_tags_have_accuracy_and_macro_f1_only(tmp_path: Path) -> None:
     results = results_of(store, rows, "token_classification", small_model("bert", store), lambda tags: tags * 0)
     figures = TASKS["token_classification"].figures(results, store)
     assert set(figures) == {"f1", "accuracy", "macro_f1"}
+    assert TASKS["token_classification"].report is not None
+    table = TASKS["token_classification"].report(results, store)["tags"]
+    assert isinstance(table, str) and table.split("\n")[1].split() == ["NOUN", "0.3333", "1.0000", "0.5000", "1"]
     assert figures["accuracy"] == 1 / 3 and figures["f1"] == figures["macro_f1"] == pytest.approx(0.5 / 3)
 
 
@@ -186,6 +189,15 @@ def test_figures_of_roles_leave_the_verb_out(tmp_path: Path) -> None:
     # Four arguments without the verbs; three are found, and one word is given the wrong role.
     assert figures["arguments"] == 4 and figures["precision"] == figures["recall"] == figures["f1"] == 0.75
     assert figures["accuracy"] == 7 / 8
+    assert TASKS["semantic_roles"].report is not None
+    table = TASKS["semantic_roles"].report(results, store)["arguments"]
+    assert isinstance(table, str)
+    lines = [line.split() for line in table.split("\n")[1:]]
+    assert lines == [
+        ["ARG0", "1.0000", "1.0000", "1.0000", "2"],
+        ["ARG1", "0.5000", "1.0000", "0.6667", "1"],
+        ["ARG2", "0.0000", "0.0000", "0.0000", "1"],
+    ]
 
 
 def test_spans_of_roles_are_found_whole(tmp_path: Path) -> None:

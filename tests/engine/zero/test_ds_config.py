@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import RunConfig
 from engine.errors import ConfigError, MissingInputError
-from engine.zero.ds_auto import hidden_size
+from engine.zero.ds_auto import hidden_size, model_values
 from engine.zero.ds_config import (
     ds_config_notes,
     needs_async_io,
@@ -43,8 +43,9 @@ def resolve(
 
 
 @pytest.mark.parametrize("name", shipped_ds_configs())
-def test_every_shipped_configuration_resolves(name: str) -> None:
-    resolved = resolve_ds_config(config(name, "/ssd"), world_size=2)
+def test_every_shipped_configuration_resolves(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 40}')
+    resolved = resolve_ds_config(config(name, "/ssd", str(tmp_path)), world_size=2)
     assert resolved["bf16"] == {"enabled": True}
     assert resolved["communication_data_type"] == "fp32"
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
@@ -52,6 +53,9 @@ def test_every_shipped_configuration_resolves(name: str) -> None:
     if name == "zero3_offload_nvme":
         assert expected["offload_optimizer"]["nvme_path"] == "auto"
         expected["offload_optimizer"]["nvme_path"] = "/ssd"
+    if name.startswith("zero3"):
+        assert expected["stage3_param_persistence_threshold"] == "auto"
+        expected["stage3_param_persistence_threshold"] = 400
     assert resolved["zero_optimization"] == expected
     assert resolved["managed_gradient_accumulation"] is False
     assert offloads_optimizer(resolved) == ("offload" in name)
@@ -261,6 +265,30 @@ def test_the_jsons_of_other_trainers_resolve(tmp_path: Path, name: str) -> None:
             assert resolved["zero_optimization"][key] == value
 
 
+SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 30522}
+LARGE = {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5504, "vocab_size": 32000}
+WIDE_VOCABULARY = SMALL | {"vocab_size": 700_000}
+EXPERTS = SMALL | {"num_experts": 8}
+PARTS = SMALL | {"vision_config": {"model_type": "clip"}}
+UNKNOWN = {"hidden_size": 384}
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold"),
+    [(SMALL, 500_000_000), (LARGE, 20480), (WIDE_VOCABULARY, 3840), (EXPERTS, 3840), (PARTS, 3840), (UNKNOWN, 3840)],
+    ids=["small", "large", "wide vocabulary", "experts", "parts", "unknown"],
+)
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero3_offload_optimizer", "zero3_offload_nvme"])
+def test_zero3_gathers_no_model_that_every_rank_can_hold(
+    tmp_path: Path, name: str, values: dict[str, Any], threshold: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    run = config(name, str(tmp_path) if "nvme" in name else None, str(tmp_path))
+    resolved = resolve_ds_config(run, 2)
+    assert resolved["zero_optimization"]["stage3_param_persistence_threshold"] == threshold
+    assert ds_config_notes(run, 2) == []
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_auto_and_every_block_left_out_is_said(tmp_path: Path, name: str) -> None:
     (tmp_path / "m").mkdir()
@@ -300,7 +328,7 @@ def test_every_auto_and_every_block_left_out_is_said(tmp_path: Path, name: str) 
 def test_the_hidden_size_of_a_model(tmp_path: Path, model: dict[str, Any] | None, size: int | None) -> None:
     if model is not None:
         (tmp_path / "config.json").write_text(json.dumps(model))
-    assert hidden_size(config("zero3", model=str(tmp_path))) == size
+    assert hidden_size(model_values(config("zero3", model=str(tmp_path)))) == size
 
 
 def test_without_a_hidden_size_deepspeed_has_its_own_defaults(tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from equivalence_cases import MemoryRows, MemoryStore, memory_store, window_loss
+from equivalence_cases import window_loss
+from memory_stores import MemoryRows, MemoryStore, memory_store
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.config import RunConfig
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.row_stream import stream_rows
 from engine.tasks import TASKS
-from engine.tasks.task import Task
+from engine.tasks.task import Draw, Task
 
 STEPS, GLOBAL_ROWS, SEED = 20, 7, 5
 LEARNING_RATE, BETAS, DECAY, CLIPPING = 1e-3, (0.9, 0.99), 0.1, 1.0
@@ -68,6 +69,12 @@ PADDED: dict[str, tuple[type, dict[str, Any]]] = {
 def config_of(family: str) -> Any:
     kind, values = (FLAT | PADDED)[family]
     return kind(**values)
+
+
+def has_head(family: str, name: str) -> bool:
+    """True if transformers has a head of the family for a task."""
+    config = config_of(family)
+    return type(config) in TASKS[name].auto_class(config)._model_mapping
 
 
 def head_model(family: str, task: Task) -> Any:
@@ -135,7 +142,7 @@ def plain_losses(family: str, name: str) -> list[float]:
     losses = []
     for step in range(STEPS):
         used = stream_rows(step * GLOBAL_ROWS, GLOBAL_ROWS, rows.sources, SEED)
-        loss = _plain_loss(model, name, store, used)
+        loss = _plain_loss(model, name, store, used, step + 1)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIPPING)
@@ -144,15 +151,29 @@ def plain_losses(family: str, name: str) -> list[float]:
     return losses
 
 
-def _plain_loss(model: Any, name: str, store: MemoryStore, used: np.ndarray) -> torch.Tensor:
+def _plain_loss(model: Any, name: str, store: MemoryStore, used: np.ndarray, step: int) -> torch.Tensor:
     if name == "question_answering":
         return torch.stack([window_loss(model, store, int(document)) for document in used]).mean()
+    if name == "masked_lm":
+        return _masked_loss(model, store, used, step)
     inputs = padded_inputs(model, store, used, pairs=name == "sequence_classification")
     logits = model(**inputs).logits
     if name == "sequence_classification":
         return F.cross_entropy(logits, torch.from_numpy(store.labels[used]).long())
     tags = pad_sequence([torch.from_numpy(store.tags[row]).long() for row in used], True, -1)
     return F.cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=-1)
+
+
+def _masked_loss(model: Any, store: MemoryStore, used: np.ndarray, step: int) -> torch.Tensor:
+    """A document at a time, with the masks that are drawn for it."""
+    _, rows = head_store("masked_lm")
+    total, count = torch.zeros(()), 0
+    for row in used:
+        batch = padded_form("masked_lm").batch(store, rows, np.array([row]), 0, Draw(SEED, step))
+        logits = model(batch.input_ids, attention_mask=torch.ones_like(batch.input_ids)).logits[0]
+        total = total + F.cross_entropy(logits[batch.target_positions], batch.target_ids, reduction="sum")
+        count += len(batch.target_ids)
+    return total / count
 
 
 def padded_inputs(model: Any, store: MemoryStore, used: np.ndarray, pairs: bool) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from equivalence_cases import BETA1, Case, case_config, cases, documents_a_row, fitting_task, make_model, memory_store
+from equivalence_cases import BETA1, Case, case_config, cases, documents_a_row, fitting_task, make_model
+from memory_stores import memory_store
 from safetensors.torch import save_file
 
 from engine.checkpoint.save import Owner

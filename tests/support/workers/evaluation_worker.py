@@ -9,7 +9,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from equivalence_cases import Case, case_config, make_model, memory_store
+from equivalence_cases import Case, case_config, make_model
+from memory_stores import memory_store
 
 from data_prep.token_store import RowSource
 from engine.errors import NumericalStopError

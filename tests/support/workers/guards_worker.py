@@ -11,7 +11,8 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from equivalence_cases import Case, MemoryStore, case_config, make_model, memory_store
+from equivalence_cases import Case, case_config, make_model
+from memory_stores import MemoryStore, memory_store
 from safetensors.torch import load_file
 
 from data_prep.token_store import StoreError, TokenStore, open_rows
@@ -19,6 +20,7 @@ from engine.checkpoint.save import Owner, save_checkpoint
 from engine.checkpoint.schedule import Saves
 from engine.config import ModelSection, RunConfig
 from engine.errors import NumericalStopError
+from engine.micro_rows import longest_rows, try_rows
 from engine.model.attention import register_packed_attention
 from engine.model.build import StoreFacts, build_model
 from engine.model.starting_weights import StartingWeights
@@ -35,7 +37,7 @@ from engine.zero.wrap import fill, wrap
 def training_of(case: Case, out_dir: Path, ranks, model: Any = None, **changes: Any) -> Training:
     store, rows = memory_store(case.task)
     config = case_config(case, out_dir).model_copy(update=changes)
-    model = model or make_model(case.family, packed=case.task == "causal_lm")
+    model = model or make_model(case.family, packed=config.trained_task.packs)
     return training_on(config, model, StartingWeights.of(model), store, rows, ranks)
 
 
@@ -186,6 +188,31 @@ def shipped(out_dir: Path, ranks) -> dict[str, Any]:
     return losses
 
 
+def trials(out_dir: Path, ranks) -> dict[str, Any]:
+    """Two steps with trials of micro-batches before them, and without: are the masters bit-equal on every rank?"""
+    result = {}
+    for name, case in {
+        "zero3_offload": Case("guards"), "zero3_bf16": Case("guards", bf16=True, offload=False),
+        "zero2_bf16": Case("guards", stage=2, offload=False, bf16=True),
+    }.items():  # fmt: skip
+        after = []
+        for sizes in ((), (1, 2, 4)):
+            training = training_of(case, out_dir, ranks)
+            start = masters(training)
+            for size in sizes:
+                rows = longest_rows(training.rows, size)
+                try_rows(training.zero, training.store, training.rows, rows, ranks)
+            unchanged = torch.equal(start, masters(training)) and training.zero.engine.global_steps == 0
+            progress = Progress()
+            for _ in range(2):
+                train_step(training, progress, StopSignal())
+            after.append(masters(training))
+            training.zero.engine.destroy()
+        same = unchanged and torch.equal(*after) and not torch.equal(start, after[0])
+        result[name] = sum(part[0] for part in ranks.gather([int(same)]))
+    return result
+
+
 def golden(out_dir: Path, ranks) -> dict[str, Any]:
     """Losses and gradient norms of eight real steps in fp32, for one model of each task."""
     results: dict[str, Any] = {}
@@ -265,6 +292,7 @@ def main() -> None:
             fp32_masters,
             dropout,
             shipped,
+            trials,
             golden,
             new_rows,
         )

@@ -15,7 +15,7 @@ _BLANKS = np.array([ord(blank) for blank in " \t\n\r\u00a0\u2581"], dtype=np.uin
 _LONGEST_WORD = 16
 
 
-def word_starts(text: str, offsets: Sequence[tuple[int, int]], words: Sequence[int | None]) -> np.ndarray:
+def word_begins(text: str, offsets: Sequence[tuple[int, int]], words: Sequence[int | None]) -> np.ndarray:
     """bool [tokens]: which tokens of `text` begin a word.
 
     `offsets` [tokens] are their characters [start, stop), `words` [tokens] the numbers of the pre-tokenizer's words.
@@ -37,7 +37,8 @@ def word_starts(text: str, offsets: Sequence[tuple[int, int]], words: Sequence[i
     starts[0] = True
     begins = np.flatnonzero(starts)
     inside = np.arange(len(starts)) - np.repeat(begins, np.diff(begins, append=len(starts)))
-    return starts | (inside % _LONGEST_WORD == 0)
+    begun: np.ndarray = starts | (inside % _LONGEST_WORD == 0)
+    return begun
 
 
 def _is_without_blanks(codes: np.ndarray) -> np.ndarray:
