@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.token_store import Rows, TokenStore, open_rows, resolve_store
-from engine.config import EvaluationSection, RunConfig, configured_task
+from engine.config import RunConfig
 from engine.errors import ConfigError, DataError, MissingInputError
 from engine.tasks.metrics import SCOPE_METRICS
 from engine.tasks.task import Task
@@ -64,15 +64,8 @@ def _task_on(config: RunConfig, stores: Mapping[str, TokenStore]) -> Task:
     faults = [*_setting_faults(config, task, stores["train"])]
     if faults:
         raise ConfigError("\n".join(faults))
-    return task_on_store(config.task, config.evaluation, stores["train"])
-
-
-def task_on_store(name: str, evaluation: EvaluationSection, store: TokenStore) -> Task:
-    """A task that can be trained as it is on a store, with the settings that a run file has for its evaluations."""
-    task, label = configured_task(name, evaluation).on(store), evaluation.out_of_scope_label
-    if task.out_of_scope is None or label is None or label not in store.label_names:
-        return task
-    return task.out_of_scope(task, label)
+    label = config.evaluation.out_of_scope_label
+    return task if label is None or task.out_of_scope is None else task.out_of_scope(task, label)
 
 
 def _setting_faults(config: RunConfig, task: Task, store: TokenStore) -> Iterator[str]:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.token_store import TokenStore, open_rows
-from engine.config import EvaluationSection
+from engine.config import EvaluationSection, configured_task
 from engine.errors import DataError
-from engine.figures import Entry, Show, figures_of
-from engine.fit.stores import task_on_store
+from engine.figures import Entry, figures_of
 from engine.tasks.task import Task
 
 PLAN_NAME = "plan.json"
@@ -33,9 +32,14 @@ class Plan:
     workers: int = 1
     evaluation: dict[str, Any] = field(default_factory=dict)  # that section of a run file
 
-    def task_on(self, store: TokenStore) -> Task:
-        """The task as it is on the plan's store, with the settings of its evaluations."""
-        return task_on_store(self.task, EvaluationSection.model_validate(self.evaluation), store)
+    def settled_task(self, store: TokenStore) -> Task:
+        """The task as it is on `store`, with the settings of its evaluations. DataError for a store without targets."""
+        section = EvaluationSection.model_validate(self.evaluation)
+        task, label = configured_task(self.task, section).on(store), section.out_of_scope_label
+        for column, fault in task.columns.items():
+            if column not in store.columns:
+                raise DataError(f"{store.path}: {fault}")
+        return task if label is None or task.out_of_scope is None else task.out_of_scope(task, label)
 
     def write(self, folder: Path) -> None:
         """Write the plan into the folder that its processes work in."""
@@ -57,15 +61,21 @@ def error_path(folder: Path, number: int) -> Path:
     return folder / f"error-{number}.json"
 
 
-def read_figures(plan: Plan, folder: Path, show: Show | None = None) -> dict[str, float]:
-    """The figures of the whole store, from the parts of all processes; `show`, and errors, as `figures_of`."""
+def read_figures(plan: Plan, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures of the whole store, from the parts of all processes, and the task's tables of them by name.
+
+    NumericalStopError as `figures_of`.
+    """
     entries: list[Entry] = []
     for number in range(plan.workers):
         with part_path(folder, number).open(encoding="utf-8") as file:
             entries += [_entry(json.loads(line)) for line in file]
     store = TokenStore.open(Path(plan.store))
-    in_order = sorted(entries, key=lambda entry: entry[:2])
-    return figures_of(in_order, plan.task_on(store), store, open_rows(store, plan.row_tokens), show)
+    entries.sort(key=lambda entry: entry[:2])
+    shown: dict[str, Any] = {}
+    rows, task = open_rows(store, plan.row_tokens), plan.settled_task(store)
+    figures = figures_of(entries, task, store, rows, shown.update)
+    return figures, {name: text for name, text in shown.items() if isinstance(text, str)}
 
 
 def _entry(values: list[Any]) -> Entry:
@@ -83,7 +93,7 @@ class Predictions:
         self._part = np.full(num_documents, -1, dtype=np.int32)
         self._offset = np.zeros(num_documents, dtype=np.int64)
         self._files = [part_path(folder, number).open("rb") for number in range(plan.workers)]
-        self._join = plan.task_on(store).join
+        self._join = plan.settled_task(store).join
         for number, file in enumerate(self._files):
             for document, offset in _places(file):
                 self._part[document], self._offset[document] = number, offset

@@ -53,7 +53,7 @@ def _work(plan: Plan, folder: Path, number: int, progress: IO[str]) -> None:
     multiply_bf16_in_fp32()
     store = TokenStore.open(Path(plan.store))
     rows = open_rows(store, plan.row_tokens)
-    model = load_model(plan.model, plan.task_on(store), plan.one_document_a_row, store, rows, device)
+    model = load_model(plan.model, plan.settled_task(store), plan.one_document_a_row, store, rows, device)
     task = model.task
     groups = groups_of_sources(rows, MicroBatches(plan.micro_rows, plan.micro_tokens, not task.packs))
     with part_path(folder, number).open("w", encoding="utf-8") as part, torch.no_grad():
