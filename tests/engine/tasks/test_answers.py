@@ -103,6 +103,14 @@ def test_squad_with_unanswerable_questions(rows: list[tuple[str, list[str], floa
     assert len(figures) == 10
 
 
+def test_questions_with_equal_margins_are_on_one_side_of_every_threshold() -> None:
+    """The first of them is right with an answer, the others without: all without is best."""
+    rows = [("ox", ["ox"]), ("ox", []), ("ox", [])]
+    figures = answer_figures([scored(text, golds, 0.5, "en", may_lack=True) for text, golds in rows], 0.0)
+    assert figures["best_f1"] == figures["best_exact_match"] == pytest.approx(2 / 3)
+    assert figures["best_f1_threshold"] < 0.5
+
+
 def test_a_true_answer_of_articles_alone_is_one_for_the_first_script_and_none_for_the_second() -> None:
     assert scored("a", ["The"], 0.0, "en", may_lack=False) == Scored(True, 0.0, (1.0, 1.0), (0.0, 0.0))
     assert scored("a", ["The"], 0.0, "en", may_lack=True) == Scored(False, 0.0, (1.0, 1.0), (1.0, 1.0))
