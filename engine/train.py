@@ -1,6 +1,6 @@
 """The training loop: what happens in which order around the steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -13,6 +13,7 @@ from engine.ranks import heartbeat
 from engine.ranks.stop import StopSignal
 from engine.run_log import RunLog
 from engine.step import Progress, StepDroppedError, Training, train_step
+from engine.tasks.task import Task
 
 
 def train(training: Training, progress: Progress, log: RunLog, stop: StopSignal) -> None:
@@ -157,11 +158,16 @@ def _evaluate(training: Training, progress: Progress, log: RunLog, stop: StopSig
         tokens = None if micro_rows else batch.micro_tokens
         size = MicroBatches(micro_rows or batch.known_micro_rows, tokens, not task.packs)
         figures = evaluate(engine, task, store, rows, training.ranks, size, stop, partial(log.report, progress.step))
-    metric = training.best_metric
-    if figures is not None and metric not in figures:
+    if figures is not None:
+        check_metric(training.best_metric, figures, task)
+    return figures
+
+
+def check_metric(metric: str, figures: Mapping[str, float], task: Task) -> None:
+    """Raise ConfigError where an evaluation has no value for `metric`: of entities, say, where tags are plain."""
+    if metric not in figures:
         there = ", ".join(name for name in task.metrics if name in figures)
         raise ConfigError(f"evaluation.metric {metric} has no value with this data, which has {there}")
-    return figures
 
 
 def update_best(progress: Progress, value: float, mode: Literal["min", "max"], least_change: float = 0.0) -> None:

@@ -16,7 +16,14 @@ from data_prep.prepare import prepare
 from data_prep.rows.ledger import check_identities, ledger_table
 from data_prep.token_store import TokenStore
 
-TASKS = ("causal_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq_lm")
+TASKS = (
+    "causal_lm",
+    "sequence_classification",
+    "token_classification",
+    "semantic_roles",
+    "question_answering",
+    "seq2seq_lm",
+)
 WORD = [word.lower() for word in WORDS if word.isascii() and word.isalpha() and len(word) > 1]
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=3, max_size=8)
 
@@ -33,6 +40,8 @@ def record(task: str, number: int, first: int, second: int) -> dict[str, Any]:
             return {"text": text(first), "text_pair": text(second), "label": f"kind {number % 2}"}
         case "token_classification":
             return {"tokens": text(first).split(), "tags": [f"T{number % 2}"] * (first - 1) + ["T2"]}
+        case "semantic_roles":
+            return {"tokens": text(first).split(), "roles": ["A"] * (first - 1) + ["V"], "predicate": first - 1}
     return {"question": text(first), "context": text(second), "answers": []}
 
 

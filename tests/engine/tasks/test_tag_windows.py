@@ -6,13 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from data_fixtures import WORDS, bert_vocabulary, byte_level_folder, prepared, section, write_jsonl
 
 from data_prep.token_store import Rows, TokenStore
+from engine.errors import ConfigError
+from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.task_model import TaskModel
 from engine.tasks import TASKS
 from engine.tasks.task import STILL, DocumentResult, Output
+from engine.train import check_metric
 
 TAGS = ("O", "B-word", "I-word", "B-place", "I-place")
 LENGTHS = (3, 40, 1, 25, 60, 7)
@@ -34,14 +38,54 @@ def store_of(folder: Path, records: list[dict[str, Any]], task: str, **more: Any
     return prepared(values, task)
 
 
-def small_model(kind: str, store: TokenStore) -> Any:
+def small_model(kind: str, store: TokenStore, attention: str | None = None) -> Any:
     common: dict[str, Any] = {
         "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_labels": len(store.label_names), "pad_token_id": 0,
+        "num_attention_heads": 4, "num_labels": len(store.label_names), "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
     }  # fmt: skip
+    kinds = {
+        "bert": transformers.BertConfig, "roberta": transformers.RobertaConfig,
+        "modernbert": transformers.ModernBertConfig, "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config, "gpt2": transformers.GPT2Config,
+    }  # fmt: skip
+    if kind in ("llama", "qwen2"):
+        common |= {"num_key_value_heads": 2}
+    if kind == "gpt2":
+        common |= {"n_embd": 32, "n_layer": 2, "n_head": 4}
     torch.manual_seed(3)
-    config = transformers.BertConfig(**common) if kind == "bert" else transformers.LlamaConfig(**common)
-    return transformers.AutoModelForTokenClassification.from_config(config).eval()
+    options = {"attn_implementation": attention} if attention else {}
+    return transformers.AutoModelForTokenClassification.from_config(kinds[kind](**common), **options).eval()
+
+
+@pytest.mark.parametrize("name", ["token_classification", "semantic_roles"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "gpt2", "llama", "qwen2"])
+def test_windows_have_the_losses_of_the_stock_model_alone(family: str, name: str, tmp_path: Path) -> None:
+    """Flat and padded batches of windows in which every piece is a target."""
+    register_packed_attention()
+    records = sentences()
+    if name == "semantic_roles":
+        records = [{"tokens": one["tokens"], "roles": one["tags"], "predicate": 0} for one in records]
+    store, rows = store_of(tmp_path, records, name, overlong="split", tag_pieces="every")
+    stock = small_model(family, store)
+    flat = TASKS[name]
+    assert flat.padded is not None
+    packed = small_model(family, store, PACKED_ATTENTION)
+    chosen = np.array([3, 0, 5, 2])
+    expected = []
+    for row in chosen.tolist():
+        inputs = {"input_ids": torch.from_numpy(store.tokens(row).astype(np.int64))[None]}
+        if name == "semantic_roles" and family in ("bert", "roberta"):
+            types = store.token_column("predicate_types", row).astype(np.int64)
+            inputs["token_type_ids"] = torch.from_numpy(types)[None]
+        tags = torch.from_numpy(store.token_column("tags", row).astype(np.int64))
+        with torch.no_grad():
+            expected += F.cross_entropy(stock(**inputs).logits[0], tags, ignore_index=-1, reduction="none")[tags >= 0]
+    for task, model in ((flat, packed), (flat.padded, stock)):
+        batch = task.batch(store, rows, chosen, 0, STILL)
+        with torch.no_grad():
+            values = TaskModel(model, task)(batch).values
+        torch.testing.assert_close(values["losses"], torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 def results_of(store: TokenStore, rows: Rows, task: str, model: Any, guess: Any = None) -> list[DocumentResult]:
@@ -106,6 +150,10 @@ def test_plain_tags_have_accuracy_and_macro_f1_only(tmp_path: Path) -> None:
     results = results_of(store, rows, "token_classification", small_model("bert", store), lambda tags: tags * 0)
     figures = TASKS["token_classification"].figures(results, store)
     assert set(figures) == {"f1", "accuracy", "macro_f1"}
+    task = TASKS["token_classification"]
+    check_metric("accuracy", figures, task)
+    with pytest.raises(ConfigError, match="conll_f1 has no value with this data, which has f1, macro_f1, accuracy"):
+        check_metric("conll_f1", figures, task)
     assert TASKS["token_classification"].report is not None
     table = TASKS["token_classification"].report(results, store)["tags"]
     assert isinstance(table, str) and table.split("\n")[1].split() == ["NOUN", "0.3333", "1.0000", "0.5000", "1"]
