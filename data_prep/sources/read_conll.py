@@ -134,7 +134,7 @@ class _Words:
         if _ONE_COLUMN in self.header:
             raise BadDataError(
                 f"{path}:1: the roles of all predicates stand in one column ({_ONE_COLUMN}, version 2 of the Universal"
-                " PropBanks), which is not read; give files of version 1, or JSON lines with tokens, roles and predicate"
+                " PropBanks), which is not read; give version 1, or JSON lines with tokens, roles and predicate"
             )
         count = len(self.predicates())
         for row, line in zip(self.rows, self.places, strict=True):
