@@ -46,8 +46,9 @@ GOALS: Goals = {
     for data in ("sst2", "clinc")
     for name in CONFIGURATIONS
 }
+WORDS = "the of and to a in that is was he for it with as his on be at by i".split()
 #: The shape of MiniLM, for machines without its weights: as fast, and nothing else.
-RANDOM = {
+RANDOM: dict[str, Any] = {
     "model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
     "intermediate_size": 1536, "vocab_size": 30522,
 }  # fmt: skip
@@ -137,6 +138,17 @@ class Bench:
     configurations: tuple[str, ...]
 
 
+def minilm(folder: Path) -> Path | None:
+    """MiniLM, fetched into `folder`; None, which is said, where there is none to be had."""
+    command = [sys.executable, "-m", "launcher.cli", "model", "get", "minilm", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        print(f"MiniLM's weights cannot be had here, so random ones of its shape stand for them: {reason}", flush=True)
+        return None
+    return folder
+
+
 def sentences(data: Path, name: str) -> list[tuple[str, str]]:
     """Texts with labels: the real ones where they are, else made ones of the same lengths."""
     sst2, clinc = data / "classification/sst2/train.tsv", data / "classification/clinc150/data_small.json"
@@ -148,9 +160,8 @@ def sentences(data: Path, name: str) -> list[tuple[str, str]]:
     print(f"{name}: not in {data}, so made-up sentences of the same lengths stand for it", flush=True)
     rng = random.Random(name)  # noqa: S311
     mean, spread, labels = (19.3, 9.3, 2) if name == "sst2" else (8.4, 3.3, 150)  # words
-    words = "the of and to a in that is was he for it with as his on be at by i".split()
     lengths = [max(1, round(rng.gammavariate((mean / spread) ** 2, spread**2 / mean))) for _ in range(7000)]
-    return [(" ".join(rng.choices(words, k=length)), f"label {n % labels}") for n, length in enumerate(lengths)]
+    return [(" ".join(rng.choices(WORDS, k=length)), f"label {n % labels}") for n, length in enumerate(lengths)]
 
 
 def prepare(bench: Bench, name: str) -> tuple[Path, list[str]]:
@@ -162,6 +173,11 @@ def prepare(bench: Bench, name: str) -> tuple[Path, list[str]]:
     recipe = ROOT / "launcher" / "recipes" / "classify.yaml"
     model: dict[str, Any] = {"model.config": json.dumps(RANDOM)}
     tokenizer = bench.data / "tokenizers" / "bert_uncased_en" / "google_uncased_en_vocab.txt"
+    if not tokenizer.is_file():
+        tokenizer = folder / "vocab.txt"
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+        pieces += [f"[unused{number}]" for number in range(RANDOM["vocab_size"] - len(pieces))]
+        tokenizer.write_text("\n".join(pieces) + "\n", encoding="utf-8")
     if bench.model is not None:
         model = {"model.config": "null", "model.init": "pretrained", "model.path": bench.model}
         tokenizer = bench.model / "vocab.txt"
@@ -267,7 +283,7 @@ def main() -> None:
     samples = Path(os.environ.get("FULLTUNE_SAMPLES", ROOT.parent / "shared" / "data"))
     parser.add_argument("--quick", action="store_true", help="only the recipe, under four minutes, nothing recorded")
     parser.add_argument("--tiny", action="store_true", help="to see whether everything runs; the figures mean nothing")
-    parser.add_argument("--model", type=Path, help="MiniLM's folder; default: random weights of its shape")
+    parser.add_argument("--model", type=Path, help="MiniLM's folder; default: fetched")
     parser.add_argument("--data", type=Path, default=samples, help="folder with classification/ and tokenizers/")
     parser.add_argument("--configurations", nargs="*", choices=CONFIGURATIONS, help="default: all, with --quick none")
     parser.add_argument("--work", type=Path, help="where to train; default: a temporary folder")
@@ -282,7 +298,8 @@ def main() -> None:
     prebuild()
     with tempfile.TemporaryDirectory(prefix="fulltune-understanding-", dir=arguments.work) as temporary:
         rounds, seconds = (1, 4.0) if arguments.tiny else (4, 6.0) if arguments.quick else (6, 8.0)
-        bench = Bench(Path(temporary), arguments.model, arguments.data, rounds, seconds, tuple(configurations))
+        model = arguments.model or (None if arguments.tiny else minilm(Path(temporary) / "minilm"))
+        bench = Bench(Path(temporary), model, arguments.data, rounds, seconds, tuple(configurations))
         found = {data: measure(bench, data) for data in ("sst2", "clinc")}
         figures = figures_of(found)
         print_table(figures, GOALS)

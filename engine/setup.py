@@ -85,7 +85,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
         rows=rows, validation=stores.validation, total_steps=steps, must_match=must_match, may_change=may_change,
     )  # fmt: skip
     log.say(_summary(training, ds_config, progress))
-    if not task.packs:
+    if not (task.causal and task.packs):
         log.say(padding_line(training, progress))
     for change in changes(state["circumstances"], may_change) if state else []:
         log.say(f"changed since the checkpoint: {change}")

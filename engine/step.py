@@ -165,7 +165,9 @@ def plan_step(training: Training, progress: Progress) -> StepPlan:
 
 
 def padding_line(training: Training, progress: Progress) -> str:
-    """A line on why rows are padded and what that costs, from the first steps to come."""
+    """A line on why rows are padded and what that costs, from the first steps to come; or that they are not."""
+    if training.zero.task.packs:
+        return "the documents of a micro-batch are laid end to end, without padding"
     longest, tokens, positions = 0, 0, 0
     for number in range(min(_STEPS_LOOKED_AT, training.total_steps - progress.step)):
         ahead = progress.row_position + number * training.config.global_rows

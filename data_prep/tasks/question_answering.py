@@ -81,9 +81,9 @@ def encode(records: Sequence[Record], examples: Sequence[Example], context: Cont
     columns = {
         **block_of_documents([window.ids for window in windows], lines, context.id_type).columns,
         **ragged(_ANSWER_SPANS, [window.spans for window in windows], np.int32),
-        **ragged(_CONTEXT_TEXTS, [window.texts.context for window in windows], np.uint8),
+        **_texts_column(_CONTEXT_TEXTS, [window.texts.context for window in windows]),
         **ragged(_CONTEXT_OFFSETS, [window.texts.offsets for window in windows], np.uint32),
-        **ragged(_ANSWER_TEXTS, [window.texts.answers for window in windows], np.uint8),
+        **_texts_column(_ANSWER_TEXTS, [window.texts.answers for window in windows]),
         PAIR_STARTS.name: np.array([window.pair_start for window in windows], dtype=np.uint32),
         _QUESTIONS.name: np.repeat(np.arange(len(records), dtype=np.uint32), counts),
         _CONTEXT_FIRSTS.name: np.array([window.first for window in windows], dtype=np.uint32),
@@ -138,6 +138,12 @@ def _texts(one: QuestionExample, borders: Sequence[tuple[int, int]]) -> _Texts:
     places = byte_of[np.array(borders, dtype=np.int64).reshape(-1)].tolist()
     texts = dict.fromkeys(text for _, text in one.answers)
     return _Texts(one.context.encode(), places, b"".join(text.encode() + _TEXT_END for text in texts))
+
+
+def _texts_column(column: Column, texts: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """A ragged column of bytes, as `ragged` makes one of numbers."""
+    lengths = np.array([len(text) for text in texts], dtype=np.uint32)
+    return {column.name: np.frombuffer(b"".join(texts), dtype=np.uint8), column.lengths_name: lengths}
 
 
 def _without_blanks(text: str, start: int, stop: int) -> tuple[int, int]:

@@ -33,8 +33,13 @@ class Plan:
     evaluation: dict[str, Any] = field(default_factory=dict)  # that section of a run file
 
     def settled_task(self, store: TokenStore) -> Task:
-        """The task as it is on `store`, with the settings of its evaluations."""
-        return configured_task(self.task, EvaluationSection.model_validate(self.evaluation)).on(store)
+        """The task as it is on `store`, with the settings of its evaluations. DataError for a store without targets."""
+        section = EvaluationSection.model_validate(self.evaluation)
+        task, label = configured_task(self.task, section).on(store), section.out_of_scope_label
+        for column, fault in task.columns.items():
+            if column not in store.columns:
+                raise DataError(f"{store.path}: {fault}")
+        return task if label is None or task.out_of_scope is None else task.out_of_scope(task, label)
 
     def write(self, folder: Path) -> None:
         """Write the plan into the folder that its processes work in."""
@@ -56,16 +61,21 @@ def error_path(folder: Path, number: int) -> Path:
     return folder / f"error-{number}.json"
 
 
-def read_figures(plan: Plan, folder: Path) -> dict[str, float]:
-    """The figures of the whole store, from the parts of all processes. NumericalStopError as `figures_of`."""
+def read_figures(plan: Plan, folder: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures of the whole store, from the parts of all processes, and the task's tables of them by name.
+
+    NumericalStopError as `figures_of`.
+    """
     entries: list[Entry] = []
     for number in range(plan.workers):
         with part_path(folder, number).open(encoding="utf-8") as file:
             entries += [_entry(json.loads(line)) for line in file]
     store = TokenStore.open(Path(plan.store))
-    return figures_of(
-        sorted(entries, key=lambda entry: entry[:2]), plan.settled_task(store), store, open_rows(store, plan.row_tokens)
-    )
+    entries.sort(key=lambda entry: entry[:2])
+    shown: dict[str, Any] = {}
+    rows, task = open_rows(store, plan.row_tokens), plan.settled_task(store)
+    figures = figures_of(entries, task, store, rows, shown.update)
+    return figures, {name: text for name, text in shown.items() if isinstance(text, str)}
 
 
 def _entry(values: list[Any]) -> Entry:

@@ -55,19 +55,19 @@ _PLANS = WeakTensorKeyDictionary()
 def by_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, rule: Rule) -> Tensor:
     """query (1, H, N, D), key and value (1, K, N, D), borders (documents + 1,); returns (N, H, D)."""
     lengths = borders.diff().tolist()
-    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([_inside(*document, None, rule) for document in documents], dim=2)[0].transpose(0, 1)
+    documents = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_inside(q, k, v, None, rule) for q, k, v in documents], dim=2)[0].transpose(0, 1)
 
 
 def by_groups(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, rule: Rule) -> Tensor:
     """As `by_documents`, with few calls."""
-    plan: _Plan | None = _PLANS.get(borders)
-    if plan is None:
-        plan = _PLANS[borders] = _plan(borders)
+    if borders not in _PLANS:
+        _PLANS[borders] = _plan(borders)
+    plan: _Plan = _PLANS[borders]
     outputs = []
     for group in plan.groups:
-        output = _inside(*(_gather(tensor, group.tokens) for tensor in (query, key, value)), group.real, rule)
-        output = output.transpose(1, 2)
+        q, k, v = (_gather(tensor, group.tokens) for tensor in (query, key, value))
+        output = _inside(q, k, v, group.real, rule).transpose(1, 2)
         outputs.append(output.flatten(0, 1) if group.real is None else output[group.real])
     return torch.cat(outputs)[plan.places]
 
@@ -108,7 +108,7 @@ def _gather(tensor: Tensor, tokens: Tensor) -> Tensor:
     """(n, H, L, D) of tensor (1, H, N, D), for tokens (n, L)."""
     # Looked up as rows of a table, for which gradients add up in a fixed order on every device.
     rows = F.embedding(tokens, tensor[0].transpose(0, 1).flatten(1))
-    return rows.unflatten(2, (tensor.shape[1], -1)).transpose(1, 2)
+    return rows.view(*tokens.shape, tensor.shape[1], -1).transpose(1, 2)
 
 
 def _inside(query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, rule: Rule) -> Tensor:

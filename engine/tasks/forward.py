@@ -130,5 +130,6 @@ def _body(model: Any) -> nn.Module:
 
 
 def _means(hidden: Tensor, batch: Batch) -> Tensor:
-    """(D, H) of (T, H): the mean over each document's tokens."""
-    return torch.segment_reduce(hidden, "mean", lengths=batch.document_lengths, axis=0)
+    """(D, H) of (T, H): the mean over each document's tokens, added up in fp32."""
+    means = torch.segment_reduce(hidden.float(), "mean", lengths=batch.document_lengths, axis=0)
+    return means.to(hidden.dtype)

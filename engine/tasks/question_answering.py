@@ -211,13 +211,14 @@ def _predictions(output: Output, batch: "Batch", store: "TokenStore", options: A
     logits = output.values["logits"]
     documents = batch.columns["documents"].tolist()
     may_lack = not store.ragged_lengths("answer_texts")[store.column("context_firsts") == 0].all()
+    threshold = threshold_of(options, may_lack)
     objects = []
     best = _best_spans(logits, batch, options.max_tokens, options.n_best)
     for document, found, null in zip(documents, best, _null_scores(logits), strict=True):
         record = _first_window(store, document)
         spans = [_span(store, record, {"document": document, **one._asdict()}) for one in found]
         texts = [_text(store, record, span) for span in spans]
-        objects.append({"spans": spans, "texts": texts, "null": null, "threshold": threshold_of(options, may_lack)})
+        objects.append({"spans": spans, "texts": texts, "null": null, "threshold": threshold})
     return objects
 
 

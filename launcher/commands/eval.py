@@ -37,10 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     with opened_model(arguments) as (model, work):
         plan = run_plan(_plan(model, arguments, work), work, "evaluating")
-        figures = read_figures(plan, work) | {"seconds": time.perf_counter() - started}
+        figures, tables = read_figures(plan, work)
+    figures["seconds"] = time.perf_counter() - started
     if arguments.json:
         print(json.dumps(figures))
         return 0
+    for name, table in tables.items():
+        print(f"{name}:\n{table}\n")
     width = max(map(len, figures))
     for name, value in figures.items():
         print(f"{name:<{width}}  {value:,.0f}" if name == "targets" else f"{name:<{width}}  {value:.6g}")
@@ -51,8 +54,9 @@ def _plan(model: Model, arguments: argparse.Namespace, work: Path) -> Plan:
     """The plan of an evaluation, after its records are prepared; of a run, in its own micro-batches."""
     batch: dict[str, Any] = model.run.get("batch") or {}
     own_rows = (model.run.get("evaluation") or {}).get("micro_rows")
-    micro_rows, micro_tokens = own_rows or batch.get("micro_rows") or 1, None if own_rows else batch.get("micro_tokens")
-    if not model.run or arguments.micro_rows is not None:
+    micro_rows, micro_tokens = own_rows or batch.get("micro_rows", 1), None if own_rows else batch.get("micro_tokens")
+    # A run file with micro_rows "auto" does not have the number that was found.
+    if not model.run or arguments.micro_rows is not None or not isinstance(micro_rows, int):
         micro_rows, micro_tokens = arguments.micro_rows or _MICRO_ROWS, None
     plan = _plan_of_run(model, arguments) if not arguments.data else _plan_of_files(model, arguments, work)
     return dataclasses.replace(plan, micro_rows=micro_rows, micro_tokens=micro_tokens)

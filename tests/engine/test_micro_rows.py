@@ -90,7 +90,7 @@ def test_a_run_has_the_number_of_its_checkpoint(
     config = case_config(Case("auto"), tmp_path)
     batch = type(config.batch)(global_rows=8, micro_rows=given)
     config = config.model_copy(update={"batch": batch})
-    stores = Stores(memory_store("causal_lm"), None)
+    stores = Stores(memory_store("causal_lm"), None, config.trained_task)
     state = state and {"circumstances": state}
     run = with_micro_rows(config, None, stores, Ranks(0, 2, torch.device("cpu")), state)  # type: ignore[arg-type]
     assert run.batch.micro_rows == run.batch.known_micro_rows == found

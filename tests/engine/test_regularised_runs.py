@@ -60,8 +60,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )  # fmt: skip
     torch.manual_seed(5)
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "model")
-    layered, head = {"optimizer__layer_decay": DECAY}, {"model__train": "head"}
-    stops = {
+    layered: dict[str, Any] = {"optimizer__layer_decay": DECAY}
+    head: dict[str, Any] = {"model__train": "head"}
+    stops: dict[str, Any] = {
         "model__dropout": 0.3, "evaluation__eval_every_steps": 1, "evaluation__patience": 2, "evaluation__mode": "max",
         "evaluation__metric": "accuracy", "evaluation__least_change": NEVER, "checkpoint__save_best": True,
         "checkpoint__keep_checkpoints": 1, "duration__steps": 20,

@@ -125,7 +125,9 @@ def test_labels_that_the_model_has_not_are_an_error_or_count_as_wrong(
     said = capfd.readouterr()
     assert f"{source}:2: label 'mixed' is not one of positive, neutral, negative" in said.err and not said.out
     assert main(["eval", str(classifier), "--data", str(source), "data.unknown_labels=count_wrong"]) == 0
-    shown = dict(line.split() for line in capfd.readouterr().out.splitlines())
+    said = capfd.readouterr()
+    shown = dict(re.findall(r"^(\w+) +(\S+)$", said.out, re.MULTILINE))
+    assert re.search(r"^positive( +[01]\.\d{4}){3} +6$", said.out, re.MULTILINE), "a line for each label"
     assert float(shown["accuracy"]) <= 6 / 7 and shown["targets"] == "6"
 
 

@@ -39,12 +39,27 @@ RECORDS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
 }
 
 
+ROLES = "semantic_roles"
+LABELS, SETS, SCORES = "sequence_classification", "sets", "scores"
+RECORDS |= {
+    ROLES: (
+        [{"tokens": text.split(), "roles": ["V", "ARG1", "O"] * 3, "predicate": [0]} for text in TEXTS],
+        [{"tokens": text.split(), "predicate": [0]} for text in TEXTS],
+    ),
+    SETS: (
+        [{"text": text, "labels": ["bad", "good", "fair"][number % 4 :]} for number, text in enumerate(TEXTS)],
+        RECORDS[LABELS][1],
+    ),
+    SCORES: ([{"text": text, "score": number / 4} for number, text in enumerate(TEXTS)], RECORDS[LABELS][1]),
+}
+
+
 def exported(folder: Path, task: str) -> Path:
     """The export of a run's starting weights: a small BERT with a head of the task, large enough to have opinions."""
     vocabulary = bert_vocabulary(folder / "vocab.txt")
-    records = RECORDS[task][0]
+    records, task = RECORDS[task][0], task if task in TASKS else LABELS
     for record in records:
-        record |= {"tags": record["tags"][: len(record["tokens"])]} if "tags" in record else {}
+        record |= {key: record[key][: len(record["tokens"])] for key in ("tags", "roles") if key in record}
     data = {
         "store_dir": str(folder / "store"), "train": str(write_jsonl(folder / "train.jsonl", records)),
         "tokenizer": str(vocabulary), "row_tokens": 64, "workers": 1, "stride_tokens": 8,
@@ -71,7 +86,7 @@ def predicted(folder: Path, task: str, *more: str) -> list[dict[str, Any]]:
 
 
 def test_every_task_has_a_test_here() -> None:
-    assert set(TASKS) == {*RECORDS, "causal_lm", "semantic_roles"}, "they have tests of their own"
+    assert set(TASKS) == {*RECORDS, "causal_lm"} - {SETS, SCORES}, "`fulltune generate` has a test of its own"
 
 
 def test_text_classification(tmp_path: Path) -> None:
@@ -85,6 +100,20 @@ def test_text_classification(tmp_path: Path) -> None:
     assert len({one["probabilities"][one["label"]] for one in ours}) == len(TEXTS)
 
 
+@pytest.mark.parametrize("kind", [SETS, SCORES])
+def test_several_labels_and_scores(tmp_path: Path, kind: str) -> None:
+    """The pipeline takes from config.json which of the two it is: a chance of its own for each label, or the output itself."""
+    function = "none" if kind == SCORES else "sigmoid"
+    pipeline = hf.pipeline("text-classification", model=str(exported(tmp_path, kind)), top_k=None)
+    theirs = pipeline(TEXTS, function_to_apply=function)
+    for one, each in zip(predicted(tmp_path, kind), theirs, strict=True):
+        if kind == SCORES:
+            assert one["score"] == pytest.approx(each[0]["score"], abs=1e-5)
+        else:
+            assert one["probabilities"] == pytest.approx({label["label"]: label["score"] for label in each}, abs=1e-5)
+            assert set(one["labels"]) == {label["label"] for label in each if label["score"] >= 0.5}
+
+
 def test_token_classification(tmp_path: Path) -> None:
     """The pipeline gives every piece of a word a tag; that of a word is the one of its first piece."""
     folder = exported(tmp_path, "token_classification")
@@ -94,6 +123,22 @@ def test_token_classification(tmp_path: Path) -> None:
         assert one["tags"] == [piece["entity"] for piece in pieces if not piece["word"].startswith("##")]
         assert len(one["words"]) == len(one["tags"])
     assert len({tag for one in ours for tag in one["tags"]}) > 1
+
+
+def test_roles(tmp_path: Path) -> None:
+    """A sentence and its predicate as a pair for the Auto class, the predicate's pieces in the sentence of type 1 too."""
+    folder = exported(tmp_path, ROLES)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = hf.AutoModelForTokenClassification.from_pretrained(folder).eval()
+    for one in predicted(tmp_path, ROLES, "--task", ROLES):
+        assert one["predicate"] == [0]
+        words = one["words"]
+        inputs = tokenizer(words, [words[0]], is_split_into_words=True, return_tensors="pt")
+        owners = list(zip(inputs.sequence_ids(0), inputs.word_ids(0), strict=True))
+        inputs["token_type_ids"][0, [place for place, owner in enumerate(owners) if owner == (0, 0)]] = 1
+        with torch.no_grad():
+            best = model(**inputs).logits[0].argmax(-1).tolist()
+        assert one["tags"] == [model.config.id2label[best[owners.index((0, at))]] for at in range(len(words))]
 
 
 def test_fill_mask(tmp_path: Path) -> None:
