@@ -108,8 +108,8 @@ def test_the_recipe_learns_eight_questions_by_heart_and_exports_its_model(tmp_pa
         f"data.tokenizer={SAMPLES / 'tokenizers' / 'bert_uncased_en'}", "optimizer.schedule=constant",
         "model.config={model_type: bert, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size:"
         " 128, max_position_embeddings: 96, hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}",
-        "optimizer.learning_rate=2e-3", "batch.global_rows=12", "batch.micro_rows=6", "duration={steps: 60}",
-        "evaluation.eval_every_steps=60", "checkpoint={}", "export={at_end: true, dtype: float32}",
+        "optimizer.learning_rate=2e-3", "batch.global_rows=16", "batch.micro_rows=8", "duration={steps: 150}",
+        "evaluation.eval_every_steps=150", "checkpoint={}", "export={at_end: true, dtype: float32}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "launcher.cli", "train", str(ROOT / "launcher" / "recipes" / "answer.yaml")]
     environment = rank_environment(2) | {"PATH": os.environ["PATH"]}
