@@ -8,15 +8,14 @@ computes the figures from them once: two kinds of hosts cannot disagree about wh
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from data_prep.token_store import Rows, TokenStore
 from engine.batches import Rows64, segments_of
-from engine.figures import Entry, entries_of, figures_of
+from engine.figures import Entry, Show, entries_of, figures_of
 from engine.micro_batches import MicroBatches, groups_of_sources
 from engine.ranks import heartbeat
 from engine.ranks.agreement import from_rank_0, gather_json
@@ -34,7 +33,7 @@ def evaluate(
     ranks: Ranks,
     size: MicroBatches,
     stop: StopSignal | None = None,
-    show: Callable[[Mapping[str, str | NDArray[np.uint8]]], None] | None = None,
+    show: Show | None = None,
 ) -> dict[str, float] | None:
     """Loss over all targets of the store, and the task's figures. All ranks call it.
 

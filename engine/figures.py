@@ -14,6 +14,9 @@ from engine.tasks.task import DocumentResult, Task, mean_loss
 #: (document, its first token here, number of the source, loss, number of targets, details): as JSON carries it.
 Entry = tuple[int, int, int, float, int, dict[str, Any]]
 
+#: Takes a task's report for people: texts, and pictures (H, W, 3), by name.
+Show = Callable[[Mapping[str, str | NDArray[np.uint8]]], None]
+
 
 def entries_of(results: Sequence[DocumentResult], places: Iterable[tuple[int, int]], source: int) -> list[Entry]:
     """The entries of documents of one source; `places` are (document, its first token) of each."""
@@ -24,11 +27,7 @@ def entries_of(results: Sequence[DocumentResult], places: Iterable[tuple[int, in
 
 
 def figures_of(
-    entries: Sequence[Entry],
-    task: Task,
-    store: TokenStore,
-    index: Rows,
-    show: Callable[[Mapping[str, str | NDArray[np.uint8]]], None] | None = None,
+    entries: Sequence[Entry], task: Task, store: TokenStore, index: Rows, show: Show | None = None
 ) -> dict[str, float]:
     """The figures of an evaluation, from the entries of all documents in their order; `show` gets the task's report.
 

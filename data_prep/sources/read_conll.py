@@ -18,6 +18,8 @@ _CONLLU_SKIPPED = re.compile(r"[0-9]+[-.][0-9]+")  # multiword ranges (their wor
 #: The column of predicates' senses; a column of roles follows for each predicate.
 _SENSES = 10
 _NOTHING = ("_", "")
+#: Begins the comment in which CoNLL-U Plus names its columns, and a column that has many roles in one cell.
+_HEADER, _ONE_COLUMN = "# global.columns", "UP:ARGHEADS"
 _NO_ROLE = "O"
 
 
@@ -108,10 +110,11 @@ def read_conllup(
 
 @dataclass
 class _Words:
-    """The words of a sentence of CoNLL-U: the cells of each, and its line."""
+    """The words of a sentence of CoNLL-U: the cells of each, and its line; `header` has what a first line says."""
 
     rows: list[list[str]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    header: str = ""
 
     def where(self, path: str) -> str:
         return f"{path}:{self.places[0]}"
@@ -128,6 +131,11 @@ class _Words:
 
     def fault_of_roles(self, path: str) -> BadDataError | None:
         """The first line that has other columns of roles than the sentence has predicates."""
+        if _ONE_COLUMN in self.header:
+            raise BadDataError(
+                f"{path}:1: the roles of all predicates stand in one column ({_ONE_COLUMN}, version 2 of the Universal"
+                " PropBanks), which is not read; give version 1, or JSON lines with tokens, roles and predicate"
+            )
         count = len(self.predicates())
         for row, line in zip(self.rows, self.places, strict=True):
             filled = max((number for number, cell in enumerate(row, 1) if cell not in _NOTHING), default=0)
@@ -146,6 +154,8 @@ def _word_lines(
         sentence = _Words()
         for line, text in enumerate(lines if fault is None else (), first):
             cells = text.split("\t")
+            if text.startswith(_HEADER):
+                sentence.header = text
             if text.startswith("#") or _CONLLU_SKIPPED.fullmatch(cells[0]):
                 continue
             if len(cells) < 10 or not _CONLLU_NUMBER.fullmatch(cells[0]):

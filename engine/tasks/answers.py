@@ -158,18 +158,18 @@ class Scored(NamedTuple):
 def scored(given: str, answers: Sequence[str], margin: float, language: Language, may_lack: bool) -> Scored:
     """Compares the best span's text with the true `answers`, of which the best agreement counts.
 
-    `may_lack`: the data have questions without an answer. Then SQuAD's second script holds, for which a true answer of
-    articles and marks alone is none.
+    `may_lack`: the data have questions without an answer. Then SQuAD's second script holds, which leaves out true
+    answers of articles and marks alone.
     """
     form, f1 = _RULES[language]
     truth = [answer for answer in answers if plain_words(answer)] if may_lack and language == "en" else list(answers)
-    has_answer, truth = bool(truth), truth or [""]
+    truth = truth or [""]
     forms = [form(one) for one in truth]
     exact, best = zip(
         *((float(form(text) in forms), max(f1(one, text, may_lack) for one in truth)) for text in (given, "")),
         strict=True,
     )
-    return Scored(has_answer, margin, exact, best)
+    return Scored(bool(answers), margin, exact, best)
 
 
 #: By language: the form in which two texts are equal, and the F1 of two texts.

@@ -81,12 +81,14 @@ def predictions(output: Output, _batch: "Batch", store: "TokenStore") -> list[di
 
 
 def with_scope(task: Task, label: str) -> Task:
-    """`task` with figures about the records of `label`, which belong to none of the other labels."""
+    """`task` with figures about the records of `label`, which belong to none of the other labels, if a store has it."""
 
     def both(results: Sequence[DocumentResult], store: "TokenStore") -> dict[str, float]:
         from engine.tasks.metrics import scope_figures
 
-        return figures(results, store) | scope_figures(*_labels(results), store.label_names.index(label))
+        names = store.label_names
+        found = scope_figures(*_labels(results), names.index(label)) if label in names else {}
+        return figures(results, store) | found
 
     padded = None if task.padded is None else with_scope(task.padded, label)
     return replace(task, figures=both, padded=padded)

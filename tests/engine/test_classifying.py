@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from data_fixtures import bert_vocabulary, byte_level_folder, sentences, write_jsonl
 from ranks import run_ranks
+from repository import WORKERS
 from scipy import stats
 from sklearn import metrics as oracle
 from training_runs import metrics
@@ -88,17 +89,32 @@ class Classifier:
     model: Any
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
-    kind, folder = KINDS[request.param], tmp_path_factory.mktemp(request.param)
-    bert = kind.family == "bert"
-    tokenizer = bert_vocabulary(folder / "vocab.txt") if bert else byte_level_folder(folder / "tokenizer")
-    path = run_file(folder, tokenizer, kind)
-    stores = prepared(path)
-    make_model(kind, open_tokenizer(str(tokenizer)).vocab_size, stores["train"]).save_pretrained(folder / "model")
-    run_ranks(2, "-m", "engine", str(path))
-    losses, model = plain_training(folder / "model", stores["train"], kind)
-    return Classifier(kind, folder / "run", stores, losses, model)
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Classifier]:
+    """All kinds, trained in one start of two ranks."""
+    top = tmp_path_factory.mktemp("classifiers")
+    paths, stores = {}, {}
+    for name, kind in KINDS.items():
+        folder = top / name
+        folder.mkdir()
+        bert = kind.family == "bert"
+        tokenizer = bert_vocabulary(folder / "vocab.txt") if bert else byte_level_folder(folder / "tokenizer")
+        paths[name] = run_file(folder, tokenizer, kind)
+        stores[name] = prepared(paths[name])
+        vocab_size = open_tokenizer(str(tokenizer)).vocab_size
+        make_model(kind, vocab_size, stores[name]["train"]).save_pretrained(folder / "model")
+    run_ranks(2, WORKERS / "runs_worker.py", *map(str, paths.values()))
+    return {
+        name: Classifier(
+            kind, top / name / "run", stores[name], *plain_training(top / name / "model", stores[name]["train"], kind)
+        )
+        for name, kind in KINDS.items()
+    }
+
+
+@pytest.fixture(params=KINDS)
+def classifier(request: pytest.FixtureRequest, classifiers: dict[str, Classifier]) -> Classifier:
+    return classifiers[request.param]
 
 
 def run_file(folder: Path, tokenizer: Path, kind: Kind) -> Path:
@@ -260,6 +276,24 @@ def test_the_exported_classifier_opens_and_computes_the_same(classifier: Classif
         logits = live(**inputs).logits
         assert torch.equal(logits, offline(**inputs).logits)
         torch.testing.assert_close(logits, classifier.model(**inputs).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_transformers_pipeline_serves_the_export(classifier: Classifier) -> None:
+    """By what config.json says: one distribution over labels, a probability for each label, or the score as it is."""
+    store, folder = classifier.stores["validation"], classifier.run_dir / "export"
+    served = transformers.pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
+    record = classifier.kind.records(25, 2)[0]
+    given = {"text": record["sentence1"], "text_pair": record["sentence2"]} if "score" in record else record["text"]
+    answers = served([given])
+    found = {one["label"]: one["score"] for one in (answers[0] if isinstance(answers[0], list) else answers)}
+    with torch.no_grad():
+        logits = served.model(**inputs_of(store, [0], served.model)).logits[0]
+    expected = {
+        "single_label_classification": logits.softmax(-1), "multi_label_classification": logits.sigmoid(),
+        "regression": logits,
+    }[classifier.kind.problem]  # fmt: skip
+    names = served.model.config.id2label
+    assert found == pytest.approx({names[n]: value for n, value in enumerate(expected.tolist())}, rel=1e-4)
 
 
 def test_people_get_a_table_by_label(classifier: Classifier) -> None:

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates, a head trained alone, dropout and early stopping, on two real ranks in one start.
+"""Layer-wise learning rates, a head trained alone, dropout and early stopping, on two real ranks.
 
 What a plain loop computes is the measure; the resumed run ends bit by bit where the undisturbed one does.
 """
@@ -71,12 +71,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         run_file(folder, "layered", **layered),
         run_file(folder, "layered2", 2, **layered),
         run_file(folder, "resumed", file="first", **layered, duration__steps=3),
-        run_file(folder, "resumed", file="second", **layered),
         run_file(folder, "head", **head),
         run_file(folder, "head2", 2, **head),
         run_file(folder, "stopped", **stops),
     ]
-    return Runs(folder, run_ranks(2, WORKERS / "runs_worker.py", *paths), store)
+    said = run_ranks(2, WORKERS / "runs_worker.py", *paths)
+    # A run folder belongs to a process until it ends.
+    said += run_ranks(2, WORKERS / "runs_worker.py", run_file(folder, "resumed", file="second", **layered))
+    return Runs(folder, said, store)
 
 
 def data_section(folder: Path) -> dict[str, Any]:

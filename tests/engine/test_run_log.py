@@ -1,12 +1,15 @@
 """What a run writes for people and for TensorBoard."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.config import LogSection
@@ -118,3 +121,30 @@ log.close()
     tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
     assert "train/loss" in tags
     assert "train/rows_hash" not in tags
+
+
+def test_tables_and_pictures_of_an_evaluation_reach_a_file_and_tensorboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    log = RunLog(tmp_path, 0, 0, 6, LogSection())
+    for step in (0, 3):
+        log.report(step, {"labels": f"label    f1\nspam   0.{step}", "confusion": picture})
+    log.close()
+    assert (tmp_path / "evaluation.txt").read_text() == "evaluation after step 3\n\nlabels\n\nlabel    f1\nspam   0.3\n"
+    assert capsys.readouterr().out == f"figures by label of the newest evaluation: {tmp_path}/evaluation.txt\n"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (image,) = [event for event in events.Images("evaluation/confusion") if event.step == 3]
+    assert (image.height, image.width) == (4, 6)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture)
+    text = events.Tensors("evaluation/labels/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert text == "    label    f1\n    spam   0.3\n", "as it is, in Markdown"
+
+
+def test_other_ranks_and_runs_without_tensorboard_show_no_pictures(tmp_path: Path) -> None:
+    for rank, written in ((1, False), (0, True)):
+        log = RunLog(tmp_path, rank, 0, 6, LogSection(tensorboard=False))
+        log.report(1, {"labels": "x", "confusion": np.zeros((2, 2, 3), dtype=np.uint8)})
+        log.close()
+        assert (tmp_path / "evaluation.txt").is_file() == written
+    assert not (tmp_path / "tensorboard").exists()

@@ -61,6 +61,12 @@ def test_batch_arithmetic(
     assert (f"{empty_ranks} rank" in text.partition("duration")[0].partition("uneven")[2]) == (empty_ranks > 0)
 
 
+def test_micro_rows_that_are_found_at_the_start(tmp_path: Path) -> None:
+    text = plan(run_file(tmp_path), ["batch.global_rows=7", "batch.micro_rows=auto"], ranks=2)
+    assert "batch: a step takes 7 rows over 2 ranks, in micro-batches of as many rows as fit, up to 4" in text
+    assert "uneven" not in text
+
+
 def test_the_resolved_deepspeed_json_is_there(tmp_path: Path) -> None:
     text = plan(run_file(tmp_path), [], ranks=2)
     values = json.loads(text[text.index("\n{") : text.index("\n}") + 2])

@@ -192,7 +192,7 @@ def test_two_runs_one_after_the_other_stopped_resumed_and_compared(
     assert cli.main(words) == 0
     shown = capfd.readouterr().out
     best = min(figures["loss"] for step, figures in metrics(folders[1], "evaluation").items() if step)
-    assert re.search(rf"^1e-2 +{best:.4f} +2 .* complete +best$", shown, re.MULTILINE)
+    assert re.search(rf"^1e-2 +{best:.4f} +[12] .* complete +best$", shown, re.MULTILINE)
     before = (folders[0] / "metrics.jsonl").stat().st_mtime_ns
     assert cli.main(words) == 0
     assert capfd.readouterr().out.strip() == shown[shown.rindex("optimizer.learning_rate  ") :].strip()

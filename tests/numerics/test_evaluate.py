@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from equivalence_cases import Case, make_model, reference_gradients
+from equivalence_cases import Case, make_model, reference_gradients, store_of
 from memory_stores import QuestionStore, memory_store
 from ranks import run_ranks
 from repository import WORKERS
+from scipy import stats
+from sklearn import metrics as oracle
 
 from engine.model.attention import register_packed_attention
 from engine.tasks import TASKS
@@ -19,7 +21,7 @@ from engine.tasks.task import STILL, DocumentResult, LossOptions, document_resul
 
 register_packed_attention()
 SIZES = ("1", "3", "100", "60")  # rows of a micro-batch; the last in tokens
-FAMILIES = ("llama", "bert", "bert_tags", "bert_answers")
+FAMILIES = ("llama", "bert", "bert_sets", "bert_scores", "bert_tags", "bert_answers")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str,
     """Figures by number of ranks, family and micro-batch size."""
     folder = tmp_path_factory.mktemp("evaluations")
     results = {}
-    for world_size in (1, 2):
+    for world_size in (1, 2, 3):
         run_ranks(world_size, WORKERS / "evaluation_worker.py", folder, ",".join(FAMILIES))
         results[world_size] = json.loads((folder / f"evaluations-{world_size}.json").read_text())
     return results
@@ -35,16 +37,16 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str,
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("family", FAMILIES)
-def test_figures_are_the_same_to_the_last_digit_on_one_rank_and_on_two(
+def test_figures_are_the_same_to_the_last_digit_on_one_rank_on_two_and_on_three(
     evaluations: dict[int, dict[str, Any]], family: str
 ) -> None:
     compared = 0
     for size in (*SIZES, "sources"):
-        one, two = (
+        one, two, three = (
             {name: value for name, value in evaluations[world_size][family][size].items() if name != "seconds"}
-            for world_size in (1, 2)
+            for world_size in (1, 2, 3)
         )
-        assert one == two, size
+        assert one == two == three, size
         compared += len(one)
     assert compared >= 5 * 3
 
@@ -104,6 +106,27 @@ def test_held_out_accuracy_and_f1_are_exact(evaluations: dict[int, dict[str, Any
     np.add.at(confusion, (store.labels, predicted), 1)
     assert figures["accuracy"] == pytest.approx(float((store.labels == predicted).mean()))
     assert figures["macro_f1"] == pytest.approx(macro_f1(confusion))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [*SIZES, "sources"])
+def test_held_out_figures_of_sets_and_scores_are_exact(evaluations: dict[int, dict[str, Any]], size: str) -> None:
+    guessed: dict[str, Any] = {}
+    for family in ("bert_sets", "bert_scores"):
+        model = make_model(family, packed=False).eval()
+        with torch.no_grad():
+            store, _ = store_of(family)
+            guessed[family] = torch.cat([model(torch.from_numpy(ids)[None]).logits for ids in store.documents]).numpy()
+    sets, scores = evaluations[2]["bert_sets"][size], evaluations[2]["bert_scores"][size]
+    truth = np.array([[document >> number & 1 for number in range(3)] for document in range(24)])
+    chosen = guessed["bert_sets"] >= 0
+    assert sets["micro_f1"] == pytest.approx(oracle.f1_score(truth, chosen, average="micro"))
+    assert sets["macro_f1"] == pytest.approx(oracle.f1_score(truth, chosen, average="macro"))
+    assert sets["exact_match"] == pytest.approx(oracle.accuracy_score(truth, chosen))
+    true_scores = store_of("bert_scores")[0].column("scores")
+    assert scores["pearson"] == pytest.approx(stats.pearsonr(true_scores, guessed["bert_scores"][:, 0])[0], rel=1e-4)
+    assert scores["spearman"] == pytest.approx(stats.spearmanr(true_scores, guessed["bert_scores"][:, 0])[0], rel=1e-4)
+    assert scores["mse"] == pytest.approx(scores["loss"], rel=1e-6)
 
 
 @pytest.mark.ranks

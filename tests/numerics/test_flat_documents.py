@@ -163,6 +163,21 @@ def losses_and_gradient(family: str, form: Any, store: Any, index: Any) -> tuple
     return loss.detach(), gradient
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert-mean", "gpt2"])
+def test_activations_that_are_computed_again_change_nothing(family: str) -> None:
+    name = "sequence_classification"
+    batch = TASKS[name].batch(*head_store(name), ROWS, 0, STILL)
+    gradients = []
+    for is_recomputed in (False, True):
+        model = head_model(family, TASKS[name]).train()
+        if is_recomputed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        document_logits(model, batch).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert-mean", "gpt2", "qwen3"])
 def test_gradients_of_both_forms_are_equal(family: str) -> None:
     name = "sequence_classification"

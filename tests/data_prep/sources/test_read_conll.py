@@ -142,3 +142,11 @@ def test_columns_of_roles_that_do_not_fit_the_predicates(lines: list[str], words
         ["\n".join([*lines, *after]).encode()], "a.conllup", on_fault=lambda fault, _: faults.append(str(fault))
     )
     assert [record.value["roles"] for record in records] == [["V"]] and len(faults) == 1
+
+
+def test_roles_that_stand_in_one_column_are_refused_in_words() -> None:
+    header = "# global.columns = ID FORM LEMMA UPOS XPOS FEATS HEAD DEPREL DEPS MISC UP:PRED UP:ARGHEADS UP:ARGSPANS"
+    text = "\n".join([header, word("1", "go", "go.01", "A0:2", "_"), word("2", "say", "say.01", "_", "_")]).encode()
+    with pytest.raises(BadDataError, match=r"^a\.conllup:1: the roles of all predicates stand in one column"):
+        list(read_conllup([text], "a.conllup"))
+    assert [record.value["tokens"] for record in read_conllu([text], "a.conllu")] == [["go", "say"]]

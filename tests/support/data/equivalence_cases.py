@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from memory_stores import VOCABULARY, MemoryStore, memory_store
+from memory_stores import VOCABULARY, MemoryRows, MemoryStore, memory_store
 
 from engine.config import RunConfig
 from engine.model.attention import PACKED_ATTENTION
@@ -30,8 +30,8 @@ def documents_a_row(family: str) -> int:
 
 
 def fitting_task(family: str) -> Task:
-    """The task as the family can train it."""
-    task = TASKS[task_of(family)]
+    """The task as the family can train it, on its store."""
+    task = TASKS[task_of(family)].on(store_of(family)[0])
     return task.padded if family in ("bamba", "t5_labels") and task.padded is not None else task
 
 
@@ -77,7 +77,7 @@ def cases(world_size: int) -> list[Case]:
     if world_size != 2:
         return plain
     families = [Case(family, family=family) for family in (
-        "gpt2", "qwen2", "bert", "llama_labels", "t5_labels", "bert_tags", "llama_tags", "bert_answers",
+        "gpt2", "qwen2", "bert", "bert_sets", "bert_scores", "llama_labels", "t5_labels", "bert_tags", "llama_tags", "bert_answers",
         "llama_answers",
     )]  # fmt: skip
     return (
@@ -147,7 +147,8 @@ def make_model(family: str, packed: bool) -> Any:
             )  # fmt: skip
         case "gpt2":
             config = transformers.GPT2Config(**common, **still, n_embd=32, n_layer=2, n_head=4)
-        case "bert" | "bert_tags" | "bert_answers":
+        case "bert" | "bert_sets" | "bert_scores" | "bert_tags" | "bert_answers":
+            labels = {"num_labels": 1} if family == "bert_scores" else labels
             config = transformers.BertConfig(
                 **common, **size, **labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
             )
@@ -170,12 +171,22 @@ def make_model(family: str, packed: bool) -> Any:
     return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
 
 
+def store_of(family: str, per_row: int | None = None) -> tuple[MemoryStore, MemoryRows]:
+    """The documents for a family: with labels, sets of labels or scores where it classifies."""
+    store, rows = memory_store(task_of(family), per_row)
+    if family == "bert_sets":
+        store = replace(store, columns=("label_sets", "pair_starts"))
+    elif family == "bert_scores":
+        store = replace(store, columns=("scores", "pair_starts"), label_names=())
+    return store, rows
+
+
 def reference_gradients(
     family: str, rows_used: np.ndarray, frozen: tuple[str, ...] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Gradients and losses by one plain process: stock attention, one document at a time, no padding."""
     task = task_of(family)
-    store, _ = memory_store(task)
+    store, _ = store_of(family)
     model = make_model(family, packed=False).train()
     freeze(model, frozen)
     per_row = documents_a_row(family)
@@ -199,13 +210,22 @@ def reference_gradients(
             total = total + F.cross_entropy(model(ids).logits[0], tags, ignore_index=-1, reduction="sum")
             targets += int((tags >= 0).sum())
         else:
-            label = torch.tensor([int(store.labels[document])])
-            total = total + F.cross_entropy(model(ids).logits, label, reduction="sum")
+            total = total + document_loss(model(ids).logits, store, document)
             targets += 1
     losses = {"loss": total / targets} | others
     sum(losses.values()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     return gradients, {name: loss.item() for name, loss in losses.items()}
+
+
+def document_loss(logits: torch.Tensor, store: MemoryStore, document: int) -> torch.Tensor:
+    """The loss of a text by its logits (1, L): squared, binary over all labels, or the cross-entropy of its label."""
+    if "scores" in store.columns:
+        return (logits[0, 0] - float(store.column("scores")[document])) ** 2
+    if "label_sets" in store.columns:
+        own = torch.zeros_like(logits).index_fill_(1, torch.from_numpy(store.ragged("label_sets", document)).long(), 1)
+        return F.binary_cross_entropy_with_logits(logits, own)
+    return F.cross_entropy(logits, torch.tensor([int(store.labels[document])]), reduction="sum")
 
 
 def window_loss(model: Any, store: MemoryStore, document: int) -> torch.Tensor:

@@ -36,7 +36,12 @@ class MemoryStore:
 
     def column(self, name: str) -> np.ndarray:
         pairs = np.zeros(len(self.labels), dtype=np.uint32) if self.pair_starts is None else self.pair_starts
-        return {"labels": self.labels, "pair_starts": pairs}[name]
+        return {"labels": self.labels, "scores": self.labels * 0.7 - 0.5, "pair_starts": pairs}[name]
+
+    def ragged(self, name: str, document: int) -> np.ndarray:
+        """A set of labels: the bits of the document's number, so that each has none to three."""
+        bits = [number for number in range(3) if document >> number & 1]
+        return {"label_sets": np.array(bits, dtype=np.int32)}[name]
 
     def token_column(self, name: str, document: int, start: int, stop: int) -> np.ndarray:
         types = [np.arange(len(document)) == 2 for document in self.documents]  # the third token is the predicate

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from equivalence_cases import BETA1, Case, case_config, cases, documents_a_row, fitting_task, make_model
-from memory_stores import memory_store
+from equivalence_cases import BETA1, Case, case_config, cases, documents_a_row, fitting_task, make_model, store_of
 from safetensors.torch import save_file
 
 from engine.checkpoint.save import Owner
@@ -30,7 +29,7 @@ from engine.zero.wrap import fill, wrap
 
 
 def run_case(case: Case, out_dir: Path, ranks) -> None:
-    store, rows = memory_store(case.task, documents_a_row(case.family))
+    store, rows = store_of(case.family, documents_a_row(case.family))
     config = case_config(case, out_dir)
     ds_config = resolve_ds_config(config, ranks.world_size)
     task = fitting_task(case.family)

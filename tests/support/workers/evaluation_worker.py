@@ -9,8 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from equivalence_cases import Case, case_config, make_model
-from memory_stores import memory_store
+from equivalence_cases import Case, case_config, fitting_task, make_model, store_of
 
 from data_prep.token_store import RowSource
 from engine.errors import NumericalStopError
@@ -43,10 +42,11 @@ def evaluations(family: str, out_dir: Path, ranks: Any) -> dict[str, Any]:
     """Figures at several micro-batch sizes; 8 packs and 24 texts do not divide evenly. And of two sources."""
     case = Case("evaluation", family=family)
     config = case_config(case, out_dir)
-    store, rows = memory_store(case.task)
-    model = make_model(family, packed=config.trained_task.packs)
+    store, rows = store_of(family)
+    task = fitting_task(family)
+    model = make_model(family, packed=task.packs)
     weights = StartingWeights.of(model)
-    zero = wrap(model, config.trained_task, config, resolve_ds_config(config, ranks.world_size))
+    zero = wrap(model, task, config, resolve_ds_config(config, ranks.world_size))
     fill(zero, weights)
     engine = zero.engine
     engine.train()
@@ -55,23 +55,23 @@ def evaluations(family: str, out_dir: Path, ranks: Any) -> dict[str, Any]:
     hook = engine.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].rows))
     for size in (MicroBatches(1), MicroBatches(3), MicroBatches(100), MicroBatches(tokens=60)):
         seen.clear()
-        figures = evaluate(engine, config.trained_task, store, rows, ranks, size)
+        figures = evaluate(engine, task, store, rows, ranks, size)
         results[str(size.tokens or size.rows)] = figures
         results[f"groups {size.tokens or size.rows}"] = all_gather_json(seen)
     hook.remove()
     cut = rows.num_rows // 3
     parts = (RowSource("first", 0, cut, cut), RowSource("second", cut, rows.num_rows - cut, 1))
     sources = dataclasses.replace(rows, sources=parts)
-    results["sources"] = evaluate(engine, config.trained_task, store, sources, ranks, MicroBatches(2))
+    results["sources"] = evaluate(engine, task, store, sources, ranks, MicroBatches(2))
     stop = Stop(ranks.rank)
-    results["stopped"] = evaluate(engine, config.trained_task, store, rows, ranks, MicroBatches(1), stop)
+    results["stopped"] = evaluate(engine, task, store, rows, ranks, MicroBatches(1), stop)
     results["rounds"] = stop.rounds
     results["trains_again"] = engine.module.training
     weight = next(model.parameters())
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
         weight.data.fill_(float("nan"))
     try:
-        evaluate(engine, config.trained_task, store, rows, ranks, MicroBatches(3))
+        evaluate(engine, task, store, rows, ranks, MicroBatches(3))
     except NumericalStopError as error:
         results["not finite"] = str(error)
     engine.destroy()

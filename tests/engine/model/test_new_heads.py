@@ -1,0 +1,126 @@
+"""Heads of models for labels, sets of labels and scores: kept, made anew, or refused with both sets of labels."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from whole_model import fill
+
+from engine.config import ModelSection
+from engine.errors import ConfigError
+from engine.model.build import StoreFacts, build_model
+from engine.setup import model_digest
+from engine.tasks import TASKS
+
+TASK = TASKS["sequence_classification"]
+KINDS = {"labels": TASK.kinds["labels"], "sets": TASK.kinds["label_sets"], "scores": TASK.kinds["scores"]}
+NAMES = ("bad", "good", "great")
+
+
+def facts(*names: str) -> StoreFacts:
+    return StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=names)
+
+
+def save(folder: Path, names: tuple[str, ...] | None, **more: Any) -> Path:
+    """A BERT with a head for `names`, or without any head."""
+    torch.manual_seed(4)
+    labels = (
+        {} if names is None else {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    )
+    config = hf.BertConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, **labels, **more
+    )  # fmt: skip
+    kind = hf.BertModel if names is None else hf.BertForSequenceClassification
+    kind(config).save_pretrained(folder)
+    return folder
+
+
+def built(folder: Path, kind: str, *names: str, seed: int = 3, **section: Any) -> Any:
+    values = ModelSection(path=str(folder), activation_checkpointing=False, **section)
+    return fill(*build_model(values, KINDS[kind], facts(*names), seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_the_files_lack_follows_from_the_seed_alone(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same for every rank of every number of ranks, whatever was drawn before, and with the head's own outputs."""
+    folder, names = save(tmp_path, None), () if kind == "scores" else NAMES
+    heads = []
+    for rank, world_size, seed in ((0, 1, 3), (0, 3, 3), (2, 3, 3), (0, 1, 4)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        torch.manual_seed(rank + 10 * world_size)
+        model = built(folder, kind, *names, seed=seed)
+        heads.append(model.classifier.weight.detach().clone())
+    assert heads[0].shape == (1 if kind == "scores" else 3, 16)
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[3])
+    assert "new, untrained weights: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [("labels", "single_label_classification"), ("sets", "multi_label_classification"), ("scores", "regression")],
+)
+def test_the_configuration_says_what_the_head_computes(tmp_path: Path, kind: str, problem: str) -> None:
+    names = () if kind == "scores" else NAMES
+    model = built(save(tmp_path, None, problem_type="regression"), kind, *names)
+    assert model.config.problem_type == problem and model.config.num_labels == max(1, len(names))
+    assert model.config.id2label == (dict(enumerate(names)) or {0: "LABEL_0"})
+    saved = json.loads(model.config.to_json_string())
+    assert saved["problem_type"] == problem
+
+
+@pytest.mark.parametrize("names", [(), NAMES], ids=["scores", "labels"])
+def test_other_labels_than_the_heads_are_refused_unless_a_new_one_is_asked_for(
+    tmp_path: Path, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, kind = save(tmp_path, ("good", "bad", "ugly")), "labels" if names else "scores"
+    with pytest.raises(ConfigError) as caught:
+        built(folder, kind, *names)
+    text = str(caught.value)
+    assert "good, bad, ugly" in text and "set model.new_head: true" in text
+    assert not names or "only in the data: great; only in the model: ugly" in text
+    model = built(folder, kind, *names, new_head=True)
+    stored = hf.BertForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(model.bert.pooler.dense.weight, stored.bert.pooler.dense.weight), "the body is kept"
+    assert model.classifier.weight.shape == (max(1, len(names)), 16)
+    assert model.config.id2label == (dict(enumerate(names)) or {0: "LABEL_0"})
+    assert "made anew" in capsys.readouterr().out
+
+
+def test_a_new_head_that_is_asked_for_is_new_with_the_same_labels_too(tmp_path: Path) -> None:
+    folder = save(tmp_path, NAMES)
+    stored = hf.BertForSequenceClassification.from_pretrained(folder).classifier.weight
+    assert torch.equal(built(folder, "labels", *NAMES).classifier.weight, stored)
+    assert not torch.equal(built(folder, "labels", *NAMES, new_head=True).classifier.weight, stored)
+    assert built(folder, "labels", *reversed(NAMES), new_head=True).config.id2label[0] == "great"
+
+
+def test_heads_of_one_output_and_of_as_many_nameless_ones_are_kept(tmp_path: Path) -> None:
+    for names, kind, labels in ((("LABEL_0",), "scores", ()), (("LABEL_0", "LABEL_1", "LABEL_2"), "sets", NAMES)):
+        folder = save(tmp_path / kind, names)
+        stored = hf.BertForSequenceClassification.from_pretrained(folder).classifier.weight
+        assert torch.equal(built(folder, kind, *labels).classifier.weight, stored)
+
+
+def test_checkpoints_of_runs_that_named_no_problem_still_belong_to_their_model(tmp_path: Path) -> None:
+    model = built(save(tmp_path, NAMES), "labels", *NAMES)
+    digest = model_digest(model)
+    model.config.problem_type = None
+    assert model_digest(model) == digest
+    model.config.problem_type = "multi_label_classification"
+    assert model_digest(model) != digest
+
+
+def test_kinds_differ_in_their_problem_alone_for_the_model() -> None:
+    assert {kind.problem for kind in KINDS.values()} == {
+        "single_label_classification", "multi_label_classification", "regression",
+    }  # fmt: skip
+    for kind in KINDS.values():
+        assert kind.padded is not None and not kind.padded.packs and kind.padded.problem == kind.problem
+        assert replace(kind, padded=None).name == TASK.name
