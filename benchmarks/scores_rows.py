@@ -1,6 +1,6 @@
 """The rows of benchmarks/scores.py: data, split, settings, and published figures where the split is the published one.
 
-Learning rates and epochs were chosen on the tenth that is held out of train, never on what is scored.
+Learning rates and epochs are changed by what the tenth that is held out of train gives, never by what is scored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
