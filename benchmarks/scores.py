@@ -31,8 +31,8 @@ from state_measure import ROOT, prebuild
 
 RULE = """\
 Both sides start from MiniLM's fp32 weights and take the same records, 32 rows a step, steps, learning rate (linear, a
-tenth of the steps warm-up), AdamW and clipping at 1, on two CPU processes in bf16. Settings were chosen on a tenth held
-out of train, by a hash of the document; the last checkpoint counts on both sides, and what is scored is scored once.
+tenth of the steps warm-up), AdamW and clipping at 1, on two CPU processes in bf16. A tenth is held out of train, by a
+hash of the document, for choosing settings. The last checkpoint counts on both sides; what is scored is scored once.
 Scores are in points of 100, with two standard errors of the mean over seeds. "Ours" passes where it is at least the
 Trainer's mean less the larger of 0.5 points (1.5 with one seed) and two standard errors of the difference."""
 QUICK_STEPS = 120
