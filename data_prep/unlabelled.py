@@ -80,7 +80,7 @@ def prepare_unlabelled(
         for source, own in zip(config.validation, files, strict=True):
             _write_source(own, _shape(own, source, blank), blank, found, out)
     if not found.num_records:
-        raise BadDataError(f"{files[0][0].label}: holds no record")
+        raise BadDataError(f"{files[0][0].label}: the file holds no records")
     if len(found.faults) < found.num_records:
         shape = _written_shape(found, blank)
         try:

@@ -143,7 +143,7 @@ def test_files_without_records_are_left_out_unless_there_are_no_others(tmp_path:
     for name in ("glob", "empty"):
         (tmp_path / name).mkdir()
     assert read(tmp_path / "glob", vocabulary, str(tmp_path / "in-*.jsonl")).documents == {1: [0]}
-    with pytest.raises(BadDataError, match=r"in-0\.jsonl: holds no record"):
+    with pytest.raises(BadDataError, match=r"in-0\.jsonl: the file holds no records"):
         read(tmp_path / "empty", vocabulary, str(tmp_path / "in-0.jsonl"))
 
 
