@@ -21,7 +21,7 @@ from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
 from engine.model.dropout import keep_saved_dropout, set_dropout
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
-from engine.model.frozen import body_patterns, freeze
+from engine.model.frozen import body_patterns, check_body, freeze
 from engine.model.isolation import attention_of, check_isolation, fit_to_rows, instead
 from engine.model.layer_scales import layer_scales
 from engine.model.model_files import FileTensor, read_model_files
@@ -112,7 +112,7 @@ def build_model(
         initialise(model, [], seed)
         weights = StartingWeights()
     elif pretrained:
-        weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed, labels)
+        weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed, labels, section.new_head)
         say(lines)
     else:
         weights = StartingWeights.of(model)
@@ -138,15 +138,20 @@ def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_docum
         return task
     folder = model_folder(section)
     config = _inline_config(section, facts, _extension(facts)) if folder is None else _stored_config(folder)
+    if config.num_labels == 1 and task.problem != "regression":
+        config.num_labels = 2  # the loss of a single label is always 0, so that no two forms of it would differ
     return fit_to_rows(config, task, task.padded)
 
 
 def freeze_and_check(model: Any, config: Any, task: Task, section: ModelSection) -> None:
     """Freeze the parameters that ``model.freeze`` names, and all but the head where the section trains that alone.
 
-    ConfigError as `freeze`, and for trained parameters without any path from the task's loss: ZeRO would
-    apply old gradients to them.
+    ConfigError as `freeze` and `check_body`, and for trained parameters without any path from the task's loss: ZeRO
+    would apply old gradients to them.
     """
+    for key, is_given in (("model.train: head", section.train == "head"), ("model.new_head", section.new_head)):
+        if is_given:
+            check_body(model, key)
     frozen = [*section.freeze, *(body_patterns(model) if section.train == "head" else ())]
     freeze(model, frozen)
     if patterns := unreached_parameters(config, task, frozen):
