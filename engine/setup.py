@@ -41,7 +41,7 @@ from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import EVALUATION_NAME, RunLog
 from engine.step import Progress, Training, padding_line
-from engine.tasks.task import Task
+from engine.tasks.task import STILL, Task
 from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
@@ -161,14 +161,16 @@ def _restore_or_fill(
 def with_micro_rows(
     config: RunConfig, zero: ZeroModel, stores: Stores, ranks: Ranks, state: Mapping[str, Any] | None
 ) -> RunConfig:
-    """The configuration with a number for `batch.micro_rows: auto`: the checkpoint's if it had as many ranks."""
+    """The configuration with a number for `batch.micro_rows: auto`: a checkpoint's of as many ranks, or a new one."""
     if config.batch.micro_rows != "auto":
         return config
     recorded = state["circumstances"] if state else {}
-    if recorded.get("ranks") == ranks.world_size:
-        found, why = int(recorded["config"]["batch"]["micro_rows"]), "as in the checkpoint"
+    batch = recorded["config"]["batch"] if recorded.get("ranks") == ranks.world_size else {}
+    if "micro_rows" in batch and batch.get("micro_tokens") is None:  # by tokens, the number of rows meant nothing
+        found, why = int(batch["micro_rows"]), "as in the checkpoint"
     else:
-        found, why = find_micro_rows(zero, *stores.training, ranks, config.global_rows)
+        draw = STILL._replace(mask_fraction=config.masking.fraction)
+        found, why = find_micro_rows(zero, *stores.training, ranks, config.global_rows, draw)
     if ranks.rank == 0:
         print(f"batch.micro_rows: auto is {found} ({why})", flush=True)
     return config.model_copy(update={"batch": config.batch.with_micro_rows(found)})
