@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -205,6 +206,8 @@ def made_model(
 def _reason(error: Exception) -> str:
     """The error in one line; a bare name that a table of the family lacks is said to be a value."""
     text = " ".join(str(error).split())
+    if lacking := re.match(r"Unrecognized configuration class .* for this kind of AutoModel: (\w+)", text):
+        return f"transformers has no {lacking[1]} of this type: give a model of another type, or another task"
     if PACKED_ATTENTION in text:  # the family has a table of its own, or an attention that is built in
         return "its attention cannot be exchanged for the one that keeps packed documents apart"
     return f"its configuration has the unknown value {text}" if isinstance(error, KeyError) else text

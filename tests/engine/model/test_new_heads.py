@@ -11,7 +11,7 @@ import transformers as hf
 from whole_model import fill
 
 from engine.config import ModelSection
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 from engine.model.build import StoreFacts, build_model, fitting_task
 from engine.setup import model_digest
 from engine.tasks import TASKS
@@ -166,3 +166,19 @@ def test_the_form_of_batches_does_not_follow_from_a_head_that_is_replaced(tmp_pa
     task = fitting_task(section, KINDS["labels"], facts(*NAMES), True)
     assert not task.packs and "documents in one row see each other" in task.why_padded
     build_model(section, task, facts(*NAMES), 3)
+
+
+def test_a_family_without_a_head_for_the_task_is_refused_in_a_line(tmp_path: Path) -> None:
+    config = hf.EsmConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=1, mask_token_id=3,
+    )  # fmt: skip
+    hf.EsmModel(config).save_pretrained(tmp_path)
+    section = ModelSection(path=str(tmp_path), activation_checkpointing=False)
+    task = fitting_task(section, TASKS["question_answering"], facts(), True)
+    with pytest.raises(DataError) as caught:
+        build_model(section, task, facts(), 3)
+    reason = (
+        "transformers has no AutoModelForQuestionAnswering of this type: give a model of another type, or another task"
+    )
+    assert str(caught.value) == f"model: {tmp_path}: {reason}"
