@@ -11,6 +11,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     state = _restore_or_fill(zero, weights, folder, must_match)
     del weights  # they may be a whole model in memory
     load_seconds = time.perf_counter() - began_loading
-    progress = Progress.of(state["progress"]) if state else Progress()
+    progress = resumed_progress(state, task, config.best_metric(task)) if state else Progress()
     config = with_micro_rows(config, zero, stores, ranks, state)
     may_change = _values_that_may_change(config, ds_config, ranks)
     steps = total_steps(config.duration.steps, config.duration.epochs, rows.epoch_rows, config.global_rows)
@@ -156,6 +157,16 @@ def _restore_or_fill(
     if state is None:
         fill(zero, weights, partial(print, flush=True))
     return state
+
+
+def resumed_progress(state: Mapping[str, Any], task: Task, metric: str) -> Progress:
+    """The progress of a checkpoint. An evaluation that was the best by another metric is not compared with new ones."""
+    progress = Progress.of(state["progress"])
+    before = state["circumstances"]["config"]["evaluation"]["metric"] or task.best
+    if before == metric or progress.best_value is None:
+        return progress
+    say([f"the best evaluation was that by {before}: by {metric}, the next one is the best so far"])
+    return replace(progress, best_value=None, best_step=None, evaluations_without_improvement=0)
 
 
 def with_micro_rows(
