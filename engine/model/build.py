@@ -20,7 +20,7 @@ from engine.finding import warning_lines
 from engine.fit.labels import Labels, fit_labels, names_of
 from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
-from engine.model.dropout import keep_saved_dropout, set_dropout
+from engine.model.dropout import keep_saved_dropout, set_dropout, set_layer_dropout
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
 from engine.model.frozen import body_patterns, check_body, freeze
 from engine.model.isolation import attention_of, check_isolation, fit_to_rows, instead
@@ -117,7 +117,8 @@ def build_model(
         say(lines)
     else:
         weights = StartingWeights.of(model)
-    if dropout is not None:
+    if section.dropout is not None and dropout is not None:
+        set_layer_dropout(model, section.dropout)
         keep_saved_dropout(model, dropout)
         say([f"model.dropout: {section.dropout:g} in place of {', '.join(f'{k} {v:g}' for k, v in dropout.items())}"])
     return model, weights
