@@ -18,7 +18,16 @@ from data_prep.errors import BadDataError
 from data_prep.pipeline.encoder import Encoder
 from data_prep.pipeline.work import Job
 from data_prep.prepare import prepare
-from data_prep.shapes.fields import Reading, candidates_of, field_names, known_fields, lookup, readings
+from data_prep.shapes.fields import (
+    FIELDS_TO_LEAVE_OUT,
+    Reading,
+    candidates_of,
+    field_names,
+    known_fields,
+    lookup,
+    readings,
+)
+from data_prep.shapes.misfit import other_format, other_table
 from data_prep.shapes.shape import Shape, to_example
 from data_prep.shapes.usual_names import usual_candidates
 from data_prep.sources.read import read_records
@@ -69,11 +78,13 @@ def prepare_unlabelled(
     files = find_sources(config.validation, "data.validation", folder / ".cache")
     with found.path.open("w", encoding="utf-8") as out:
         for source, own in zip(config.validation, files, strict=True):
-            _write_source(own, _shape(own[0], source, blank), blank, found, out)
+            _write_source(own, _shape(own, source, blank), blank, found, out)
+    if not found.num_records:
+        raise BadDataError(f"{files[0][0].label}: the file holds no records")
     if len(found.faults) < found.num_records:
         shape = _written_shape(found, blank)
         try:
-            _prepare(_settings(config, shape, found.path, folder), section, task, found)
+            _prepare(_settings(config, task, shape, found.path, folder), section, task, found)
         except BadDataError:
             _find_faults(config, task, shape, found)
             if len(found.faults) < found.num_records:
@@ -83,11 +94,15 @@ def prepare_unlabelled(
     return found
 
 
-def _shape(file: SourceFile, source: SourceConfig, blank: Blank) -> Shape:
-    """The shape of a source's records, from the first of them that tells the names of its fields."""
+def _shape(files: Sequence[SourceFile], source: SourceConfig, blank: Blank) -> Shape | None:
+    """The shape of a source's records, from the first of them that tells the names of its fields.
+
+    None if the source has no record that can be read.
+    """
     given = {ours: theirs for ours, theirs in source.fields.items() if ours != blank.field}
     given[blank.field] = _BLANK_FIELD
-    first = list(islice(read_records(file, on_fault=lambda _fault, _line: None), _LOOKED_AT_RECORDS))
+    records = (record for file in files for record in read_records(file, on_fault=lambda _fault, _line: None))
+    first = list(islice(records, _LOOKED_AT_RECORDS))
     for record in first:
         value = {**record.value, _BLANK_FIELD: ""}
         candidates = candidates_of((blank.shape,), given, True)
@@ -97,11 +112,13 @@ def _shape(file: SourceFile, source: SourceConfig, blank: Blank) -> Shape:
         if found:
             raise BadDataError(f"{record.where}: {_said(found)}; say which with `fields: {{...}}` of the source")
     if not first:
-        raise BadDataError(f"{file.label}: holds no record that can be read")
-    wanted = ", ".join(name for name in known_fields(blank.shape) if name != blank.field)
+        return None
+    wanted = [name for name in known_fields(blank.shape) if name != blank.field and name not in FIELDS_TO_LEAVE_OUT]
+    named = ", ".join(f"{name}: their name" for name in wanted)
+    other = other_format(first, source, (blank.shape,)) or other_table(first[0], source)
     raise BadDataError(
-        f"{first[0].where}: no field is known as the {wanted} of shape {blank.shape} "
-        f"(fields: {field_names(first[0].value)}); name it with `fields: {{our name: their name}}` of the source"
+        f"{first[0].where}: no field is known as the {' or the '.join(wanted)} (fields: {field_names(first[0].value)});"
+        f" name it in the source, as {{path: ..., fields: {{{named}}}}}{other}"
     )
 
 
@@ -110,7 +127,9 @@ def _said(found: Sequence[Reading]) -> str:
     return f"this record can be read in several ways: {' or '.join(ways)}"
 
 
-def _write_source(files: Sequence[SourceFile], shape: Shape, blank: Blank, found: Unlabelled, out: IO[str]) -> None:
+def _write_source(
+    files: Sequence[SourceFile], shape: Shape | None, blank: Blank, found: Unlabelled, out: IO[str]
+) -> None:
     """Write a line for each record of a source, also for those that cannot be read."""
 
     def write(line: dict[str, Any]) -> None:
@@ -123,6 +142,7 @@ def _write_source(files: Sequence[SourceFile], shape: Shape, blank: Blank, found
 
     for file in files:
         for record in read_records(file, on_fault=on_fault):
+            assert shape is not None
             fields = {ours: lookup(record.value, theirs) for ours, theirs in shape.fields.items()}
             fields[blank.field] = blank.value(fields)
             head = {"id": _id(record), "where": record.where}
@@ -149,7 +169,7 @@ def _written_shape(found: Unlabelled, blank: Blank) -> Shape:
     return Shape(blank.shape, {name: f"fields.{name}" for name in fields}, many)
 
 
-def _settings(config: DataConfig, shape: Shape, path: Path, folder: Path) -> DataConfig:
+def _settings(config: DataConfig, task: str, shape: Shape, path: Path, folder: Path) -> DataConfig:
     """The settings with the file of records as the only source, of which no record stops the others."""
     source = SourceConfig(path=str(path), format="jsonl", shape=shape.name, fields=dict(shape.fields))
     changes: dict[str, Any] = {
@@ -158,6 +178,8 @@ def _settings(config: DataConfig, shape: Shape, path: Path, folder: Path) -> Dat
     }  # fmt: skip
     if config.overlong == "error":
         changes["overlong"] = "drop"
+    elif config.overlong == "truncate" and TASKS[task].tags_words:  # every word gets a tag
+        changes |= {"overlong": "split", "stride_tokens": min(config.stride_tokens, config.row_tokens // 4)}
     return config.model_copy(update=changes)
 
 

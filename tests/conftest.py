@@ -58,6 +58,24 @@ def smollm2() -> Path:
     return real_model("smollm2")
 
 
+@pytest.fixture
+def work_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fulltune eval` and `predict` do the work of their one process in that of the test, which has torch already."""
+    from engine.inference.plan import Plan
+    from engine.inference.worker import work
+    from launcher.commands import eval as evaluate
+    from launcher.commands import predict
+
+    def run_here(plan: Plan, folder: Path, _label: str) -> Plan:
+        with (folder / "rows").open("w", encoding="utf-8") as progress:
+            work(plan, folder, 0, progress)
+        return plan
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for command in (evaluate, predict):
+        monkeypatch.setattr(command, "run_plan", run_here)
+
+
 @pytest.fixture(scope="session")
 def session_cluster() -> Iterator[SlurmCluster]:
     """One Slurm cluster for all tests that need it; without one they are skipped, or fail in `make test-cluster`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.encode.blocks import Names
-from data_prep.errors import BadDataError, UntrainableError
+from data_prep.errors import BadDataError, FatalDataError, UntrainableError
 from data_prep.sources.records import Record
 from data_prep.tokenizer.backends import Backend
 from data_prep.tokenizer.tokenizer import Tokenizer
@@ -56,6 +56,17 @@ def refuse_untrainable_at(indices: Sequence[int], records: Sequence[Record], rea
     faulty = np.zeros(len(records), dtype=bool)
     faulty[list(indices)] = True
     refuse_untrainable(faulty, records, reason)
+
+
+def refuse_strides(record: Record, what: str, room: int, context: Context) -> None:
+    """FatalDataError where windows of `room` tokens over a record's `what` cannot share `context.stride_tokens`."""
+    if room > context.stride_tokens:
+        return
+    advice = f"set data.stride_tokens to {room // 4}, or raise data.row_tokens" if room > 0 else "raise data.row_tokens"
+    raise FatalDataError(
+        f"{record.where}: the {what} is longer than a row, and a row of {context.row_tokens} tokens leaves no room for"
+        f" windows that share {context.stride_tokens} tokens: {advice}"
+    )
 
 
 def encode_texts(texts: Sequence[str], records: Sequence[Record], context: Context) -> list[list[int]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.encode.blocks import Block, Column, block_of_documents, cut_columns, ragged
-from data_prep.encode.content import Context, encode_texts
+from data_prep.encode.content import Context, encode_texts, refuse_strides
 from data_prep.errors import BadDataError
 from data_prep.shapes.examples import Example, QuestionExample
 from data_prep.sources.records import Record
@@ -119,7 +119,7 @@ def _encoded(
     answers = [_token_span(offsets, start, start + len(text)) for start, text in one.answers]
     borders = [_without_blanks(one.context, *offset) for offset in offsets]
     windows = []
-    for begin, stop in _windows(len(ids), room, room - context.stride_tokens):
+    for begin, stop in _windows(len(ids), room, max(1, room - context.stride_tokens)):
         inside = [pair for pair in answers if begin <= pair[0] and pair[1] <= stop]
         spans = [len(head) + place - begin for pair in inside for place in pair]
         texts = _Texts() if begin else _texts(one, borders)
@@ -165,11 +165,10 @@ def _head(record: Record, question: list[int], ids: Sequence[int], context: Cont
     # Half of a row stays for the context, whatever the question.
     kept = question[: max(1, (context.row_tokens - fixed) // 2)]
     room = context.row_tokens - fixed - len(kept)
-    if not ids or room <= context.stride_tokens:
-        raise BadDataError(
-            f"{record.where}: the context is empty or a row of {context.row_tokens} tokens leaves"
-            f" it no room beside data.stride_tokens {context.stride_tokens}"
-        )
+    if not ids:
+        raise BadDataError(f"{record.where}: the context is empty", "empty_field")
+    if len(ids) > room:
+        refuse_strides(record, "context", room, context)
     return [*tokenizer.prefix_ids, *kept, *tokenizer.pair_middle_ids], room
 
 

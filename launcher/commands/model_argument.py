@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def opened_model(arguments: argparse.Namespace) -> Iterator[tuple[Model, Path]]:
     """
     given: Path = arguments.model
     run_file = given if given.is_file() else given / "run.yaml"
-    with tempfile.TemporaryDirectory(prefix="fulltune-") as name:
+    with _ended_like_ctrl_c(), tempfile.TemporaryDirectory(prefix="fulltune-") as name:
         work = Path(name)
         if not run_file.is_file() or (given / "config.json").is_file():
             if arguments.step is not None or arguments.best:
@@ -60,3 +61,13 @@ def opened_model(arguments: argparse.Namespace) -> Iterator[tuple[Model, Path]]:
         with contextlib.redirect_stdout(sys.stderr):
             export_run(given, work / "model", arguments.step, arguments.best, dtype, config.export.max_shard_size)
         yield read_model(work / "model", config.task, values), work
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that the folder and files in the making are removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

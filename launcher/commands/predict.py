@@ -87,11 +87,17 @@ def _listed(found: Unlabelled) -> str:
 
 @contextlib.contextmanager
 def _output(out: str) -> Iterator[IO[str]]:
-    """The file to write, which is there when it is complete; or standard output."""
+    """The file to write, which is there when it is complete; or standard output, or what is no file, as a pipe."""
     if out == "-":
         yield sys.stdout
         return
-    path = Path(out)
+    path = Path(out).resolve()  # where it is a link, what it leads to is written
+    if path.is_dir():
+        raise CannotWriteError(f"--out {out}: cannot write: a folder; name a file, as {Path(out) / 'answers.jsonl'}")
+    if path.exists() and not path.is_file():  # it must not be replaced by a file
+        with path.open("w", encoding="utf-8") as pipe:
+            yield pipe
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         file = temporary.open("x", encoding="utf-8")

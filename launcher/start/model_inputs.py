@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.tasks import TASKS as DATA_TASKS
@@ -85,7 +86,7 @@ def reading_of(model: Model, files: Sequence[str], like: Path | None, overrides:
     wrong = [override for override in overrides if not override.startswith(("data.", "evaluation."))]
     if wrong:
         raise ConfigError(f"override `{wrong[0]}`: only keys of data and evaluation count here, as data.row_tokens=256")
-    run = model.run if like is None else with_absolute_paths(load_run_file(like).values)
+    run = model.run if like is None else _values_like(like)
     given = dict(run.get("data") or {})
     keys = _keys_of(given.get("validation") or given.get("train"))
     sources = [_source(text, keys) for text in files]
@@ -104,6 +105,20 @@ def reading_of(model: Model, files: Sequence[str], like: Path | None, overrides:
     return Reading(read.parse(DataConfig, "data"), read.values["data"], evaluation)
 
 
+def _values_like(path: Path) -> dict[str, Any]:
+    """The values of a run file, of whose sections `data` and `evaluation` the faults are named with their lines."""
+    file = load_run_file(path)
+    faults = [
+        fault
+        for section, model in (("data", DataConfig), ("evaluation", EvaluationSection))
+        if file.values.get(section) is not None
+        for fault in file.find_faults(model, section)
+    ]
+    if faults:
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
+    return with_absolute_paths(file.values)
+
+
 def _source(text: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     """A source as the command line gives it: a path, or its keys as {path: x.csv, delimiter: ";"}."""
     if not text.startswith("{"):
@@ -112,6 +127,12 @@ def _source(text: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"`{text}`: not the keys of a source: {' '.join(str(error).split())}") from None
+    try:
+        SourceConfig.model_validate({**keys, **given})
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") for fault in error.errors()]
+        known = ", ".join(SourceConfig.model_fields)
+        raise ConfigError(f"`{text}`: {'; '.join(faults)} (the keys of a source are {known})") from None
     return {**keys, **given}
 
 

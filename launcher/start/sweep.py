@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ def load_sweep(path: Path, overrides: Sequence[str], words: Sequence[str], share
     """
     swept = [_values_of(word) for word in words]
     keys = [key for key, _ in swept]
-    _check_keys(keys, shares_store)
+    faults = [*itertools.chain(*map(_faults_of, words, swept)), *_faults_of_keys(keys, shares_store)]
+    if faults:
+        raise ConfigError("\n".join(faults))
     chosen = list(itertools.product(*(values for _, values in swept)))
     folders = [_folder(keys, values) for values in chosen]
     if len(set(folders)) < len(folders):
@@ -69,14 +71,22 @@ def load_sweep(path: Path, overrides: Sequence[str], words: Sequence[str], share
     return Sweep(tuple(keys), tuple(combinations), tuple(overrides))
 
 
-def _check_keys(keys: Sequence[str], shares_store: bool) -> None:
-    for key in keys:
+def _faults_of_keys(keys: Sequence[str], shares_store: bool) -> Iterator[str]:
+    for key in dict.fromkeys(keys):
         if keys.count(key) > 1:
-            raise ConfigError(f"--sweep {key}: given twice")
+            yield f"--sweep {key}: given twice"
         if key in _NOT_SWEPT:
-            raise ConfigError(f"--sweep {key}: the runs of a sweep have it in common")
+            yield f"--sweep {key}: the runs of a sweep have it in common"
         if shares_store and key.startswith("data."):
-            raise ConfigError(f"--sweep {key}: jobs that run at once share one token store; give each its own run file")
+            yield f"--sweep {key}: jobs that run at once share one token store; give each its own run file"
+
+
+def _faults_of(word: str, swept: tuple[str, tuple[str, ...]]) -> Iterator[str]:
+    key, values = swept
+    if not key or len(values) < 2 or not all(values):
+        yield f"--sweep {word}: write a key with several values, as optimizer.learning_rate=1e-5,3e-5"
+    elif len(set(values)) < len(values):
+        yield f"--sweep {word}: a value is given twice"
 
 
 def _overrides(keys: Sequence[str], values: Sequence[str]) -> list[str]:
@@ -102,8 +112,6 @@ def _values_of(word: str) -> tuple[str, tuple[str, ...]]:
     """The key and the values of KEY=VALUE,VALUE; a comma inside of brackets parts nothing."""
     key, _, text = word.partition("=")
     values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
-    if not key or len(values) < 2 or not all(values):
-        raise ConfigError(f"--sweep {word}: write a key with several values, as optimizer.learning_rate=1e-5,3e-5")
     return key, tuple(values)
 
 

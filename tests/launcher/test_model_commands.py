@@ -2,8 +2,14 @@
 
 import json
 import math
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +83,7 @@ def test_labels_and_probabilities_are_those_of_the_pipeline(
     assert len({one["label"] for one in found}) > 1
 
 
+@pytest.mark.usefixtures("work_here")
 def test_tags_stand_beside_their_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each word has the tag of its first piece, as the stock class gives it; to standard output nothing else goes."""
     folder = model_folder(tmp_path / "model", "BertForTokenClassification")
@@ -96,6 +103,7 @@ def test_tags_stand_beside_their_words(tmp_path: Path, capfd: pytest.CaptureFixt
     assert len({tag for one in found for tag in one["tags"]}) > 1
 
 
+@pytest.mark.usefixtures("work_here")
 def test_figures_are_those_of_the_stock_model(
     classifier: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +139,7 @@ def test_labels_that_the_model_has_not_are_an_error_or_count_as_wrong(
     assert float(shown["accuracy"]) <= 6 / 7 and shown["targets"] == "6"
 
 
+@pytest.mark.usefixtures("work_here")
 def test_the_commands_of_the_page_run(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,10 +152,12 @@ def test_the_commands_of_the_page_run(
     Path("held.jsonl").write_text(held, encoding="utf-8")
     Path("new.jsonl").write_text(new, encoding="utf-8")
     Path("model").symlink_to(classifier)
+    Path("answers.jsonl").symlink_to("elsewhere.jsonl")
     for name in ("eval", "predict"):
         assert main(shlex.split(next(line for line in commands if line.startswith(f"fulltune {name} ")))[1:]) == 0
     assert re.search(r"^accuracy +[01](\.5)?$", capfd.readouterr().out, re.MULTILINE)
     assert [one["id"] for one in objects(Path("answers.jsonl"))] == ["a", "new.jsonl:2"]
+    assert Path("answers.jsonl").is_symlink() and Path("elsewhere.jsonl").is_file(), "a link stays one"
 
 
 def test_models_and_options_that_cannot_be_meant(
@@ -157,6 +168,8 @@ def test_models_and_options_that_cannot_be_meant(
     generator = byte_level_folder(tmp_path / "generator")
     (generator / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     body = model_folder(tmp_path / "body", "BertModel")
+    like = tmp_path / "like.yaml"
+    like.write_text("data:\n  row_token: 3\n")
     for command, code, words in (
         (["predict", str(generator), *out], 78, "`fulltune generate` continues prompts"),
         (["predict", str(body), *out], 78, "BertModel, a class of no task here: give --task"),
@@ -167,7 +180,53 @@ def test_models_and_options_that_cannot_be_meant(
         (["predict", str(classifier), *out, "data.row_token=3"], 78, "data.row_tokens"),
         (["eval", str(classifier)], 78, "give --data FILE"),
         (["predict", str(classifier), "--in", source, "--out", str(tmp_path / "no" / "out.jsonl")], 73, "cannot write"),
+        (
+            ["predict", str(classifier), "--in", source, "--out", str(tmp_path)],
+            73,
+            "cannot write: a folder; name a file",
+        ),
+        (
+            ["predict", str(classifier), "--in", "{path: x, form: csv}", *out[2:]],
+            78,
+            "form: Extra inputs are not permitted",
+        ),
+        (["predict", str(classifier), *out, "--like", str(like)], 78, "like.yaml:2: unknown key `data.row_token`"),
     ):
         assert main(command) == code
         assert words in capfd.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_is_no_file_is_written_and_not_replaced(classifier: Path, tmp_path: Path) -> None:
+    source, pipe = write_jsonl(tmp_path / "in.jsonl", [{"text": ""}]), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    came: list[str] = []
+    reader = threading.Thread(target=lambda: came.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert main(["predict", str(classifier), "--in", str(source), "--out", str(pipe), "--skip-unusable"]) == 0
+    reader.join(10)
+    assert pipe.is_fifo() and "the text is empty" in json.loads(came[0])["error"]
+
+
+def test_a_stopped_command_leaves_nothing_behind(classifier: Path, tmp_path: Path) -> None:
+    """It waits for the reader of a pipe when it is stopped, with its own folder at hand."""
+    source, pipe, own = write_jsonl(tmp_path / "in.jsonl", [{"text": ""}]), tmp_path / "pipe", tmp_path / "own"
+    own.mkdir()
+    os.mkfifo(pipe)
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "predict",
+        str(classifier),
+        "--in",
+        str(source),
+        "--out",
+        str(pipe),
+    ]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(own)}, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not any(own.iterdir()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+    assert not any(own.iterdir())

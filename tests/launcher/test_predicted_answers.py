@@ -12,6 +12,7 @@ from data_fixtures import bert_vocabulary, sentences, write_jsonl
 from data_prep.tokenizer.open import open_tokenizer
 from launcher.cli import main
 
+pytestmark = pytest.mark.usefixtures("work_here")
 QUESTIONS = [{"question": f"which {text.split()[0]}", "context": text} for text in sentences(6, seed=4)]
 
 

@@ -122,5 +122,35 @@ def test_nothing_to_predict_is_no_error_here(tmp_path: Path, vocabulary: Path) -
 
 def test_fields_that_nobody_knows_are_an_error_with_the_line_to_write(tmp_path: Path, vocabulary: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", [{"zzz": "the river"}])
-    with pytest.raises(BadDataError, match=r"in\.jsonl:1: no field is known as the text.*zzz.*`fields: \{our name"):
+    with pytest.raises(
+        BadDataError, match=r"in\.jsonl:1: no field is known as the text .*zzz.*fields: \{text: their name\}"
+    ):
         read(tmp_path, vocabulary, str(path))
+    table = tmp_path / "in.csv"
+    (tmp_path / "store").mkdir()
+    table.write_text("the river,an old map\na,b\n", encoding="utf-8")
+    with pytest.raises(BadDataError, match=r"in\.csv:2: .*if the file has no header line, name its `columns:`"):
+        read(tmp_path / "store", vocabulary, str(table))
+
+
+def test_files_without_records_are_left_out_unless_there_are_no_others(tmp_path: Path, vocabulary: Path) -> None:
+    """Also one whose lines are all unreadable, which are faults like others."""
+    (tmp_path / "in-0.jsonl").touch()
+    (tmp_path / "in-1.jsonl").write_text('{"text": }\n', encoding="utf-8")
+    write_jsonl(tmp_path / "in-2.jsonl", [{"text": "the river"}])
+    found = read(tmp_path, vocabulary, [str(tmp_path / f"in-{number}.jsonl") for number in range(3)])
+    assert (found.num_records, sorted(found.faults), sorted(found.documents)) == (2, [0], [1])
+    for name in ("glob", "empty"):
+        (tmp_path / name).mkdir()
+    assert read(tmp_path / "glob", vocabulary, str(tmp_path / "in-*.jsonl")).documents == {1: [0]}
+    with pytest.raises(BadDataError, match=r"in-0\.jsonl: the file holds no records"):
+        read(tmp_path / "empty", vocabulary, str(tmp_path / "in-0.jsonl"))
+
+
+def test_no_word_is_without_a_tag_where_long_sentences_are_cut(tmp_path: Path, vocabulary: Path) -> None:
+    """As with the settings of a run that cuts them: windows are read in place of what was cut."""
+    path = write_jsonl(tmp_path / "in.jsonl", [{"tokens": ["river"] * 60}])
+    found = read(tmp_path, vocabulary, str(path), TAG, overlong="truncate")
+    assert found.store is not None and len(found.documents[0]) > 2
+    store = TokenStore.open(found.store)
+    assert sum(int((store.token_column("tags", number) >= 0).sum()) for number in found.documents[0]) == 60

@@ -16,6 +16,7 @@ from engine.run_file import dump_yaml
 from engine.tasks import TASKS
 from launcher.cli import main
 
+pytestmark = pytest.mark.usefixtures("work_here")
 TEXTS = [
     " ".join(word for word in text.split() if word.isascii() and word.isalpha())
     for text in sentences(6, seed=8, longest_words=9)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from data_fixtures import bert_vocabulary, byte_level_folder, prepared, section, sentences, write_jsonl
 
+from data_prep.errors import BadDataError
 from data_prep.token_store import TokenStore
 from engine.config import RunConfig
 from engine.errors import DataError
@@ -99,3 +100,28 @@ def test_a_store_without_texts_must_be_prepared_again(tmp_path: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"without the texts of contexts and answers, .*: run `fulltune prepare` again"):
         open_stores(config_of(data), data)
+
+
+def test_contexts_that_fit_need_no_room_to_share(tmp_path: Path) -> None:
+    """Only a longer one does, and the message has a number that works; an empty context is a fault of its record."""
+    fits = {"question": "which map", "context": "the river is old", "answers": []}
+    data = small_section(tmp_path, 0) | {"row_tokens": 24, "stride_tokens": 128}
+
+    def store_of(*records: dict[str, Any], **more: Any) -> TokenStore:
+        write_jsonl(tmp_path / "a.jsonl", list(records))
+        return prepared(data | more, "question_answering")[0]
+
+    assert store_of(fits).num_documents == 1
+    long = fits | {"context": "the river is old " * 9}
+    with pytest.raises(
+        BadDataError, match=r"a\.jsonl:2: the context is longer than a row.*stride_tokens to \d+"
+    ) as told:
+        store_of(fits, long)
+    assert (
+        store_of(
+            fits, long, stride_tokens=int(str(told.value).partition("stride_tokens to ")[2].split(",")[0])
+        ).num_documents
+        > 2
+    )
+    with pytest.raises(BadDataError, match=r"a\.jsonl:1: the context is empty"):
+        store_of(fits | {"context": ""})
