@@ -29,7 +29,7 @@ class Batch:
     other without padding; document_ends is (D + 1,) int32 from 0 to T.
     Padded: input_ids is (B, T), one document a row, padded on the right; lengths is (B,).
     In both forms positions count in the flattened input_ids, so ``logits.flatten(0, 1)[target_positions]`` fits.
-    What targets are is the task's affair, and so are the columns that it adds; a column has a value a document.
+    What targets are is the task's affair, and so are the columns that it adds; one of the store has a value a document.
     """
 
     input_ids: Tensor

@@ -24,7 +24,6 @@ else:  # so that errors and the JSON schema have the names
     TaskName = Literal[(*TASKS, *PREPARED_ONLY)]
     MetricName = Literal[tuple(dict.fromkeys(name for task in TASKS.values() for name in task.known_metrics))]
 
-
 _BETTER = {"min": "lower it is", "max": "higher it is"}
 
 
@@ -121,10 +120,7 @@ class OptimizerSection(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), strict=False, description="AdamW's decay of both moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     layer_decay: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="each layer's learning rate as a share of that of the layer above; 1 for the head",
+        1.0, gt=0, le=1, description="each layer's learning rate as a share of that of the layer above; 1 for the head"
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; never of biases and norms")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
@@ -278,8 +274,7 @@ class RunConfig(Section):
         "zero3_offload", description="a shipped configuration by name (see ds_configs/), or a DeepSpeed JSON's path"
     )
     nvme_path: FilePath | None = Field(
-        None,
-        description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme",
+        None, description="folder on a local SSD of each node, where the DeepSpeed configuration says nvme"
     )
     masking: MaskingSection = MaskingSection()
     loss: LossSection = LossSection()
@@ -324,8 +319,13 @@ class RunConfig(Section):
             yield from (
                 f"{key} belongs to tasks with labels, not to {self.task}: leave it out" for key in self.loss.given()
             )
-        if self.evaluation.out_of_scope_label is not None and (task is None or task.out_of_scope is None):
-            yield f"evaluation.out_of_scope_label has no meaning for task {self.task}: leave it out"
+        scope, answers = self.evaluation.out_of_scope_label, self.evaluation.answers
+        unused = {
+            "evaluation.out_of_scope_label": scope is not None and (task is None or task.out_of_scope is None),
+            "evaluation.answers": answers != AnswersSection() and (task is None or task.configured is None),
+            "masking.fraction": self.masking != MaskingSection() and (task is None or task.count_targets is None),
+        }
+        yield from (f"{key} has no meaning for task {self.task}: leave it out" for key, bad in unused.items() if bad)
         if self.model.new_head and task is not None and not task.new_head:
             yield f"model.new_head: task {self.task} has no head of its own: leave it out"
 

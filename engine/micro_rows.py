@@ -14,7 +14,7 @@ from data_prep.token_store import Rows, TokenStore
 from engine.batches import Rows64, row_lengths
 from engine.micro_batches import row_costs
 from engine.ranks.distributed import Ranks
-from engine.tasks.task import STILL
+from engine.tasks.task import Draw
 from engine.zero.zero_model import ZeroModel
 
 #: A CPU rank takes as many of the longest rows at once as hold so many tokens.
@@ -23,10 +23,12 @@ CPU_TOKENS = 16_384
 SPARE_FRACTION = 0.1
 
 
-def find_micro_rows(zero: ZeroModel, store: TokenStore, index: Rows, ranks: Ranks, global_rows: int) -> tuple[int, str]:
+def find_micro_rows(
+    zero: ZeroModel, store: TokenStore, index: Rows, ranks: Ranks, global_rows: int, draw: Draw
+) -> tuple[int, str]:
     """The most rows that fit, at most a rank's share of a step, and why no more. All ranks call it, before training.
 
-    Trials leave masters, moments and gradients as they are.
+    Trials leave masters, moments and gradients as they are. `draw` has the share of words that steps mask.
     """
     share = -(-global_rows // ranks.world_size)
     if ranks.device.type == "cpu":
@@ -41,7 +43,7 @@ def find_micro_rows(zero: ZeroModel, store: TokenStore, index: Rows, ranks: Rank
     def peak_bytes(count: int) -> int:
         torch.cuda.reset_peak_memory_stats(ranks.device)
         if count:
-            try_rows(zero, store, index, rows[:count], ranks)
+            try_rows(zero, store, index, rows[:count], ranks, draw)
         return max(part[0] for part in ranks.gather([torch.cuda.max_memory_allocated(ranks.device)]))
 
     found = largest_that_fits(peak_bytes, share, limit)
@@ -76,14 +78,14 @@ def largest_that_fits(peak_bytes: Callable[[int], int], most: int, limit: int) -
     return size if peak <= limit else max(1, before)
 
 
-def try_rows(zero: ZeroModel, store: TokenStore, index: Rows, rows: Rows64, ranks: Ranks) -> None:
+def try_rows(zero: ZeroModel, store: TokenStore, index: Rows, rows: Rows64, ranks: Ranks, draw: Draw) -> None:
     """Forward and backward on `rows`, the same on every rank, and no update. All ranks call it.
 
     The loss is made NaN, so DeepSpeed drops the gradient and changes nothing, as after a bad step.
     """
     engine = zero.engine
     steps = engine.global_steps
-    batch = zero.task.batch(store, index, rows, int(rows[0]), STILL).to(ranks.device)
+    batch = zero.task.batch(store, index, rows, int(rows[0]), draw).to(ranks.device)
     output = engine(batch)
     engine.backward(output.loss_sum * float("nan"), scale_wrt_gas=False)
     engine.step()

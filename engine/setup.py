@@ -11,6 +11,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from engine.run_file import RunFile, dump_yaml
 from engine.run_folder import RunFolder
 from engine.run_log import EVALUATION_NAME, RunLog
 from engine.step import Progress, Training, padding_line
-from engine.tasks.task import Task
+from engine.tasks.task import STILL, Task
 from engine.zero.ds_config import ds_config_notes, nvme_path, resolve_ds_config, with_nvme_path
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.nvme_state import prepare_swap_folder, swap_folder
@@ -70,7 +71,7 @@ def set_up(run_file: RunFile, config: RunConfig, ranks: Ranks, fresh: bool) -> t
     state = _restore_or_fill(zero, weights, folder, must_match)
     del weights  # they may be a whole model in memory
     load_seconds = time.perf_counter() - began_loading
-    progress = Progress.of(state["progress"]) if state else Progress()
+    progress = resumed_progress(state, task, config.best_metric(task)) if state else Progress()
     config = with_micro_rows(config, zero, stores, ranks, state)
     may_change = _values_that_may_change(config, ds_config, ranks)
     steps = total_steps(config.duration.steps, config.duration.epochs, rows.epoch_rows, config.global_rows)
@@ -158,17 +159,29 @@ def _restore_or_fill(
     return state
 
 
+def resumed_progress(state: Mapping[str, Any], task: Task, metric: str) -> Progress:
+    """The progress of a checkpoint. An evaluation that was the best by another metric is not compared with new ones."""
+    progress = Progress.of(state["progress"])
+    before = state["circumstances"]["config"]["evaluation"]["metric"] or task.best
+    if before == metric or progress.best_value is None:
+        return progress
+    say([f"the best evaluation was that by {before}: by {metric}, the next one is the best so far"])
+    return replace(progress, best_value=None, best_step=None, evaluations_without_improvement=0)
+
+
 def with_micro_rows(
     config: RunConfig, zero: ZeroModel, stores: Stores, ranks: Ranks, state: Mapping[str, Any] | None
 ) -> RunConfig:
-    """The configuration with a number for `batch.micro_rows: auto`: the checkpoint's if it had as many ranks."""
+    """The configuration with a number for `batch.micro_rows: auto`: a checkpoint's of as many ranks, or a new one."""
     if config.batch.micro_rows != "auto":
         return config
     recorded = state["circumstances"] if state else {}
-    if recorded.get("ranks") == ranks.world_size:
-        found, why = int(recorded["config"]["batch"]["micro_rows"]), "as in the checkpoint"
+    batch = recorded["config"]["batch"] if recorded.get("ranks") == ranks.world_size else {}
+    if "micro_rows" in batch and batch.get("micro_tokens") is None:  # by tokens, the number of rows meant nothing
+        found, why = int(batch["micro_rows"]), "as in the checkpoint"
     else:
-        found, why = find_micro_rows(zero, *stores.training, ranks, config.global_rows)
+        draw = STILL._replace(mask_fraction=config.masking.fraction)
+        found, why = find_micro_rows(zero, *stores.training, ranks, config.global_rows, draw)
     if ranks.rank == 0:
         print(f"batch.micro_rows: auto is {found} ({why})", flush=True)
     return config.model_copy(update={"batch": config.batch.with_micro_rows(found)})

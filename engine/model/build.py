@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,9 @@ from engine.finding import warning_lines
 from engine.fit.labels import Labels, fit_labels, names_of
 from engine.fit.vocabulary import check_vocabulary
 from engine.model.attention import PACKED_ATTENTION, register_packed_attention
-from engine.model.dropout import keep_saved_dropout, set_dropout
+from engine.model.dropout import keep_saved_dropout, set_dropout, set_layer_dropout
 from engine.model.empty_model import empty_model, initialise, main_type, pretrained_weights
-from engine.model.frozen import body_patterns, freeze
+from engine.model.frozen import body_patterns, check_body, freeze
 from engine.model.isolation import attention_of, check_isolation, fit_to_rows, instead
 from engine.model.layer_scales import layer_scales
 from engine.model.model_files import FileTensor, read_model_files
@@ -112,11 +113,12 @@ def build_model(
         initialise(model, [], seed)
         weights = StartingWeights()
     elif pretrained:
-        weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed, labels)
+        weights, lines = pretrained_weights(model, stored, shapes, rows, task, seed, labels, section.new_head)
         say(lines)
     else:
         weights = StartingWeights.of(model)
-    if dropout is not None:
+    if section.dropout is not None and dropout is not None:
+        set_layer_dropout(model, section.dropout)
         keep_saved_dropout(model, dropout)
         say([f"model.dropout: {section.dropout:g} in place of {', '.join(f'{k} {v:g}' for k, v in dropout.items())}"])
     return model, weights
@@ -138,15 +140,20 @@ def fitting_task(section: ModelSection, task: Task, facts: StoreFacts, one_docum
         return task
     folder = model_folder(section)
     config = _inline_config(section, facts, _extension(facts)) if folder is None else _stored_config(folder)
+    if config.num_labels == 1 and task.problem != "regression":
+        config.num_labels = 2  # the loss of a single label is always 0, so that no two forms of it would differ
     return fit_to_rows(config, task, task.padded)
 
 
 def freeze_and_check(model: Any, config: Any, task: Task, section: ModelSection) -> None:
     """Freeze the parameters that ``model.freeze`` names, and all but the head where the section trains that alone.
 
-    ConfigError as `freeze`, and for trained parameters without any path from the task's loss: ZeRO would
-    apply old gradients to them.
+    ConfigError as `freeze` and `check_body`, and for trained parameters without any path from the task's loss: ZeRO
+    would apply old gradients to them.
     """
+    for key, is_given in (("model.train: head", section.train == "head"), ("model.new_head", section.new_head)):
+        if is_given:
+            check_body(model, key)
     frozen = [*section.freeze, *(body_patterns(model) if section.train == "head" else ())]
     freeze(model, frozen)
     if patterns := unreached_parameters(config, task, frozen):
@@ -200,6 +207,8 @@ def made_model(
 def _reason(error: Exception) -> str:
     """The error in one line; a bare name that a table of the family lacks is said to be a value."""
     text = " ".join(str(error).split())
+    if lacking := re.match(r"Unrecognized configuration class .* for this kind of AutoModel: (\w+)", text):
+        return f"transformers has no {lacking[1]} of this type: give a model of another type, or another task"
     if PACKED_ATTENTION in text:  # the family has a table of its own, or an attention that is built in
         return "its attention cannot be exchanged for the one that keeps packed documents apart"
     return f"its configuration has the unknown value {text}" if isinstance(error, KeyError) else text

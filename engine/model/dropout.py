@@ -3,6 +3,8 @@
 import copy
 from typing import Any
 
+from torch import nn
+
 from engine.errors import ConfigError
 
 
@@ -25,6 +27,13 @@ def set_dropout(config: Any, dropout: float) -> dict[str, float]:
     for key in before:
         setattr(text, key, dropout)
     return before
+
+
+def set_layer_dropout(model: nn.Module, dropout: float) -> None:
+    """Set the probability of every dropout layer of a made model: heads may have one that is in no configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
 
 
 def keep_saved_dropout(model: Any, before: dict[str, float]) -> None:

@@ -64,13 +64,15 @@ def pretrained_weights(
     task: Task,
     seed: int,
     labels: Labels | None = None,
+    new_head: bool = False,
 ) -> tuple[StartingWeights, list[str]]:
     """Where the weights of an empty model come from, and lines to say about it. Buffers and fresh heads are made.
 
-    `shapes` are those that the files must have, by name in `state_dict`; `rows` are added to them.
+    `shapes` are those that the files must have, by name in `state_dict`; `rows` are added to them. With `new_head` a
+    head in the files is left out.
     Raises DataError as `map_names` does, and for a hole in the body.
     """
-    keeps_head = labels is None or labels.keeps_head
+    keeps_head = not new_head and (labels is None or labels.keeps_head)
     names = map_names(model, stored, shapes, other_heads=task.new_head, keeps_head=keeps_head)
     check_missing(model, names, task, stored)
     fresh = initialise(model, names.missing, seed)

@@ -55,6 +55,12 @@ def body_patterns(model: Any) -> tuple[str, ...]:
     return freeze_patterns([name for name in names if name.startswith(prefix) and "pooler" not in name], names)
 
 
+def check_body(model: Any, key: str) -> None:
+    """Raise ConfigError for a model whose body is no module of its own, so that `key` cannot tell it from the head."""
+    if model.base_model is model:
+        raise ConfigError(f"{key}: {type(model).__name__} does not keep its body apart from its head: leave it out")
+
+
 def matches(name: str, pattern: str, prefix: str) -> bool:
     """True if `pattern` names this parameter, or a module that it is in; `prefix` may be left out."""
     return any(

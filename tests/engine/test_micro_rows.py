@@ -13,6 +13,7 @@ from engine.fit.stores import Stores
 from engine.micro_rows import CPU_TOKENS, find_micro_rows, largest_that_fits, longest_rows
 from engine.ranks.distributed import Ranks
 from engine.setup import with_micro_rows
+from engine.tasks.task import STILL, Draw
 
 
 @dataclass
@@ -67,9 +68,9 @@ def test_on_a_cpu_the_rank_takes_its_share_or_so_many_tokens() -> None:
     store, rows = memory_store("causal_lm")
     longest = max(int(rows.segments(row)[2].sum()) for row in range(rows.num_rows))
     ranks = Ranks(0, 2, torch.device("cpu"))
-    found, why = find_micro_rows(None, store, rows, ranks, 9)  # type: ignore[arg-type]
+    found, why = find_micro_rows(None, store, rows, ranks, 9, STILL)  # type: ignore[arg-type]
     assert (found, why) == (5, "a rank's share of a step")
-    found, why = find_micro_rows(None, store, rows, ranks, 10**6)  # type: ignore[arg-type]
+    found, why = find_micro_rows(None, store, rows, ranks, 10**6, STILL)  # type: ignore[arg-type]
     assert found == CPU_TOKENS // longest
     assert why == f"16,384 tokens of the longest rows, {longest} each"
 
@@ -80,9 +81,15 @@ def test_on_a_cpu_the_rank_takes_its_share_or_so_many_tokens() -> None:
         ("auto", None, 4, "a rank's share of a step"),
         ("auto", {"ranks": 2, "config": {"batch": {"micro_rows": 3}}}, 3, "as in the checkpoint"),
         ("auto", {"ranks": 4, "config": {"batch": {"micro_rows": 3}}}, 4, "a rank's share of a step"),
+        (
+            "auto",
+            {"ranks": 2, "config": {"batch": {"micro_rows": 1, "micro_tokens": 64}}},
+            4,
+            "a rank's share of a step",
+        ),
         (2, {"ranks": 2, "config": {"batch": {"micro_rows": 3}}}, 2, ""),
     ],
-    ids=["fresh", "resumed", "resumed on fewer ranks", "given"],
+    ids=["fresh", "resumed", "resumed on fewer ranks", "resumed with tokens before", "given"],
 )
 def test_a_run_has_the_number_of_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], given: Any, state: Any, found: int, why: str
@@ -97,3 +104,29 @@ def test_a_run_has_the_number_of_its_checkpoint(
     assert run.model_dump(mode="json")["batch"]["micro_rows"] == found
     assert capsys.readouterr().out == (f"batch.micro_rows: auto is {found} ({why})\n" if why else "")
     assert config.batch.known_micro_rows == (1 if given == "auto" else given)
+
+
+def test_trials_mask_as_many_words_as_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of masked words are most of a step's memory: with fewer of them, more rows would seem to fit."""
+    config = case_config(Case("auto"), tmp_path)
+    config = config.model_copy(
+        update={
+            "batch": type(config.batch)(global_rows=8, micro_rows="auto"),
+            "masking": type(config.masking)(fraction=0.5),
+        }
+    )
+    for name in ("memory_reserved", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda _device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10**9, 10**9))
+    monkeypatch.setattr(Ranks, "gather", lambda _ranks, values: [values])
+    draws: list[Draw] = []
+    monkeypatch.setattr("engine.micro_rows.try_rows", lambda *arguments: draws.append(arguments[-1]))
+    stores = Stores(memory_store("causal_lm"), None, config.trained_task)
+    run = with_micro_rows(config, _Zero(), stores, Ranks(0, 2, torch.device("cuda")), None)  # type: ignore[arg-type]
+    assert run.batch.micro_rows == 4 and draws == [Draw(0, 0, 0.5)] * 3
+
+
+class _Zero:
+    """What is looked at of a model on a device before it is tried."""
+
+    moment_bytes_to_come = 0

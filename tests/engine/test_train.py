@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from engine.config import RunConfig
-from engine.setup import model_digest
+from engine.setup import model_digest, resumed_progress
 from engine.step import Progress, micro_batch_seed
+from engine.tasks import TASKS
 from engine.train import is_finished, update_best
 
 
@@ -66,6 +67,36 @@ def test_the_mode_must_be_that_of_the_metric(metric: str | None, mode: str | Non
         return
     with pytest.raises(ValueError, match=r"evaluation.mode: (accuracy|loss) is better the (lower|higher) it is"):
         RunConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(("key", "section", "owner"), [
+    ("masking.fraction", {"masking": {"fraction": 0.3}}, "masked_lm"),
+    ("evaluation.answers", {"evaluation": {"answers": {"language": "zh"}}}, "question_answering"),
+    ("evaluation.out_of_scope_label", {"evaluation": {"out_of_scope_label": "oos"}}, "sequence_classification"),
+])  # fmt: skip
+def test_settings_of_other_tasks_are_refused(key: str, section: dict[str, Any], owner: str) -> None:
+    values = training().config.model_dump(mode="json")
+    for task in TASKS:
+        if task == owner:
+            RunConfig.model_validate(values | {"task": task} | section)
+        else:
+            with pytest.raises(ValueError, match=f"{key} has no meaning for task {task}: leave it out"):
+                RunConfig.model_validate(values | {"task": task} | section)
+
+
+@pytest.mark.parametrize(("before", "now", "is_kept"), [
+    (None, "accuracy", True), ("accuracy", None, True), ("loss", "loss", True), (None, "loss", False), ("loss", None, False)
+])  # fmt: skip
+def test_the_best_by_another_metric_is_not_compared_with_new_evaluations(
+    before: str | None, now: str | None, is_kept: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress(step=9, best_value=0.9, best_step=6, evaluations_without_improvement=1)
+    evaluation = training(before).config.model_dump(mode="json")
+    state = {"progress": progress.as_json(), "circumstances": {"config": evaluation}}
+    task = TASKS["sequence_classification"]
+    found = resumed_progress(state, task, training(now).config.best_metric(task))
+    assert found == (progress if is_kept else Progress(step=9))
+    assert ("the best evaluation was that by" in capsys.readouterr().out) == (not is_kept)
 
 
 def test_a_run_that_stopped_early_stays_stopped() -> None:

@@ -125,7 +125,7 @@ BERT = LLAMA | {"model_type": "bert"}
         (BERT | {"hidden_size": 30}, "sequence_classification", "not a multiple of the number of attention heads"),
         (BERT | {"pad_token_id": 200}, "token_classification", "Padding_idx"),
         ({"model_type": "gpt2", "vocab_size": 100, "n_embd": 30, "n_head": 4, "n_layer": 1}, "causal_lm", "divisible"),
-        ({"model_type": "t5", "vocab_size": 100}, "causal_lm", "Unrecognized configuration class"),
+        ({"model_type": "t5", "vocab_size": 100}, "causal_lm", "transformers has no AutoModelForCausalLM of this type"),
         ({"model_type": "nope", "vocab_size": 100}, "causal_lm", "nope"),
     ],
 )

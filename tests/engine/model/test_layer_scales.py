@@ -165,6 +165,17 @@ def test_a_saved_configuration_has_the_values_of_the_base_and_the_parts_keep_the
     assert model.bert.config.hidden_dropout_prob == 0.25 and model.dropout.p == 0.25
 
 
+@pytest.mark.parametrize("config", [transformers.LlamaConfig(**SIZE), transformers.GPT2Config(vocab_size=40, n_embd=16,
+    n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)], ids=["llama", "gpt2"])  # fmt: skip
+def test_a_head_with_a_dropout_of_its_own_gets_the_runs(tmp_path: Path, config: Any) -> None:
+    """Heads for tags of such families have 0.1 where the configuration says nothing."""
+    transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path)
+    section = ModelSection(path=str(tmp_path), activation_checkpointing=False, dropout=0.0)
+    model, _ = build_model(section, TASKS["token_classification"], FACTS, 1)
+    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert rates and set(rates) == {0.0}
+
+
 def test_a_family_without_dropout_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"model.dropout: model type mamba has no dropout"):
         set_dropout(transformers.MambaConfig(), 0.1)

@@ -11,8 +11,8 @@ import transformers as hf
 from whole_model import fill
 
 from engine.config import ModelSection
-from engine.errors import ConfigError
-from engine.model.build import StoreFacts, build_model
+from engine.errors import ConfigError, DataError
+from engine.model.build import StoreFacts, build_model, fitting_task
 from engine.setup import model_digest
 from engine.tasks import TASKS
 
@@ -124,3 +124,61 @@ def test_kinds_differ_in_their_problem_alone_for_the_model() -> None:
     for kind in KINDS.values():
         assert kind.padded is not None and not kind.padded.packs and kind.padded.problem == kind.problem
         assert replace(kind, padded=None).name == TASK.name
+
+
+@pytest.mark.parametrize("name", ["question_answering", "masked_lm"])
+def test_a_new_head_is_made_for_tasks_without_labels_too(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(4)
+    config = hf.BertConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    kind = {"question_answering": hf.BertForQuestionAnswering, "masked_lm": hf.BertForMaskedLM}[name]
+    kind(config).save_pretrained(tmp_path)
+    stored = dict(kind.from_pretrained(tmp_path).named_parameters())
+    section = ModelSection(path=str(tmp_path), activation_checkpointing=False, new_head=True)
+    model = fill(*build_model(section, TASKS[name], facts(), 3))
+    other = {name for name, weight in model.named_parameters() if not torch.equal(weight, stored[name])}
+    expected = {"question_answering": "qa_outputs.weight", "masked_lm": "cls.predictions.transform.dense.weight"}
+    assert other == {expected[name]}, "biases start at 0, and the body is kept"
+
+
+@pytest.mark.parametrize("section", [{"new_head": True}, {"train": "head"}], ids=["new_head", "train"])
+def test_a_head_that_cannot_be_told_from_the_body_is_refused(tmp_path: Path, section: dict[str, Any]) -> None:
+    """T5 with a head for answers has encoder and decoder beside it, and no body around them."""
+    config = hf.T5Config(
+        vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    hf.T5ForQuestionAnswering(config).save_pretrained(tmp_path)
+    values = ModelSection(path=str(tmp_path), activation_checkpointing=False, **section)
+    task = fitting_task(values, TASKS["question_answering"], facts(), True)
+    with pytest.raises(ConfigError, match="T5ForQuestionAnswering does not keep its body apart from its head"):
+        build_model(values, task, facts(), 3)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_the_form_of_batches_does_not_follow_from_a_head_that_is_replaced(tmp_path: Path, num_labels: int) -> None:
+    """The loss of one label is always 0, with which documents that see each other would not be found."""
+    config = hf.FNetConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_labels=num_labels
+    )
+    hf.FNetForSequenceClassification(config).save_pretrained(tmp_path)
+    section = ModelSection(path=str(tmp_path), activation_checkpointing=False, new_head=True)
+    task = fitting_task(section, KINDS["labels"], facts(*NAMES), True)
+    assert not task.packs and "documents in one row see each other" in task.why_padded
+    build_model(section, task, facts(*NAMES), 3)
+
+
+def test_a_family_without_a_head_for_the_task_is_refused_in_a_line(tmp_path: Path) -> None:
+    config = hf.EsmConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=1, mask_token_id=3,
+    )  # fmt: skip
+    hf.EsmModel(config).save_pretrained(tmp_path)
+    section = ModelSection(path=str(tmp_path), activation_checkpointing=False)
+    task = fitting_task(section, TASKS["question_answering"], facts(), True)
+    with pytest.raises(DataError) as caught:
+        build_model(section, task, facts(), 3)
+    reason = (
+        "transformers has no AutoModelForQuestionAnswering of this type: give a model of another type, or another task"
+    )
+    assert str(caught.value) == f"model: {tmp_path}: {reason}"

@@ -29,6 +29,7 @@ from engine.ranks.stop import StopSignal
 from engine.setup import quiet_libraries
 from engine.step import Progress, Training, train_step
 from engine.tasks import TASKS
+from engine.tasks.task import STILL
 from engine.zero.ds_config import resolve_ds_config, shipped_ds_configs
 from engine.zero.gradient_watch import GradientWatch
 from engine.zero.wrap import fill, wrap
@@ -201,7 +202,7 @@ def trials(out_dir: Path, ranks) -> dict[str, Any]:
             start = masters(training)
             for size in sizes:
                 rows = longest_rows(training.rows, size)
-                try_rows(training.zero, training.store, training.rows, rows, ranks)
+                try_rows(training.zero, training.store, training.rows, rows, ranks, STILL)
             unchanged = torch.equal(start, masters(training)) and training.zero.engine.global_steps == 0
             progress = Progress()
             for _ in range(2):
