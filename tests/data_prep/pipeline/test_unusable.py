@@ -88,7 +88,7 @@ KINDS: dict[str, tuple[str, list[Any], list[tuple[Any, str]]]] = {
         [ASKED, ASKED],
         [
             ({**ASKED, "answers": [{"text": "sea", "answer_start": 0}]}, "answer_not_found"),
-            ({**ASKED, "context": "", "answers": []}, "not_understood"),
+            ({**ASKED, "context": "", "answers": []}, "empty_field"),
         ],
     ),
     "translations": (
