@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.config import DataConfig
 from data_prep.errors import BadDataError, UnusableError
 from data_prep.pipeline.parts import Part, PartAccount
+from data_prep.shapes.label_names import NO_GOLD
 from data_prep.tasks.data_task import DataTask
 
 _MOST_LISTED = 20  # labels that are not known
@@ -65,8 +66,12 @@ def unknown_labels(parts: Sequence[Part], names: Sequence[str], task: DataTask) 
 
 
 def check_labels(config: DataConfig, split: str, unknown: Mapping[str, Occurrences], known: KnownLabels) -> None:
-    """Raise UnusableError, which lists the `unknown` labels of a split, unless they are to count as wrong."""
-    if not unknown or (split == "validation" and config.unknown_labels == "count_wrong"):
+    """Raise UnusableError, which lists the `unknown` labels of a split, unless they are to count as wrong.
+
+    A mark of no gold label is no wrong answer: it never counts as one.
+    """
+    marks = [name for name in unknown if name in NO_GOLD]
+    if not unknown or (split == "validation" and config.unknown_labels == "count_wrong" and not marks):
         return
     lines = [f"{where}: label {name!r} ({_times(count)})" for name, (count, where) in unknown.items()]
     name, (count, where) = next(iter(unknown.items()))
@@ -79,6 +84,10 @@ def check_labels(config: DataConfig, split: str, unknown: Mapping[str, Occurrenc
     advice = "mend, or name all labels in data.label_names or data.label_map"
     if split == "validation":
         advice += ", or set data.unknown_labels=count_wrong, which evaluates such records as wrong"
+    if marks:
+        advice += (
+            f"; {marks[0]!r} means no gold label where data.label_names names the others: such records are left out"
+        )
     raise UnusableError([*lines, advice])
 
 

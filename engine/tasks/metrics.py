@@ -24,15 +24,17 @@ def confusion_of(truth: Counts, predicted: Counts, num_labels: int) -> Counts:
 def label_figures(truth: Counts, predicted: Counts, num_labels: int) -> dict[str, float]:
     """Accuracy, macro and weighted F1 and Matthews' correlation of predicted labels, both (N,).
 
-    Macro F1 is the mean over the data's labels, weighted F1 that over all true ones by their number. A true label that
+    Macro F1 is the mean over the labels that occur or are predicted, as in scikit-learn; so it is the same whether a
+    model or its data name more labels. Weighted F1 is the mean over all true ones by their number. A true label that
     train has not (UNKNOWN_LABEL) is wrong whatever is predicted: it counts as a label of its own behind all others,
     with F1 0, and is left out of macro F1.
     """
     confusion = confusion_of(truth, predicted, num_labels)
     scores, support = f1_scores(confusion), confusion.sum(axis=1)
+    known = scores[:-1][(support + confusion.sum(axis=0))[:-1] > 0]
     return {
         "accuracy": float(np.trace(confusion) / max(1, len(truth))),
-        "macro_f1": macro_f1(confusion, num_labels),
+        "macro_f1": float(known.mean()) if len(known) else 0.0,
         "weighted_f1": float((scores * support).sum() / max(1, support.sum())),
         "matthews": matthews(confusion),
     }
@@ -47,12 +49,6 @@ def precisions_and_recalls(confusion: Counts) -> tuple[NDArray[np.float64], NDAr
     """Precision and recall of each label (L,); 0 where nothing is predicted, or nothing is there."""
     hits = np.diag(confusion)
     return share(hits, confusion.sum(axis=0)), share(hits, confusion.sum(axis=1))
-
-
-def macro_f1(confusion: Counts, num_labels: int | None = None) -> float:
-    """Mean over labels, or over the first `num_labels`, of F1; confusion[i, j] counts label i predicted as j. A label
-    that neither occurs nor is predicted counts as 0, as in scikit-learn's default over all labels."""
-    return float(np.mean(f1_scores(confusion)[:num_labels]))
 
 
 def matthews(confusion: Counts) -> float:

@@ -56,6 +56,18 @@ def test_numbers_without_a_name_count_as_wrong_too(tmp_path: Path, named: dict[s
             made(from_one, "sequence_classification")
 
 
+def test_a_mark_of_no_gold_label_never_counts_as_wrong(tmp_path: Path) -> None:
+    """Where train's labels are found, `-` is unknown and named; where they are given, such records are left out."""
+    held_out = [TRAIN[3], {"text": "a", "label": "-"}, {"text": "a", "label": "odd"}]
+    values = values_of(tmp_path, TRAIN, held_out, unknown_labels="count_wrong")
+    with pytest.raises(
+        UnusableError, match=r"v\.jsonl:2: label '-' is not one of(.|\n)*data\.label_names names the others"
+    ):
+        made(values, "sequence_classification")
+    store = made({**values, "label_names": NAMES}, "sequence_classification")["validation"]
+    assert store.column("labels").tolist() == [3, -1]
+
+
 def test_more_labels_than_lines_are_named_without_their_places(tmp_path: Path) -> None:
     held_out = [{"text": "a", "label": f"new {number}"} for number in range(23)]
     with pytest.raises(UnusableError) as caught:
