@@ -41,7 +41,7 @@ TINY_STEPS, TINY_RECORDS = 2, 40
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything is, and how much of it is run."""
+    """The folders of the benchmark, and how much of it is run."""
 
     model: Path
     data: Path
@@ -159,7 +159,7 @@ def two_standard_errors(*samples: Sequence[float]) -> float:
 
 
 def passes(ours: Sequence[float], trainer: Sequence[float]) -> bool:
-    """Whether ours is as good as the Trainer's, within what seeds explain."""
+    """True if our mean is as good as the Trainer's, within what seeds explain."""
     slack = max(0.5 if min(len(ours), len(trainer)) > 1 else 1.5, two_standard_errors(ours, trainer))
     return statistics.mean(ours) >= statistics.mean(trainer) - slack
 

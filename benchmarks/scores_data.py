@@ -19,7 +19,7 @@ _TUNING_SHARE, _SCORED_SHARE = 0.1, 0.2
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained on, what settings are chosen on, and what is scored once."""
+    """The records to train on, those that settings are chosen on, and those that are scored once."""
 
     train: list[Any]
     tuning: list[Any]
@@ -174,7 +174,7 @@ def _tagged(key: str, words: Sequence[Sequence[str]]) -> Keyed:
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> Path:
-    """One JSON object a line."""
+    """Write records as lines of JSON."""
     path = path.with_suffix(".jsonl")
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path

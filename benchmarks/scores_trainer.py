@@ -1,4 +1,4 @@
-"""One process of transformers' Trainer in benchmarks/scores.py: trains on the rows of a run file's token store.
+"""A process of transformers' Trainer in benchmarks/scores.py: trains on the rows of a run file's token store.
 
     scores_trainer.py RUN.yaml OUT
 

@@ -128,7 +128,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything is, and how long it takes."""
+    """The folders of the benchmark, and how long its turns are."""
 
     work: Path
     model: Path | None

@@ -1,4 +1,4 @@
-"""One rank of benchmarks/understanding.py: trains until it is killed, and notes when each step ended.
+"""A rank of benchmarks/understanding.py: trains until it is killed, and notes when each step ended.
 
     understanding_worker.py ours|trainer RUN.yaml STEPS [key=value ...]
 

@@ -18,7 +18,7 @@ _LINEAR_TOKENS = 1 << 15
 
 
 def row_costs(index: Rows, rows: Rows64) -> Rows64:
-    """What each of `rows` costs to train, in one unit: attention is quadratic in a document's length, the
+    """The cost of training each of `rows`, in one unit: attention is quadratic in a document's length, the
     rest linear in tokens."""
     return row_sums(index, rows, lambda lengths: lengths * (lengths + _LINEAR_TOKENS))
 
@@ -71,7 +71,7 @@ def _dearest_first(index: Rows, rows: Rows64) -> tuple[Rows64, Rows64]:
 
 
 def _micro_batch_borders(index: Rows, rows: Rows64, world_size: int, size: MicroBatches) -> Iterator[tuple[int, int]]:
-    """Where micro-batches begin and end in `rows`, the dearest first."""
+    """The borders of micro-batches in `rows`, the dearest first."""
     lengths = None if size.tokens is None else row_lengths(index, rows)
     begin = 0
     while begin < len(rows):

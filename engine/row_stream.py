@@ -19,7 +19,7 @@ _ROUNDS = 4
 
 
 def permuted(indices: Rows64, num_rows: int, seed: int, epoch: int | str) -> Rows64:
-    """Where the epoch's permutation of ``range(num_rows)`` sends each of `indices`.
+    """The places to which the epoch's permutation of ``range(num_rows)`` sends each of `indices`.
 
     A keyed Feistel network on the next even number of bits, walked until it falls inside the
     range: any index in constant time and memory, and the same on every numpy version.

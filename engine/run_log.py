@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from engine.config import LogSection
 from engine.goodput import CAUSES, Goodput, useful_seconds
+from engine.sections import LogSection
 from engine.tasks.auxiliary import AUXILIARY
 
 PHASES = ("data", "forward", "backward", "optimizer")

@@ -41,7 +41,7 @@ def histograms(store: TokenStore) -> list[Histogram]:
 
 
 def name_of_each_word(names: Sequence[str]) -> Callable[[Mapping[str, Any]], list[str]]:
-    """What stands in the place of the tags of a record that has words alone: the first of `names` for each."""
+    """The stand-in for the tags of a record that has words alone: the first of `names` for each."""
 
     def value(fields: Mapping[str, Any]) -> list[str]:
         words = fields.get("words")

@@ -21,9 +21,9 @@ from torch.nn import Parameter
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER, list_checkpoints, step_of
 from engine.checkpoint.format import best_checkpoint
 from engine.checkpoint.save import Owner, PendingSave, begin_save, finish_save, replace_text
-from engine.config import CheckpointSection
 from engine.errors import DataError, StorageError
 from engine.ranks.agreement import agree, from_rank_0, this_rank
+from engine.sections import CheckpointSection
 from engine.tensor_files.reader import FileRecord, drop_cache, verify_blocks
 from engine.zero.zero_model import ZeroModel
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.token_store import TokenStore
-from engine.config import LossSection
 from engine.errors import ConfigError
+from engine.sections import LossSection
 from engine.tasks.task import LossOptions, Task
 
 

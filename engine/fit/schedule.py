@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator
 
 from engine.arithmetic import total_steps
-from engine.config import OptimizerSection, RunConfig
+from engine.config import RunConfig
 from engine.finding import Finding
+from engine.sections import OptimizerSection
 
 #: From so many passes over the data on, a number of steps is said in epochs.
 _MANY_EPOCHS = 8.0

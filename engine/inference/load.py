@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from data_prep.token_store import Rows, TokenStore
-from engine.config import ModelSection
 from engine.errors import ConfigError, DataError
 from engine.finding import warning_lines
 from engine.fit.model_facts import ModelFacts
@@ -13,6 +12,7 @@ from engine.model.build import StoreFacts, build_model, fitting_task, say
 from engine.model.positions import positions_of
 from engine.model.starting_weights import StartingWeights, exchange_parameters
 from engine.model.task_model import TaskModel, label_numbers
+from engine.sections import ModelSection
 from engine.tasks.task import Task
 from engine.tensor_files.slices import LiveSlice
 

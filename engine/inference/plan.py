@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.token_store import TokenStore, open_rows
-from engine.config import EvaluationSection, configured_task
+from engine.config import configured_task
 from engine.errors import DataError
 from engine.figures import Entry, figures_of
+from engine.sections import EvaluationSection
 from engine.tasks.task import Task
 
 PLAN_NAME = "plan.json"
@@ -19,7 +20,7 @@ PLAN_NAME = "plan.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What all processes of an evaluation, or of predictions, know: `predicts` tells which of the two it is."""
+    """The work of all processes of an evaluation, or of predictions where it `predicts`."""
 
     model: str  # a Hugging Face folder
     task: str

@@ -1,4 +1,4 @@
-"""One process of an evaluation or of predictions: ``python -m engine.inference.worker FOLDER NUMBER``.
+"""A process of an evaluation or of predictions: ``python -m engine.inference.worker FOLDER NUMBER``.
 
 It takes every n-th micro-batch of the plan in FOLDER, writes its part, and prints the number of rows of each
 micro-batch when it is done. The micro-batches are those of an evaluation in training, so the figures are too.

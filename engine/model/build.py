@@ -14,7 +14,6 @@ import torch
 
 from data_prep.token_store import TokenStore
 from engine.arithmetic import is_hub_name
-from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, MissingInputError, RefusedForSecurityError
 from engine.finding import warning_lines
 from engine.fit.labels import Labels, fit_labels, names_of
@@ -31,6 +30,7 @@ from engine.model.narrow import check_shape
 from engine.model.reach import unreached_parameters
 from engine.model.starting_weights import StartingWeights
 from engine.model.vocabulary import MADE_ROWS, Extension, grow_vocabulary, read_extension
+from engine.sections import ModelSection
 from engine.tasks import auxiliary
 from engine.tasks.task import Problem, Task
 

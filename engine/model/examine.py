@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.config import ModelSection
 from engine.errors import FulltuneError
 from engine.finding import Finding, failure
 from engine.fit.labels import names_of
@@ -23,6 +22,7 @@ from engine.model.frozen import untrained_lines
 from engine.model.model_files import FileTensor, read_model_files
 from engine.model.positions import positions_of
 from engine.model.weight_names import NameMap, map_names
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 from engine.tasks.task import Task
 

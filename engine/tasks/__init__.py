@@ -1,7 +1,7 @@
 """All that differs between tasks on the engine's side: one frozen `Task` in a file of its own for each.
 
-May import errors; batches, transformers, torch and forward.py only inside functions, because `engine.config` reads the
-names here. Read first: task.py, then causal_lm.py; forward.py runs stock models on batches.
+May import errors; batches, transformers, torch and forward.py only inside functions, because `engine.sections` reads
+the names here. Read first: task.py, then causal_lm.py; forward.py runs stock models on batches.
 """
 
 from collections.abc import Mapping

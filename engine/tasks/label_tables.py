@@ -1,4 +1,4 @@
-"""What people see of an evaluation by label: a table, the pairs that are confused most, and a picture of all pairs."""
+"""The view of an evaluation by label, for people: a table, the pairs confused most, and a picture of all pairs."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -27,7 +27,7 @@ def _auto_class(config: Any) -> Any:
 
 
 class _Draws(NamedTuple):
-    """What is drawn for the documents of some rows: D documents, N tokens of all of them."""
+    """The draw for the documents of some rows: D documents, N tokens of all of them."""
 
     documents: "Rows64"  # (D,)
     lengths: "Rows64"  # (D,)

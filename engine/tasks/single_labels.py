@@ -1,4 +1,4 @@
-"""One label for each text: its loss, its figures, and what people see of them."""
+"""Texts with a label each: loss, figures, and the view of them for people."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

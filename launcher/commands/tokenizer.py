@@ -162,8 +162,8 @@ def _template(arguments: argparse.Namespace) -> str | None:
 def _model_folder(name: str, folder: Path) -> Path | None:
     """The folder of the model that a tokenizer belongs to, with its weights; None for a tokenizer alone."""
     if not Path(name).expanduser().exists():
-        from engine.config import ModelSection
         from engine.model.build import model_folder
+        from engine.sections import ModelSection
 
         found = model_folder(ModelSection(path=name))
     else:

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from data_prep.config import DataConfig, SourceConfig
 from data_prep.tasks import TASKS as DATA_TASKS
-from engine.config import EvaluationSection
 from engine.errors import ConfigError, DataError, MissingInputError
 from engine.run_file import dump_yaml, load_run_file, with_absolute_paths
+from engine.sections import EvaluationSection
 from engine.tasks import TASKS
 
 #: Rows are so long where nothing says how long they are, unless the model has fewer positions.

@@ -28,7 +28,7 @@ _NAME_CHARACTERS = 100
 
 @dataclass(frozen=True)
 class Combination:
-    """One run of a sweep: the name of its folder, and the values that it has by the keys of the sweep."""
+    """A run of a sweep: the name of its folder, and the values that it has by the keys of the sweep."""
 
     name: str
     values: tuple[str, ...]
@@ -146,7 +146,7 @@ def _in(finding: Finding, names: Sequence[str]) -> Finding:
 
 @dataclass(frozen=True)
 class _Result:
-    """What there is to say of a run of a sweep: its best evaluation so far, when it was, how long all took."""
+    """The result of a run of a sweep: its best evaluation so far, when it was, how long all took."""
 
     state: str
     metric: str = ""

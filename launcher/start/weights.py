@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.arithmetic import STATE_BYTES_PER_PARAMETER
-from engine.config import ModelSection
 from engine.model.frozen import matches
+from engine.sections import ModelSection
 
 _MAX_HEADER_BYTES = 100_000_000
 _WIDE_TYPES = ("F32", "F64")

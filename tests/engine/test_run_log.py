@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.config import LogSection
 from engine.goodput import Stopwatch
 from engine.run_log import RunLog, memory_gib
+from engine.sections import LogSection
 
 FIGURES = {"loss": 2.5, "learning_rate": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 1000.0}
 
@@ -99,7 +99,7 @@ def test_a_full_disk_delays_figures_and_ends_nothing(tmp_path: Path) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from engine.config import LogSection
+from engine.sections import LogSection
 from engine.run_log import RunLog
 log = RunLog(Path({str(tmp_path)!r}), 0, 0, 4, LogSection(log_every_steps=9))
 figures = {FIGURES!r} | {{"rows_hash": 1.0}}

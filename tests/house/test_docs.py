@@ -12,7 +12,8 @@ from repository import ROOT
 from data_prep.config import ChatConfig, DataConfig, Format, ShapeName, SourceConfig
 from data_prep.sources.source_files import FORMATS
 from data_prep.tasks import TASKS
-from engine.config import CheckpointSection, ExportSection, RunConfig
+from engine.config import RunConfig
+from engine.sections import CheckpointSection, ExportSection
 from engine.zero.ds_config import nvme_path, resolve_ds_config
 from launcher.cli import parse
 

@@ -22,14 +22,14 @@ ROOMS = {
     "launcher": "cli commands doctor start batch supervision ssh job known_models check_system recipes",
     "engine": (
         "__main__ inference setup deepspeed_import train evaluate figures export run_folder run_file run_faults step micro_rows checkpoint zero run_log goodput ranks model fit"
-        " config micro_batches row_stream tasks batches tensor_files file_modes finding arithmetic secrets_in_text errors"
+        " config sections micro_batches row_stream tasks batches tensor_files file_modes finding arithmetic secrets_in_text errors"
     ),
     "data_prep": (
         "unlabelled prepare inspect pipeline tasks encode chat shapes tokenizer rows token_store sources progress config errors"
     ),
 }
 TORCH_FREE = (
-    "launcher.cli", "launcher.job.job", "launcher.start.dry_run", "launcher.start.start", "launcher.job.records", "launcher.doctor.node_facts", "engine.config", "engine.zero.ds_config", "engine.run_file", "engine.zero.prebuild",
+    "launcher.cli", "launcher.job.job", "launcher.start.dry_run", "launcher.start.start", "launcher.job.records", "launcher.doctor.node_facts", "engine.config", "engine.sections", "engine.zero.ds_config", "engine.run_file", "engine.zero.prebuild",
     "engine.errors", "engine.arithmetic", "data_prep.config", "data_prep.token_store",
     *(f"launcher.commands.{path.stem}" for path in sorted((ROOT / "launcher" / "commands").glob("*.py"))),
 )  # fmt: skip

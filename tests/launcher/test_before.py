@@ -10,9 +10,9 @@ from data_fixtures import byte_level_folder, write_jsonl
 
 from data_prep.config import DataConfig
 from data_prep.prepare import prepare
-from engine.config import ModelSection
 from engine.model.examine import examine
 from engine.run_file import dump_yaml, load_run_file
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 from launcher.cli import main
 

@@ -12,8 +12,8 @@ import pytest
 from repository import ROOT
 from safetensors.numpy import save_file
 
-from engine.config import ModelSection
 from engine.errors import ConfigError, MissingInputError
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 from launcher.job.hostfile import read_hostfile
 from launcher.job.hosts import Node, filter_nodes, local_gpus

@@ -14,9 +14,9 @@ import pytest
 from browser import CHROMIUM, Browser
 from ranks import ROOT, free_port
 
-from engine.config import LogSection
 from engine.errors import MissingInputError
 from engine.run_log import LAYOUT, RunLog
+from engine.sections import LogSection
 from launcher.commands.tensorboard import name_runs
 
 

@@ -10,10 +10,10 @@ import transformers as hf
 from equivalence_cases import make_model
 from memory_stores import memory_store
 
-from engine.config import ModelSection
 from engine.errors import DataError
 from engine.model.build import StoreFacts, fitting_task, made_model
 from engine.model.isolation import check_isolation, fit_to_rows
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 from engine.tasks.task import STILL, LossOptions, Task
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from engine.config import OptimizerSection
 from engine.fit.schedule import learning_rate
+from engine.sections import OptimizerSection
 
 
 def section(schedule: str, **values: float) -> OptimizerSection:

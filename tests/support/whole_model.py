@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from engine.config import ModelSection
 from engine.model.build import StoreFacts, build_model, fitting_task
 from engine.model.starting_weights import StartingWeights, exchange_parameters
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 from engine.tensor_files.slices import LiveSlice
 from engine.zero.zero_model import persistent_buffers

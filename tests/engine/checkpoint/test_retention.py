@@ -10,8 +10,8 @@ from torch import nn
 
 from engine.checkpoint.format import STATE, describe, seal
 from engine.checkpoint.schedule import check_space, checkpoint_bytes
-from engine.config import CheckpointSection
 from engine.errors import StorageError
+from engine.sections import CheckpointSection
 from engine.setup import changes, remaining_saves
 from engine.tensor_files.reader import BLOCK_BYTES
 from engine.tensor_files.writer import TensorSource, tensor_chunks, write_file, write_safetensors

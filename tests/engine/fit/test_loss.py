@@ -12,9 +12,9 @@ from data_fixtures import bert_vocabulary, prepared, section, write_jsonl
 from sklearn.utils.class_weight import compute_class_weight
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
-from engine.config import LossSection
 from engine.errors import ConfigError
 from engine.fit.loss import balanced_weights, given_weights, loss_options
+from engine.sections import LossSection
 from engine.tasks import TASKS, label_sets, scores, single_labels
 from engine.tasks.task import UNKNOWN_LABEL, LossOptions, label_loss
 

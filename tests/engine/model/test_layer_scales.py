@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from engine.config import ModelSection
 from engine.errors import ConfigError
 from engine.model.build import StoreFacts, build_model, decay_groups
 from engine.model.dropout import keep_saved_dropout, set_dropout
 from engine.model.frozen import body_patterns, freeze
 from engine.model.layer_scales import layer_scales
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 
 SIZE: dict[str, Any] = {

@@ -14,11 +14,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import ValidationError
 from whole_model import whole_model
 
-from engine.config import ModelSection
 from engine.errors import ConfigError, DataError, FulltuneError, MissingInputError, RefusedForSecurityError
 from engine.model.build import StoreFacts
 from engine.model.model_folder import CARRIED_PATTERNS
 from engine.model.vocabulary import grow_vocabulary, read_extension
+from engine.sections import ModelSection
 
 FACTS = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=())
 LABELS = StoreFacts(vocab_size=61, pad_id=0, bos_id=1, eos_id=2, label_names=("bad", "good", "great"))

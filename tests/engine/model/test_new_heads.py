@@ -10,9 +10,9 @@ import torch
 import transformers as hf
 from whole_model import fill
 
-from engine.config import ModelSection
 from engine.errors import ConfigError, DataError
 from engine.model.build import StoreFacts, build_model, fitting_task
+from engine.sections import ModelSection
 from engine.setup import model_digest
 from engine.tasks import TASKS
 

@@ -7,10 +7,10 @@ import pytest
 import transformers as hf
 from whole_model import whole_model
 
-from engine.config import ModelSection
 from engine.errors import ConfigError
 from engine.model.build import StoreFacts, build_model
 from engine.model.reach import unreached_parameters
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 
 TEXT: dict[str, Any] = {

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers as hf
 
-from engine.config import ModelSection
 from engine.model.build import StoreFacts
+from engine.sections import ModelSection
 from engine.tasks import TASKS
 
 SEED = 5

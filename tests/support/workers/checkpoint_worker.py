@@ -25,10 +25,10 @@ import engine.export.from_training as engine_export_live
 from engine.checkpoint.restore import find_checkpoint, load_checkpoint, restore_newest
 from engine.checkpoint.save import Owner, begin_save, finish_save, save_checkpoint
 from engine.checkpoint.schedule import Saves, prune_checkpoints
-from engine.config import CheckpointSection
 from engine.errors import CannotWriteError, FulltuneError
 from engine.export.from_training import export_live
 from engine.ranks.distributed import leave
+from engine.sections import CheckpointSection
 from engine.tensor_files.reader import data_offset
 from engine.zero.zero_model import ZeroModel
 

@@ -26,9 +26,9 @@ from engine.checkpoint.format import verify_checkpoint
 from engine.checkpoint.restore import find_checkpoint, load_checkpoint, restore_newest
 from engine.checkpoint.save import Owner, save_checkpoint
 from engine.checkpoint.schedule import Best, Saves
-from engine.config import CheckpointSection
 from engine.errors import DataError, FulltuneError
 from engine.ranks.distributed import leave
+from engine.sections import CheckpointSection
 
 SECTION = CheckpointSection(save_every_steps=1, keep_checkpoints=1)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from data_prep.token_store import StoreError, TokenStore, open_rows
 from engine.checkpoint.save import Owner, save_checkpoint
 from engine.checkpoint.schedule import Saves
-from engine.config import ModelSection, RunConfig
+from engine.config import RunConfig
 from engine.errors import NumericalStopError
 from engine.micro_rows import longest_rows, try_rows
 from engine.model.attention import register_packed_attention
@@ -26,6 +26,7 @@ from engine.model.build import StoreFacts, build_model
 from engine.model.starting_weights import StartingWeights
 from engine.ranks.distributed import leave, start_ranks
 from engine.ranks.stop import StopSignal
+from engine.sections import ModelSection
 from engine.setup import quiet_libraries
 from engine.step import Progress, Training, train_step
 from engine.tasks import TASKS
