@@ -10,6 +10,8 @@ from pathlib import Path
 
 from engine.errors import MissingInputError
 
+_SECONDS_TO_END = 10
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The runs to show, and the port."""
@@ -33,7 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
             return process.wait()
         except KeyboardInterrupt:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:  # an open connection of a browser can hold it
+                process.kill()
+                process.wait()
             return 0
 
 
