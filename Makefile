@@ -32,10 +32,10 @@ demo: $(STAMP) ## train a small model from nothing on this machine: corpus to ge
 PYTEST = $(BIN)/python -m pytest
 PARALLEL = -n $(TEST_PROCESSES) --dist loadgroup
 
-test: $(STAMP) ## the tests, real DeepSpeed on 2 CPU ranks where ranks matter (15 minutes on 2 cores)
+test: $(STAMP) ## the tests, real DeepSpeed on 2 CPU ranks where ranks matter (21 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL)
 
-test-unit: $(STAMP) ## those of them that start no ranks (3 minutes on 2 cores)
+test-unit: $(STAMP) ## those of them that start no ranks (4 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL) -m unit
 
 test-long: $(STAMP) ## long forms of them, and whole benchmarks on small inputs
