@@ -35,7 +35,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class StoreSection(BaseModel):
-    """What the engine reads of ``data``; the rest is data_prep's and is not checked here."""
+    """The keys of ``data`` that the engine reads; the rest is data_prep's and is not checked here."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
